@@ -1,0 +1,102 @@
+# Everything a newcomer needs: `make demo` and `make test` set up what they use.
+#   make demo          set up, start the demo server, send it a mixed batch; ONCE=1 stops after the table
+#   make test          C++ tests (ctest) and Python tests (pytest)
+#   make lint fmt      what CI checks; the formatters
+#   make sanitize      C++ tests under AddressSanitizer and UndefinedBehaviorSanitizer
+#   make soak          the long random tests
+#   make bench         each benchmark at its smallest size
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+JOBS ?= $(shell nproc)
+# More threads than cores make small tensors slower.
+export OMP_NUM_THREADS ?= $(shell nproc)
+SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo -n)
+CXX_FILES = $(shell find csrc bindings tests/cpp benchmarks/cpp -name '*.cc' -o -name '*.h')
+EXTENSION_SOURCES = $(shell find csrc bindings -name '*.cc' -o -name '*.h') CMakeLists.txt
+
+.PHONY: help setup demo test test-cpp test-python lint fmt stub sanitize soak bench clean
+
+help:
+	@sed -n 's/^#   //p' Makefile
+
+# --- Set-up ------------------------------------------------------------------------------------------------
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "lora_serve needs Python 3.10 or newer; found $$($(PYTHON) --version). Set PYTHON=..."; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
+	  echo "python3 -m venv failed. On Debian or Ubuntu: sudo apt-get install python3-venv"; exit 1; }
+
+# torch first and alone: its pinned version keeps pip from choosing a build with CUDA packages.
+$(VENV)/.packages: constraints.txt pyproject.toml | $(VENV)/bin/python
+	$(BIN)/python scripts/check_cxx_compiler.py
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch==2.13.0
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt \
+	  scikit-build-core pybind11 cmake ninja
+	@touch $@
+
+$(VENV)/.installed: $(VENV)/.packages $(EXTENSION_SOURCES)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt \
+	  --no-build-isolation --editable '.[test,dev]'
+	@touch $@
+
+setup: $(VENV)/.installed
+
+# --- Use ---------------------------------------------------------------------------------------------------
+demo: setup
+	$(BIN)/lora-serve demo $(if $(ONCE),--once)
+
+test: test-cpp test-python
+
+test-cpp: $(VENV)/.packages
+	@scripts/install_googletest.sh $(SUDO)
+	$(BIN)/cmake --preset release > build-configure.log || { cat build-configure.log; exit 1; }
+	@rm -f build-configure.log
+	$(BIN)/cmake --build --preset release -j $(JOBS)
+	$(BIN)/ctest --preset release -j $(JOBS)
+
+test-python: setup
+	$(BIN)/python -m pytest -m 'not gpu and not multi_gpu and not slow'
+
+sanitize: $(VENV)/.packages
+	@scripts/install_googletest.sh $(SUDO)
+	$(BIN)/cmake --preset asan
+	$(BIN)/cmake --build --preset asan -j $(JOBS)
+	$(BIN)/ctest --preset asan -j $(JOBS)
+
+soak: setup $(VENV)/.packages
+	@scripts/install_googletest.sh $(SUDO)
+	$(BIN)/cmake --preset asan
+	$(BIN)/cmake --build --preset asan -j $(JOBS)
+	LORA_SERVE_TEST_OPERATIONS=2000000 LORA_SERVE_TEST_STEPS=200000 \
+	  $(BIN)/ctest --preset asan -R Random --timeout 3600
+	$(BIN)/python -m pytest -m slow --timeout 3600
+
+bench: setup
+	$(BIN)/python benchmarks/run_smallest.py
+
+# --- Lint --------------------------------------------------------------------------------------------------
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
+	$(BIN)/lint-imports
+	$(BIN)/python scripts/check_size_budgets.py
+	$(BIN)/python scripts/generate_stub.py --check
+	$(BIN)/codespell
+
+fmt: $(VENV)/.installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CXX_FILES)
+
+stub: setup
+	$(BIN)/python scripts/generate_stub.py
+
+clean:
+	rm -rf build dist $(VENV)

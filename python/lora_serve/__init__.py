@@ -1,0 +1,1 @@
+"""Serve hundreds of LoRA adapters from one base model."""

@@ -1,0 +1,1 @@
+"""A small trained model with four adapters, to see the engine at work."""

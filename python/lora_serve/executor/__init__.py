@@ -1,0 +1,1 @@
+"""Runs a plan of the scheduler: input tensors, model, sampling."""

@@ -1,0 +1,1 @@
+"""LoRA operators and their references; imports nothing internal."""

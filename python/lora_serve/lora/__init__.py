@@ -1,0 +1,1 @@
+"""Adapter files, names, generations and memory."""
