@@ -5,8 +5,8 @@
 
 namespace lora_serve {
 
-/// Base of all errors that the core throws. Messages name the subject, what came, what was expected and
-/// what to do. `bindings/bind_errors.cc` translates each class to its Python namesake, once.
+/// Base of all errors that the core throws. Messages name the subject, what came, what was expected
+/// and what to do. `bindings/bind_errors.cc` translates each class to its Python namesake, once.
 class LoraServeError : public std::runtime_error {
  public:
   using std::runtime_error::runtime_error;

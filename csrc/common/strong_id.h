@@ -10,8 +10,8 @@ namespace lora_serve {
 
 /// An integer that cannot be mistaken for another kind of integer.
 ///
-/// `Tag` is never defined; it only makes two ids different types. Ids are compared, hashed and printed,
-/// never added. `Rep` is the integer that crosses the Python border.
+/// `Tag` is never defined; it only makes two ids different types. Ids are compared, hashed and
+/// printed, never added. `Rep` is the integer that crosses the Python border.
 template <typename Tag, typename Rep>
 class StrongId {
  public:
