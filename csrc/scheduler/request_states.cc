@@ -1,0 +1,80 @@
+#include "scheduler/request_states.h"
+
+#include <array>
+#include <string>
+#include <type_traits>
+#include <utility>
+
+#include "common/errors.h"
+
+namespace lora_serve {
+namespace {
+
+constexpr std::array<std::string_view, std::variant_size_v<RequestState>> kStateNames = {
+    "Queued", "Prefilling", "Decoding", "Preempted", "Aborting", "Finished", "Aborted"};
+
+[[noreturn]] void ThrowIllegal(const RequestState& state, std::string_view event) {
+  throw InternalError("a request in state " + std::string(StateName(state)) +
+                      " cannot take the event " + std::string(event));
+}
+
+template <typename State, typename... States>
+inline constexpr bool kIsOneOf = (std::is_same_v<State, States> || ...);
+
+/// Replaces `state` by `next(current)` if the current state is one of `From`; throws otherwise,
+/// before anything has been moved.
+template <typename... From, typename Next>
+void Move(RequestState& state, std::string_view event, Next next) {
+  RequestState replacement = std::visit(
+      [&](auto& current) -> RequestState {
+        if constexpr (kIsOneOf<std::remove_cvref_t<decltype(current)>, From...>) {
+          return next(current);
+        } else {
+          ThrowIllegal(state, event);
+        }
+      },
+      state);
+  state = std::move(replacement);  // what the old state still owns is given back here
+}
+
+}  // namespace
+
+std::string_view StateName(const RequestState& state) { return kStateNames.at(state.index()); }
+
+void Apply(RequestState& state, request_event::Admit&& event) {
+  Move<Queued, Preempted>(state, "Admit", [&event](auto& current) {
+    Prefilling next;
+    next.running.namespace_handle = std::move(current.namespace_handle);
+    next.running.row = std::move(event.row);
+    next.running.lease = std::move(event.lease);
+    next.running.num_computed_tokens = next.running.lease.num_cached_tokens();
+    return next;
+  });
+}
+
+void Apply(RequestState& state, request_event::CompletePrefill) {
+  Move<Prefilling>(state, "CompletePrefill",
+                   [](Prefilling& current) { return Decoding{std::move(current.running)}; });
+}
+
+void Apply(RequestState& state, request_event::Preempt) {
+  Move<Prefilling, Decoding>(state, "Preempt", [](auto& current) {
+    return Preempted{std::move(current.running.namespace_handle)};
+  });
+}
+
+void Apply(RequestState& state, request_event::AbortInPlan) {
+  Move<Prefilling, Decoding>(state, "AbortInPlan",
+                             [](auto& current) { return Aborting{std::move(current.running)}; });
+}
+
+void Apply(RequestState& state, request_event::Abort) {
+  Move<Queued, Prefilling, Decoding, Preempted, Aborting>(state, "Abort",
+                                                          [](auto&) { return Aborted{}; });
+}
+
+void Apply(RequestState& state, request_event::Finish) {
+  Move<Decoding>(state, "Finish", [](Decoding&) { return Finished{}; });
+}
+
+}  // namespace lora_serve

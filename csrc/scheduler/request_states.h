@@ -1,0 +1,90 @@
+#pragma once
+
+#include <cstdint>
+#include <string_view>
+#include <variant>
+
+#include "kv_prefix_cache/lease.h"
+#include "kv_prefix_cache/namespace_handle.h"
+#include "scheduler/page_table_rows.h"
+
+namespace lora_serve {
+
+/// What a request holds while it has a place in the batch.
+///
+///     tokens:  [0 ........ num_computed_tokens) [.......... capacity of the lease)
+///              KV is in the pages               room for the next chunk or decode
+///     pages:   [0 ... num_planned_pages) [num_planned_pages ... lease.pages().size())
+///              the executor knows them   the next plan's delta
+struct RunningResources {
+  NamespaceHandle namespace_handle;
+  OwnedRow row;
+  Lease lease;
+  std::int32_t num_computed_tokens = 0;
+  /// Leading entries of the page-table row that plans have already written.
+  std::int32_t num_planned_pages = 0;
+};
+
+// A state owns exactly the resources that are legal in it; leaving it gives back what the next one
+// lacks.
+
+/// Waits for its first admission.
+struct Queued {
+  NamespaceHandle namespace_handle;
+};
+/// Computes the KV of the tokens it already has (its prompt; after a preemption, its output too).
+struct Prefilling {
+  RunningResources running;
+};
+/// Samples one token a step.
+struct Decoding {
+  RunningResources running;
+};
+/// Gave its pages and row to an older request; returns before newer work.
+struct Preempted {
+  NamespaceHandle namespace_handle;
+};
+/// Aborted inside a plan that has not returned: the executor may still touch its pages and its row.
+struct Aborting {
+  RunningResources running;
+};
+struct Finished {};
+struct Aborted {};
+
+using RequestState =
+    std::variant<Queued, Prefilling, Decoding, Preempted, Aborting, Finished, Aborted>;
+
+/// Events. Those with members hand over what the next state owns.
+namespace request_event {
+
+/// A place in the batch was found.
+struct Admit {
+  OwnedRow row;
+  Lease lease;
+};
+/// Every known token is computed and a token was sampled.
+struct CompletePrefill {};
+struct Preempt {};
+/// An abort that must wait for an outstanding plan.
+struct AbortInPlan {};
+/// An abort that takes effect now.
+struct Abort {};
+/// The last token was sampled.
+struct Finish {};
+
+}  // namespace request_event
+
+/// The state's name, as messages and the README's table have it.
+[[nodiscard]] std::string_view StateName(const RequestState& state);
+
+// Moves `state` along the transition table in this folder's README.
+// Throws: InternalError naming the state and the event when the pair is illegal; then neither has
+// changed.
+void Apply(RequestState& state, request_event::Admit&& event);
+void Apply(RequestState& state, request_event::CompletePrefill event);
+void Apply(RequestState& state, request_event::Preempt event);
+void Apply(RequestState& state, request_event::AbortInPlan event);
+void Apply(RequestState& state, request_event::Abort event);
+void Apply(RequestState& state, request_event::Finish event);
+
+}  // namespace lora_serve
