@@ -1,0 +1,115 @@
+"""The engine's configuration, checked once and carried unchanged to every part."""
+
+from __future__ import annotations
+
+import msgspec
+
+from lora_serve.common.field_checks import check_bool, check_float, check_int, refuse
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+LOAD_FORMATS = ("auto", "dummy")
+
+
+class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """What one engine runs, and with how much memory.
+
+    Parameters
+    ----------
+    model : str
+        A Hugging Face directory or hub id.
+    dtype : {'auto', 'float32', 'bfloat16', 'float16'}
+        Type of weights and KV; 'auto' = the checkpoint's.
+    device : str
+        A torch device, such as 'cpu'.
+    load_format : {'auto', 'dummy'}
+        'dummy' fills the weights with random numbers and reads only config.json.
+    page_size : int
+        Tokens of a KV page, at least 1.
+    num_device_pages : int or None
+        KV pages on the device; None = as many as `kv_memory_gb` holds.
+    kv_memory_gb : float
+        Memory of the KV pages in GiB, above 0; ignored when `num_device_pages` is given.
+    max_num_seqs : int
+        Requests that may run at once.
+    max_num_batched_tokens : int
+        Tokens of one step, at least `max_num_seqs`.
+    max_model_len : int or None
+        Longest prompt plus answer in tokens; None = the model's own, or less if the KV pages hold less.
+    max_loras : int
+        Distinct adapters in one step.
+    max_lora_rank : int
+        Largest accepted adapter rank.
+    enable_prefix_caching : bool
+        Requests may start from KV pages that others of the same namespace have computed.
+    lora_allowed_roots : list of str or None
+        Folders that adapters may be read from; None = any.
+    seed : int
+        Seeds requests without a seed of their own, and dummy weights.
+    attention_backend : str
+        Name of the attention implementation.
+
+    Raises
+    ------
+    InvalidArgumentError
+        A field has a wrong type or value, at construction and when a message is decoded.
+    """
+
+    model: str
+    dtype: str = "auto"
+    device: str = "cpu"
+    load_format: str = "auto"
+    page_size: int = 16
+    num_device_pages: int | None = None
+    kv_memory_gb: float = 1.0
+    max_num_seqs: int = 128
+    max_num_batched_tokens: int = 2048
+    max_model_len: int | None = None
+    max_loras: int = 64
+    max_lora_rank: int = 64
+    enable_prefix_caching: bool = True
+    lora_allowed_roots: list[str] | None = None
+    seed: int = 0
+    attention_backend: str = "torch"
+
+    def __post_init__(self) -> None:
+        self.validate()
+
+    def validate(self) -> None:
+        """Check every field.
+
+        Raises
+        ------
+        InvalidArgumentError
+            Names the field, what was found and what was expected.
+        """
+        for field in ("model", "device", "attention_backend"):
+            if not isinstance(getattr(self, field), str) or not getattr(self, field):
+                refuse(field, getattr(self, field), "a non-empty string")
+        if self.dtype not in DTYPES:
+            refuse("dtype", self.dtype, f"one of {', '.join(DTYPES)}")
+        if self.load_format not in LOAD_FORMATS:
+            refuse("load_format", self.load_format, f"one of {', '.join(LOAD_FORMATS)}")
+        check_int("page_size", self.page_size, 1)
+        if self.num_device_pages is not None:
+            check_int("num_device_pages", self.num_device_pages, 1)
+        check_float("kv_memory_gb", self.kv_memory_gb, 0.0, above_minimum=True)
+        if self.max_model_len is not None:
+            check_int("max_model_len", self.max_model_len, 2)
+        for field in ("max_num_seqs", "max_num_batched_tokens", "max_loras", "max_lora_rank"):
+            check_int(field, getattr(self, field), 1)
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            refuse(
+                "max_num_batched_tokens",
+                self.max_num_batched_tokens,
+                f"at least max_num_seqs, which is {self.max_num_seqs}; raise it or lower --max-num-seqs",
+            )
+        check_bool("enable_prefix_caching", self.enable_prefix_caching)
+        check_int("seed", self.seed, 0, 2**63 - 1)
+        self._validate_roots()
+
+    def _validate_roots(self) -> None:
+        roots = self.lora_allowed_roots
+        if roots is None:
+            return
+        if not isinstance(roots, list) or not all(isinstance(root, str) and root for root in roots):
+            refuse("lora_allowed_roots", roots, "a list of folders, or None for any folder")

@@ -1,0 +1,52 @@
+from __future__ import annotations
+
+import msgspec
+import pytest
+
+from lora_serve.common.config import EngineConfig
+from lora_serve.common.errors import InvalidArgumentError
+from lora_serve.common.lora_request import LoRARequest
+
+BAD_FIELDS = [
+    ("model", ""),
+    ("dtype", "int8"),
+    ("device", None),
+    ("load_format", "gguf"),
+    ("page_size", 0),
+    ("num_device_pages", 0),
+    ("kv_memory_gb", 0.0),
+    ("max_num_seqs", 0),
+    ("max_num_batched_tokens", 0),
+    ("max_model_len", 1),
+    ("max_loras", 0),
+    ("max_lora_rank", 0),
+    ("max_lora_rank", 8.0),
+    ("enable_prefix_caching", 1),
+    ("lora_allowed_roots", "/adapters"),
+    ("lora_allowed_roots", [""]),
+    ("seed", -1),
+    ("attention_backend", ""),
+]
+
+
+@pytest.mark.parametrize(("field", "value"), BAD_FIELDS)
+def test_bad_value_is_refused_with_the_field(field, value):
+    with pytest.raises(InvalidArgumentError, match=field):
+        EngineConfig(**{"model": "m", field: value})
+
+
+def test_step_smaller_than_the_batch_is_refused_with_both_numbers():
+    with pytest.raises(InvalidArgumentError, match=r"max_num_batched_tokens is 64 .* which is 128"):
+        EngineConfig(model="m", max_num_batched_tokens=64)
+
+
+def test_defaults_are_valid_and_survive_a_message():
+    config = EngineConfig(model="m", lora_allowed_roots=["/a"], max_model_len=2)
+    assert msgspec.msgpack.decode(msgspec.msgpack.encode(config), type=EngineConfig) == config
+
+
+@pytest.mark.parametrize("arguments", [("",), (None,), ("a", 5)])
+def test_lora_request_with_bad_fields_is_refused(arguments):
+    with pytest.raises(InvalidArgumentError):
+        LoRARequest(*arguments)
+    assert LoRARequest("a").lora_path is None
