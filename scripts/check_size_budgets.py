@@ -34,7 +34,9 @@ def function_problems(path: Path, text: str) -> list[str]:
         num_lines = (node.end_lineno or node.lineno) - node.lineno + 1
         if num_lines > limit:
             name = path.relative_to(ROOT)
-            problems.append(f"{name}:{node.lineno}: {node.name} has {num_lines} lines, at most {limit}: split it")
+            problems.append(
+                f"{name}:{node.lineno}: {node.name} has {num_lines} lines, at most {limit}: split it"
+            )
     return problems
 
 

@@ -31,7 +31,9 @@ def main() -> int:
     if found == generated:
         print("stub: _core.pyi matches the extension")
         return 0
-    diff = difflib.unified_diff(found.splitlines(), generated.splitlines(), "committed", "generated", lineterm="")
+    diff = difflib.unified_diff(
+        found.splitlines(), generated.splitlines(), "committed", "generated", lineterm=""
+    )
     print("\n".join(diff))
     print("python/lora_serve/_core.pyi is not what the extension offers; run 'make stub' and commit it")
     return 1

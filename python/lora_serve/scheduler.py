@@ -1,0 +1,29 @@
+"""The scheduler and the KV prefix cache of the C++ core.
+
+The only module that imports the extension ``lora_serve._core``; everything else takes these names from here.
+Two value types cross the border in the step loop: ``ExecutionPlan`` out, ``ExecutionEvent`` in.
+"""
+
+from __future__ import annotations
+
+from lora_serve._core import (
+    AdapterState,
+    AdapterStats,
+    ExecutionEvent,
+    ExecutionPlan,
+    NewRequest,
+    Scheduler,
+    SchedulerOptions,
+    SchedulerStats,
+)
+
+__all__ = [
+    "AdapterState",
+    "AdapterStats",
+    "ExecutionEvent",
+    "ExecutionPlan",
+    "NewRequest",
+    "Scheduler",
+    "SchedulerOptions",
+    "SchedulerStats",
+]
