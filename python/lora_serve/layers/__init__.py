@@ -1,1 +1,36 @@
-"""Building blocks of the decoder models, with their adapter seams."""
+"""Layers of the decoder family and the interfaces that they share with the executor."""
+
+from __future__ import annotations
+
+from lora_serve.layers.attention import (
+    AttentionBackend,
+    AttentionSpec,
+    KVLayer,
+    make_attention_backend,
+    register_attention_backend,
+)
+from lora_serve.layers.embedding import LogitsProjection, TokenEmbedding
+from lora_serve.layers.linear import LoRATarget, PackedLinear
+from lora_serve.layers.rms_norm import RMSNorm
+from lora_serve.layers.rotary import RopeParameters, RotaryEmbedding, apply_rotary
+from lora_serve.layers.step_context import AttentionMetadata, StepContext
+from lora_serve.layers.torch_attention import TorchAttentionBackend
+
+__all__ = [
+    "AttentionBackend",
+    "AttentionMetadata",
+    "AttentionSpec",
+    "KVLayer",
+    "LoRATarget",
+    "LogitsProjection",
+    "PackedLinear",
+    "RMSNorm",
+    "RopeParameters",
+    "RotaryEmbedding",
+    "StepContext",
+    "TokenEmbedding",
+    "TorchAttentionBackend",
+    "apply_rotary",
+    "make_attention_backend",
+    "register_attention_backend",
+]

@@ -1,0 +1,121 @@
+"""Linear layers whose outputs may be several projections in one matrix, with the LoRA seam after each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lora_serve.kernels import LoRALayerTable, add_lora_linear
+from lora_serve.layers.step_context import StepContext
+
+
+@dataclass(frozen=True, eq=False)
+class LoRATarget:
+    """One projection that an adapter may have a module on.
+
+    Parameters
+    ----------
+    table
+        Table of the packed layer that holds the projection.
+    slice_index
+        Which slice of the packed layer it is, from 0.
+    in_features
+        H, columns of the adapter's A.
+    out_features
+        O, width of the slice.
+    """
+
+    table: LoRALayerTable
+    slice_index: int
+    in_features: int
+    out_features: int
+
+
+class PackedLinear(nn.Module):
+    """Projections of the same input in one matrix product: ``y = x W^T + b``, then the adapters' deltas.
+
+    Owns the weight, the bias and the LoRA table. Does not know what its slices mean.
+
+    Parameters
+    ----------
+    prefix
+        Checkpoint path of the slices' parent module, such as ``model.layers.0.self_attn``.
+    slices
+        Name and width O_s of each slice, in the order of the output's columns. One slice is an ordinary
+        linear layer.
+    in_features
+        H, the width of the input.
+    bias
+        True: every slice has a bias.
+    dtype, device
+        Of the weights, which are left uninitialised.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def __init__(
+        self,
+        prefix: str,
+        slices: Mapping[str, int],
+        in_features: int,
+        *,
+        bias: bool,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        super().__init__()
+        self.prefix = prefix
+        self.slice_names = tuple(slices)
+        self.output_slices = tuple(slices.values())
+        self.in_features = in_features
+        self.out_features = sum(self.output_slices)
+        weight = torch.empty(self.out_features, in_features, dtype=dtype, device=device)
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.bias = None
+        if bias:
+            self.bias = nn.Parameter(torch.empty(self.out_features, dtype=dtype, device=device), False)
+        self.lora_table = LoRALayerTable(self.output_slices, in_features)
+
+    def forward(self, x: Tensor, ctx: StepContext) -> Tensor:
+        """Give the base product plus the delta of each token's adapter.
+
+        Parameters
+        ----------
+        x
+            [T, H] of the layer's dtype.
+        ctx
+            The step; ``ctx.lora`` says which token has which adapter slot.
+
+        Returns
+        -------
+        Tensor
+            [T, sum(O_s)]: the slices' outputs side by side.
+
+        Raises
+        ------
+        LookupError
+            A token names an adapter slot that holds no adapter.
+        """
+        y = F.linear(x, self.weight, self.bias)
+        if ctx.lora is not None:
+            add_lora_linear(y, x, self.lora_table, ctx.lora)
+        return y
+
+    def checkpoint_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield each slice's checkpoint names with the part of the fused parameter that it fills."""
+        start = 0
+        for name, width in zip(self.slice_names, self.output_slices, strict=True):
+            yield f"{self.prefix}.{name}.weight", self.weight[start : start + width]
+            if self.bias is not None:
+                yield f"{self.prefix}.{name}.bias", self.bias[start : start + width]
+            start += width
+
+    def lora_targets(self) -> Iterator[tuple[str, LoRATarget]]:
+        """Yield each slice's full module path with its place in the LoRA table."""
+        for index, (name, width) in enumerate(zip(self.slice_names, self.output_slices, strict=True)):
+            yield f"{self.prefix}.{name}", LoRATarget(self.lora_table, index, self.in_features, width)

@@ -1,0 +1,207 @@
+"""One layer of the decoder: attention and gated feed-forward, with or without biases and head norms."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lora_serve.layers import (
+    AttentionBackend,
+    AttentionSpec,
+    KVLayer,
+    PackedLinear,
+    RMSNorm,
+    StepContext,
+    apply_rotary,
+)
+from lora_serve.models.config import ModelConfig
+
+NamedTensors = Iterator[tuple[str, Tensor]]
+
+
+class DecoderAttention(nn.Module):
+    """Self-attention of one layer, from hidden states to hidden states.
+
+    Parameters
+    ----------
+    config
+        The model.
+    layer
+        Index of the layer.
+    backend
+        Computes the attention itself.
+    device
+        Of the weights.
+    """
+
+    def __init__(
+        self, config: ModelConfig, layer: int, backend: AttentionBackend, device: torch.device
+    ) -> None:
+        super().__init__()
+        self.prefix = f"model.layers.{layer}.self_attn"
+        self.num_heads, self.num_kv_heads, self.head_dim = (
+            config.num_heads,
+            config.num_kv_heads,
+            config.head_dim,
+        )
+        q_size, kv_size = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        self.qkv_proj = PackedLinear(
+            self.prefix,
+            {"q_proj": q_size, "k_proj": kv_size, "v_proj": kv_size},
+            config.hidden_size,
+            bias=config.has_qkv_bias,
+            dtype=config.dtype,
+            device=device,
+        )
+        self.o_proj = PackedLinear(
+            self.prefix,
+            {"o_proj": config.hidden_size},
+            q_size,
+            bias=config.has_o_bias,
+            dtype=config.dtype,
+            device=device,
+        )
+        self.q_norm: RMSNorm | None = None
+        self.k_norm: RMSNorm | None = None
+        if config.has_qk_norm:
+            eps, dtype = config.rms_norm_eps, config.dtype
+            self.q_norm = RMSNorm(self.head_dim, eps, dtype=dtype, device=device)
+            self.k_norm = RMSNorm(self.head_dim, eps, dtype=dtype, device=device)
+        self._backend = backend
+        self.spec = AttentionSpec(
+            self.num_heads,
+            self.num_kv_heads,
+            self.head_dim,
+            scaling=self.head_dim**-0.5,
+            sliding_window=config.layer_windows[layer],
+        )
+
+    def forward(
+        self, hidden: Tensor, rotation: tuple[Tensor, Tensor], ctx: StepContext, kv_layer: KVLayer, plan: Any
+    ) -> Tensor:
+        """Attend.
+
+        Parameters
+        ----------
+        hidden
+            [T, H], normalised.
+        rotation
+            Cosine and sine of the step's positions.
+        ctx
+            The step.
+        kv_layer
+            The layer's KV pages; the step's tokens are written.
+        plan
+            The attention backend's plan of the step.
+
+        Returns
+        -------
+        Tensor
+            [T, H].
+        """
+        heads = self.qkv_proj.forward(hidden, ctx).view(hidden.shape[0], -1, self.head_dim)
+        query, key, value = torch.split(heads, [self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
+        if self.q_norm is not None and self.k_norm is not None:
+            query, key = self.q_norm.forward(query), self.k_norm.forward(key)
+        query, key = apply_rotary(query, *rotation), apply_rotary(key, *rotation)
+        attended = self._backend.forward(query, key, value, kv_layer, self.spec, plan)
+        return self.o_proj.forward(attended.flatten(1), ctx)
+
+    def checkpoint_tensors(self) -> NamedTensors:
+        """Yield checkpoint names with the tensors that they fill."""
+        yield from self.qkv_proj.checkpoint_tensors()
+        yield from self.o_proj.checkpoint_tensors()
+        if self.q_norm is not None and self.k_norm is not None:
+            yield f"{self.prefix}.q_norm.weight", self.q_norm.weight
+            yield f"{self.prefix}.k_norm.weight", self.k_norm.weight
+
+
+class DecoderMLP(nn.Module):
+    """The gated feed-forward part of one layer: ``down(silu(gate(x)) * up(x))``.
+
+    Parameters
+    ----------
+    config
+        The model.
+    layer
+        Index of the layer.
+    device
+        Of the weights.
+    """
+
+    def __init__(self, config: ModelConfig, layer: int, device: torch.device) -> None:
+        super().__init__()
+        prefix, size = f"model.layers.{layer}.mlp", config.intermediate_size
+        self.gate_up_proj = PackedLinear(
+            prefix,
+            {"gate_proj": size, "up_proj": size},
+            config.hidden_size,
+            bias=config.has_mlp_bias,
+            dtype=config.dtype,
+            device=device,
+        )
+        self.down_proj = PackedLinear(
+            prefix,
+            {"down_proj": config.hidden_size},
+            size,
+            bias=config.has_mlp_bias,
+            dtype=config.dtype,
+            device=device,
+        )
+
+    def forward(self, hidden: Tensor, ctx: StepContext) -> Tensor:
+        """Transform [T, H], normalised, to [T, H]."""
+        gate, up = self.gate_up_proj.forward(hidden, ctx).chunk(2, dim=-1)
+        return self.down_proj.forward(F.silu(gate) * up, ctx)
+
+
+class DecoderLayer(nn.Module):
+    """One layer: attention and feed-forward, each behind a norm and beside a residual.
+
+    Parameters
+    ----------
+    config
+        The model.
+    layer
+        Index of the layer.
+    backend
+        Computes the attention itself.
+    device
+        Of the weights.
+    """
+
+    def __init__(
+        self, config: ModelConfig, layer: int, backend: AttentionBackend, device: torch.device
+    ) -> None:
+        super().__init__()
+        self.prefix = f"model.layers.{layer}"
+        size, eps, dtype = config.hidden_size, config.rms_norm_eps, config.dtype
+        self.input_layernorm = RMSNorm(size, eps, dtype=dtype, device=device)
+        self.self_attn = DecoderAttention(config, layer, backend, device)
+        self.post_attention_layernorm = RMSNorm(size, eps, dtype=dtype, device=device)
+        self.mlp = DecoderMLP(config, layer, device)
+
+    def forward(
+        self, hidden: Tensor, rotation: tuple[Tensor, Tensor], ctx: StepContext, kv_layer: KVLayer, plan: Any
+    ) -> Tensor:
+        """Transform the residual stream [T, H]; parameters as in :class:`DecoderAttention`."""
+        normed = self.input_layernorm.forward(hidden)
+        hidden = hidden + self.self_attn.forward(normed, rotation, ctx, kv_layer, plan)
+        return hidden + self.mlp.forward(self.post_attention_layernorm.forward(hidden), ctx)
+
+    def packed_linears(self) -> tuple[PackedLinear, ...]:
+        """Give the layer's linear projections."""
+        attention, mlp = self.self_attn, self.mlp
+        return attention.qkv_proj, attention.o_proj, mlp.gate_up_proj, mlp.down_proj
+
+    def checkpoint_tensors(self) -> NamedTensors:
+        """Yield checkpoint names with the tensors that they fill."""
+        yield f"{self.prefix}.input_layernorm.weight", self.input_layernorm.weight
+        yield f"{self.prefix}.post_attention_layernorm.weight", self.post_attention_layernorm.weight
+        yield from self.self_attn.checkpoint_tensors()
+        yield from self.mlp.gate_up_proj.checkpoint_tensors()
+        yield from self.mlp.down_proj.checkpoint_tensors()

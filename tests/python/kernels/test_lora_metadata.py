@@ -1,0 +1,73 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lora_serve.kernels import build_lora_metadata
+
+
+def test_groups_interleaved_tokens_by_slot_in_stable_order():
+    metadata = build_lora_metadata(torch.tensor([3, -1, 0, 3, -1, 7], dtype=torch.int32), max_loras=4)
+
+    assert metadata.token_lora_mapping.tolist() == [3, -1, 0, 3, -1, 7]
+    assert metadata.token_indices_sorted_by_lora_ids.tolist() == [1, 4, 2, 0, 3, 5]
+    assert metadata.active_lora_ids.tolist() == [-1, 0, 3, 7, -1]
+    assert metadata.num_tokens_per_lora.tolist() == [2, 1, 2, 1, 0]
+    assert metadata.lora_token_start_loc.tolist() == [0, 2, 3, 5, 6, 6]
+    assert not metadata.no_adapter
+    assert [(s.slot, s.rows.tolist()) for s in metadata.segments] == [(0, [2]), (3, [0, 3]), (7, [5])]
+
+
+def test_dtypes_are_int32():
+    metadata = build_lora_metadata(torch.tensor([1, -1]), max_loras=2)
+    tensors = (
+        metadata.token_lora_mapping,
+        metadata.token_indices_sorted_by_lora_ids,
+        metadata.num_tokens_per_lora,
+        metadata.lora_token_start_loc,
+        metadata.active_lora_ids,
+    )
+    assert {tensor.dtype for tensor in tensors} == {torch.int32}
+
+
+def test_step_without_base_tokens_has_no_base_group():
+    metadata = build_lora_metadata(torch.tensor([5, 5, 2]), max_loras=2)
+    assert metadata.active_lora_ids.tolist() == [2, 5, -1]
+    assert metadata.num_tokens_per_lora.tolist() == [1, 2, 0]
+
+
+@pytest.mark.parametrize("mapping", [[], [-1], [-1, -1, -1]])
+def test_step_without_adapters_sets_the_flag_and_has_no_segments(mapping):
+    metadata = build_lora_metadata(torch.tensor(mapping, dtype=torch.int32), max_loras=3)
+    assert metadata.no_adapter
+    assert metadata.segments == ()
+    assert metadata.num_tokens == len(mapping)
+    assert metadata.num_tokens_per_lora.tolist() == [len(mapping), 0, 0, 0]
+
+
+def test_largest_number_of_adapters_beside_base_tokens_fits():
+    metadata = build_lora_metadata(torch.tensor([2, 1, 0, -1]), max_loras=3)
+    assert metadata.active_lora_ids.tolist() == [-1, 0, 1, 2]
+    assert metadata.lora_token_start_loc.tolist() == [0, 1, 2, 3, 4]
+
+
+def test_later_change_of_the_given_mapping_does_not_reach_the_metadata():
+    mapping = torch.tensor([1, -1], dtype=torch.int32)
+    metadata = build_lora_metadata(mapping, max_loras=2)
+    mapping.fill_(-1)
+    assert metadata.token_lora_mapping.tolist() == [1, -1]
+
+
+@pytest.mark.parametrize(
+    ("mapping", "max_loras", "message"),
+    [
+        (torch.tensor([0, 1, 2]), 2, "3 distinct adapters, expected at most 2"),
+        (torch.tensor([-2, 0]), 2, "slot -2"),
+        (torch.tensor([[0]]), 2, r"expected \[T\]"),
+        (torch.tensor([0.0]), 2, "torch.float32"),
+        (torch.tensor([0]), 0, "max_loras is 0"),
+    ],
+)
+def test_bad_mapping_is_refused(mapping, max_loras, message):
+    with pytest.raises(ValueError, match=message):
+        build_lora_metadata(mapping, max_loras)

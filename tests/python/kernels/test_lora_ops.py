@@ -1,0 +1,209 @@
+"""Shrink, expand and both together against an exact oracle, element by element."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from kernels.lora_cases import LAST_SLOT, LoRACase, has_same_bits, make_case
+from lora_serve.kernels import LoRALayerTable, add_lora_linear, build_lora_metadata, lora_expand, lora_shrink
+from lora_serve.kernels.reference import (
+    ReferenceResult,
+    find_bound_violations,
+    lora_expand_reference,
+    lora_shrink_reference,
+)
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
+RANKS = [1, 3, 5, 8, 64]
+
+# Interleaved adapters of unequal ranks, modules missing on some slices, one adapter without any, base tokens
+# between, the last slot in use, and slot 2 installed but absent from the step.
+MIXED_RANKS = {
+    0: (3, None, 5),
+    1: (None, 1, 64),
+    2: (8, 8, 8),
+    4: (None, None, None),
+    LAST_SLOT: (8, 64, 1),
+}
+MIXED = [LAST_SLOT, -1, 0, 1, -1, 0, LAST_SLOT, 4, 1, 0, -1]
+
+
+def assert_within_bounds(actual: torch.Tensor, expected: ReferenceResult) -> None:
+    assert actual.shape == expected.value.shape
+    violations = find_bound_violations(actual, expected)
+    assert violations.numel() == 0, (
+        f"{len(violations)} elements are off, the first at {violations[0].tolist()}"
+    )
+
+
+def check_shrink(case: LoRACase) -> None:
+    v = lora_shrink(case.x, case.table, case.metadata)
+    assert v.dtype == case.x.dtype
+    assert_within_bounds(v, lora_shrink_reference(case.x, case.table, case.mapping, case.max_rank))
+
+
+def check_expand(case: LoRACase, *, offset_start: int = 0) -> None:
+    v = lora_shrink(case.x, case.table, case.metadata)
+    wide = torch.cat([case.y.new_full((len(case.y), offset_start), float("nan")), case.y], dim=1)
+    expected = lora_expand_reference(wide, v, case.table, case.mapping, offset_start=offset_start)
+    y = wide.clone()
+    lora_expand(y, v, case.table, case.metadata, offset_start=offset_start)
+    assert_within_bounds(y, expected)
+    untouched = expected.bound == 0
+    assert has_same_bits(y[untouched], wide[untouched])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rank", RANKS)
+def test_shrink_and_expand_are_exact_to_rounding_for_every_rank(rank, dtype):
+    case = make_case(MIXED, dict.fromkeys(MIXED_RANKS, (rank, rank, rank)), dtype=dtype, seed=rank)
+    check_shrink(case)
+    check_expand(case)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_shrink_and_expand_are_exact_to_rounding_for_mixed_ranks_and_missing_modules(dtype):
+    case = make_case(MIXED, MIXED_RANKS, dtype=dtype)
+    check_shrink(case)
+    check_expand(case)
+
+
+@pytest.mark.parametrize("mapping", [[LAST_SLOT], [-1], [0] * 17, [-1] * 5, [], [1, -1] * 9])
+@pytest.mark.parametrize(("output_slices", "in_features"), [((1,), 1), ((31,), 67), ((9, 2, 2, 11, 1), 33)])
+def test_shrink_and_expand_are_exact_to_rounding_for_odd_sizes(mapping, output_slices, in_features):
+    ranks: dict[int, tuple[int | None, ...]] = {
+        slot: tuple(rank for _ in output_slices) for slot, rank in ((0, 5), (1, 3), (LAST_SLOT, 8))
+    }
+    case = make_case(mapping, ranks, output_slices=output_slices, in_features=in_features)
+    check_shrink(case)
+    check_expand(case)
+
+
+@pytest.mark.parametrize("offset_start", [1, 6])
+def test_expand_writes_from_offset_start_on_and_nothing_before(offset_start):
+    check_expand(make_case(MIXED, MIXED_RANKS), offset_start=offset_start)
+
+
+def test_expand_without_add_inputs_overwrites_nan_in_adapter_rows_only():
+    case = make_case(MIXED, MIXED_RANKS)
+    v = lora_shrink(case.x, case.table, case.metadata)
+    y = torch.full((len(MIXED), 18), float("nan"))
+    expected = lora_expand_reference(y, v, case.table, case.mapping, offset_start=2, add_inputs=False)
+
+    lora_expand(y, v, case.table, case.metadata, offset_start=2, add_inputs=False)
+
+    assert_within_bounds(y, expected)
+    has_adapter = case.mapping >= 0
+    assert y[has_adapter, 2:17].isfinite().all()
+    assert y[~has_adapter].isnan().all()
+    assert y[:, :2].isnan().all()
+    assert y[:, 17:].isnan().all()
+
+
+def test_expand_without_add_inputs_gives_zero_where_the_adapter_has_no_module():
+    case = make_case([0, 4], MIXED_RANKS)
+    y = torch.full_like(case.y, float("nan"))
+    lora_expand(
+        y, lora_shrink(case.x, case.table, case.metadata), case.table, case.metadata, add_inputs=False
+    )
+    assert (y[0, 7:12] == 0).all()
+    assert (y[1] == 0).all()
+
+
+def test_shrink_rows_without_adapter_are_zero_even_for_nan_inputs():
+    case = make_case(MIXED, MIXED_RANKS)
+    without = case.mapping < 0
+    case.x[without] = float("nan")
+    v = lora_shrink(case.x, case.table, case.metadata)
+    assert (v[:, without] == 0).all()
+    assert v.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_scaling_is_applied_before_rounding(dtype):
+    """A product that overflows or loses bits unscaled is right when it is scaled in fp32 first."""
+    table = LoRALayerTable((1,), 3)
+    case = make_case([0], {0: (1,)}, output_slices=(1,), in_features=3, dtype=dtype)
+    weights = case.table.get(0)
+    assert weights is not None
+    assert weights[0] is not None
+    large = torch.full((1, 3), 250.0, dtype=dtype)
+    table.install(0, (type(weights[0])(large, weights[0].b, 1e-3),))
+    v = lora_shrink(large, table, case.metadata)
+    assert v.item() == pytest.approx(187.5, rel=1e-2)
+
+
+def test_dtype_of_the_output_never_changes_with_fp32_scaling():
+    case = make_case(MIXED, MIXED_RANKS, dtype=torch.bfloat16)
+    y = case.y.clone()
+    add_lora_linear(y, case.x, case.table, case.metadata)
+    assert lora_shrink(case.x, case.table, case.metadata).dtype == torch.bfloat16
+    assert y.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_add_lora_linear_equals_expand_of_shrink_and_repeats_bit_for_bit(dtype):
+    case = make_case(MIXED, MIXED_RANKS, dtype=dtype)
+    expected = case.y.clone()
+    lora_expand(expected, lora_shrink(case.x, case.table, case.metadata), case.table, case.metadata)
+    first, second = case.y.clone(), case.y.clone()
+    add_lora_linear(first, case.x, case.table, case.metadata)
+    add_lora_linear(second, case.x, case.table, case.metadata)
+    assert has_same_bits(first, expected)
+    assert has_same_bits(first, second)
+    assert has_same_bits(first[case.mapping < 0], case.y[case.mapping < 0])
+    assert not torch.equal(first[0], case.y[0])
+
+
+def test_add_lora_linear_changes_a_view_of_a_larger_output():
+    case = make_case(MIXED, MIXED_RANKS)
+    expected = case.y.clone()
+    add_lora_linear(expected, case.x, case.table, case.metadata)
+    outer = torch.full((len(MIXED) + 2, 20), float("nan"))
+    view = outer[1:-1, 3:18]
+    view.copy_(case.y)
+    add_lora_linear(view, case.x, case.table, case.metadata)
+    assert has_same_bits(view, expected)
+    assert outer[0].isnan().all()
+    assert outer[:, 18:].isnan().all()
+
+
+@pytest.mark.parametrize("metadata", [None, build_lora_metadata(torch.tensor([-1, -1]), 2)])
+def test_step_without_adapters_does_not_even_look_at_its_inputs(metadata):
+    y = torch.tensor([[1.0, -0.0], [float("nan"), 2.0]])
+    before = y.clone()
+    add_lora_linear(y, torch.zeros(0), LoRALayerTable((2,), 4), metadata)
+    assert has_same_bits(y, before)
+
+
+def test_token_of_an_empty_slot_is_an_error_not_the_base_model():
+    case = make_case(MIXED, MIXED_RANKS)
+    case.table.clear(1)
+    before = case.y.clone()
+    with pytest.raises(LookupError, match="slot 1 holds no adapter but 2 tokens"):
+        add_lora_linear(case.y, case.x, case.table, case.metadata)
+    assert has_same_bits(case.y, before)
+
+
+def test_wrong_shapes_are_refused():
+    case = make_case(MIXED, MIXED_RANKS)
+    v = lora_shrink(case.x, case.table, case.metadata)
+    with pytest.raises(ValueError, match="x has shape"):
+        lora_shrink(case.x[:, :-1], case.table, case.metadata)
+    with pytest.raises(ValueError, match="x has shape"):
+        lora_shrink(case.x[:-1], case.table, case.metadata)
+    with pytest.raises(ValueError, match="O >= 15"):
+        lora_expand(case.y[:, :-1], v, case.table, case.metadata)
+    with pytest.raises(ValueError, match="offset_start 1"):
+        lora_expand(case.y, v, case.table, case.metadata, offset_start=1)
+    with pytest.raises(ValueError, match="offset_start -1"):
+        lora_expand(case.y, v, case.table, case.metadata, offset_start=-1)
+    with pytest.raises(ValueError, match="y has shape"):
+        lora_expand(case.y[:-1], v, case.table, case.metadata)
+    with pytest.raises(ValueError, match="v has shape"):
+        lora_expand(case.y, v[:-1], case.table, case.metadata)
+    with pytest.raises(ValueError, match="v has shape"):
+        lora_expand(case.y, v.half(), case.table, case.metadata)
+    with pytest.raises(ValueError, match="columns of rank"):
+        lora_expand(case.y, v[:, :, :3], case.table, case.metadata)

@@ -1,0 +1,111 @@
+"""Packed linear layers: the base product, checkpoint parts, LoRA targets and the LoRA seam."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lora_serve.kernels import LoRASliceWeights
+from lora_serve.layers import PackedLinear
+from support.paged_sequences import PagedSequences
+
+IN_FEATURES = 24
+SLICES = {"q_proj": 40, "k_proj": 8, "v_proj": 16}
+
+
+def make_linear(bias: bool = True) -> PackedLinear:
+    linear = PackedLinear(
+        "model.layers.3.self_attn",
+        SLICES,
+        IN_FEATURES,
+        bias=bias,
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+    )
+    generator = torch.Generator().manual_seed(0)
+    for _, part in linear.checkpoint_tensors():
+        part.copy_(torch.randn(part.shape, generator=generator))
+    return linear
+
+
+def make_module(rank: int, width: int, scaling: float, seed: int) -> LoRASliceWeights:
+    generator = torch.Generator().manual_seed(seed)
+    a = torch.randn(rank, IN_FEATURES, generator=generator)
+    return LoRASliceWeights(a, torch.randn(rank, width, generator=generator), scaling)
+
+
+def base_product(linear: PackedLinear, x: torch.Tensor) -> torch.Tensor:
+    y = x.double() @ linear.weight.double().T
+    return y if linear.bias is None else y + linear.bias.double()
+
+
+def delta(x: torch.Tensor, module: LoRASliceWeights) -> torch.Tensor:
+    return module.scaling * (x.double() @ module.a.double().T) @ module.b.double()
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_two_adapters_and_base_rows_in_one_step_equal_the_products_by_hand(bias: bool) -> None:
+    linear = make_linear(bias)
+    first = (make_module(5, 40, 0.5, 1), None, make_module(3, 16, -2.0, 2))
+    second = (None, make_module(8, 8, 1.25, 3), make_module(1, 16, 0.1, 4))
+    linear.lora_table.install(2, first)
+    linear.lora_table.install(7, second)
+    chunks = [("a", 1), ("b", 3), ("c", 1), ("d", 2), ("e", 1)]
+    slots = [7, 2, -1, 7, 2]
+    context = PagedSequences(4).step(chunks, slots)
+    x = torch.randn(8, IN_FEATURES, generator=torch.Generator().manual_seed(9))
+
+    y = linear.forward(x, context)
+
+    expected = base_product(linear, x)
+    for rows, weights in (([1, 2, 3, 7], first), ([0, 5, 6], second)):
+        start = 0
+        for width, module in zip(SLICES.values(), weights, strict=True):
+            if module is not None:
+                expected[rows, start : start + width] += delta(x[rows], module)
+            start += width
+    torch.testing.assert_close(y.double(), expected, atol=1e-4, rtol=0)
+    assert torch.equal(y[4], torch.nn.functional.linear(x, linear.weight, linear.bias)[4])
+
+
+def test_a_step_without_adapters_is_the_base_product_alone() -> None:
+    linear = make_linear()
+    linear.lora_table.install(0, (make_module(4, 40, 1.0, 1), None, None))
+    x = torch.randn(3, IN_FEATURES, generator=torch.Generator().manual_seed(9))
+    expected = torch.nn.functional.linear(x, linear.weight, linear.bias)
+
+    for slots in (None, [-1]):
+        context = PagedSequences(4).step([("a", 3)], slots)
+        assert torch.equal(linear.forward(x, context), expected)
+
+
+def test_a_token_of_an_empty_adapter_slot_is_refused() -> None:
+    context = PagedSequences(4).step([("a", 2)], [1])
+    with pytest.raises(LookupError, match="slot 1"):
+        make_linear().forward(torch.zeros(2, IN_FEATURES), context)
+
+
+def test_checkpoint_parts_are_disjoint_and_cover_the_fused_parameters() -> None:
+    linear = make_linear()
+    parts = dict(linear.checkpoint_tensors())
+
+    assert list(parts) == [
+        f"model.layers.3.self_attn.{name}.{kind}" for name in SLICES for kind in ("weight", "bias")
+    ]
+    for value, part in enumerate(parts.values()):
+        part.fill_(value)
+    rows = torch.repeat_interleave(torch.tensor([0.0, 2.0, 4.0]), torch.tensor(list(SLICES.values())))
+    assert torch.equal(linear.weight, rows[:, None].expand(-1, IN_FEATURES))
+    assert torch.equal(linear.bias, rows + 1)
+
+
+def test_lora_targets_name_every_slice_with_its_shape() -> None:
+    linear = make_linear()
+
+    targets = dict(linear.lora_targets())
+
+    assert list(targets) == [f"model.layers.3.self_attn.{name}" for name in SLICES]
+    for index, (target, width) in enumerate(zip(targets.values(), SLICES.values(), strict=True)):
+        assert target.table is linear.lora_table
+        assert (target.slice_index, target.in_features, target.out_features) == (index, IN_FEATURES, width)
+    assert linear.lora_table.output_slices == tuple(SLICES.values())
