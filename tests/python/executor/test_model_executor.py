@@ -1,0 +1,318 @@
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+from lora_serve.common.config import EngineConfig
+from lora_serve.common.errors import InternalError, InvalidArgumentError
+from lora_serve.executor.model_executor import ModelExecutor
+from lora_serve.kernels.lora_weights import LoRASliceWeights
+from lora_serve.lora.peft_adapter import HostAdapter
+from lora_serve.testing.models import make_random_model
+
+from .hand_made_run import HandMadeRun
+from .plans import PlanStandIn
+from .scheduler_run import SchedulerRun
+from .states import make_state
+
+VOCAB = 256
+PAGE_SIZE = 4
+
+
+@pytest.fixture(scope="module")
+def model_path(tmp_path_factory) -> str:
+    path = tmp_path_factory.mktemp("model")
+    make_random_model(path, "Qwen3ForCausalLM", vocab_size=VOCAB, eos_token_id=[7, 9])
+    return str(path)
+
+
+class Reference:
+    """The model by transformers: one request at a time, no KV cache, adapters merged into the weights."""
+
+    def __init__(self, model_path: str) -> None:
+        from transformers import AutoModelForCausalLM
+
+        self._model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
+        self._known: dict[tuple, list[int]] = {}
+
+    @torch.inference_mode()
+    def greedy(self, prompt: list[int], num_output: int, adapter: HostAdapter | None = None) -> list[int]:
+        key = (tuple(prompt), num_output, id(adapter))
+        if key not in self._known:
+            self._merge(adapter, 1.0)
+            tokens = list(prompt)
+            for _ in range(num_output):
+                tokens.append(int(self._model(torch.tensor([tokens])).logits[0, -1].argmax()))
+            self._merge(adapter, -1.0)
+            self._known[key] = tokens[len(prompt) :]
+        return self._known[key]
+
+    def _merge(self, adapter: HostAdapter | None, sign: float) -> None:
+        for module, weights in (adapter.modules if adapter else {}).items():
+            delta = sign * weights.scaling * (weights.b.T @ weights.a)
+            self._model.get_submodule(module).weight += delta
+
+
+@pytest.fixture(scope="module")
+def reference(model_path) -> Reference:
+    return Reference(model_path)
+
+
+def _executor(model_path: str, **fields) -> ModelExecutor:
+    defaults = {"page_size": PAGE_SIZE, "num_device_pages": 64, "max_num_seqs": 8, "max_model_len": 64}
+    return ModelExecutor(EngineConfig(model=model_path, **{**defaults, **fields}))
+
+
+def _run(executor: ModelExecutor, **options) -> SchedulerRun:
+    defaults = {"page_size": PAGE_SIZE, "max_num_seqs": 8, "max_num_batched_tokens": 64, "max_loras": 2}
+    return SchedulerRun(executor, **{**defaults, **options})
+
+
+def _prompt(length: int, seed: int = 0) -> list[int]:
+    return np.random.default_rng(seed).integers(0, VOCAB, length).tolist()
+
+
+def _greedy(prompt: list[int], **params):
+    return make_state(prompt, vocab_size=VOCAB, temperature=0.0, **params)
+
+
+def _adapter(executor: ModelExecutor, seed: int, lora_rank: int, modules: tuple[str, ...]) -> HostAdapter:
+    """Random weights with an effect as large as the model's own."""
+    generator = torch.Generator().manual_seed(seed)
+    weights = {}
+    for module, target in executor._model.lora_targets().items():
+        if module.endswith(modules):
+            a = torch.randn(lora_rank, target.in_features, generator=generator) * target.in_features**-0.5
+            b = torch.randn(lora_rank, target.out_features, generator=generator) * lora_rank**-0.5
+            weights[module] = LoRASliceWeights(a, b, scaling=1.5)
+    return HostAdapter(f"adapter-{seed}", weights, f"digest-{seed}", 1, lora_rank)
+
+
+# --- With the real scheduler, against transformers ----------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("num_pages", "chunk"),
+    [(64, 64), (64, 9), (16, 16), (16, 8)],
+    ids=["whole prompts", "chunks", "preemption", "preemption and chunks"],
+)
+def test_greedy_tokens_equal_transformers(model_path, reference, num_pages, chunk):
+    run = _run(_executor(model_path, num_device_pages=num_pages), max_num_batched_tokens=chunk)
+    prompts = [_prompt(length, seed=length) for length in (1, 3, 4, 11, 21, 30)]
+
+    for request_id, prompt in enumerate(prompts):
+        run.add(request_id, _greedy(prompt), max_tokens=16)
+        run.step()
+    run.finish()
+
+    for request_id, prompt in enumerate(prompts):
+        assert run.states[request_id].output_token_ids == reference.greedy(prompt, 16)
+    assert (run.scheduler.stats().total_preemptions > 0) == (num_pages == 16)
+
+
+def test_prefix_hits_do_not_change_tokens(model_path, reference):
+    run = _run(_executor(model_path))
+    head = _prompt(18)
+    prompts = [head, head, head[:16], [*head[:10], 5, 6, 7], [*head, *_prompt(9, seed=1)]]
+
+    for request_id, prompt in enumerate(prompts):
+        run.add(request_id, _greedy(prompt), max_tokens=8)
+        run.finish()
+
+    assert [run.num_cached_tokens[i] for i in range(5)] == [0, 16, 12, 8, 16]
+    for request_id, prompt in enumerate(prompts):
+        assert run.states[request_id].output_token_ids == reference.greedy(prompt, 8)
+
+
+def test_adapters_and_base_mixed_in_a_step_equal_transformers_with_merged_weights(model_path, reference):
+    executor = _executor(model_path, num_device_pages=24)
+    run = _run(executor, max_num_batched_tokens=10)
+    adapters: dict[int, HostAdapter | None] = {
+        0: None,
+        1: _adapter(executor, 1, 3, ("q_proj", "o_proj")),
+        2: _adapter(
+            executor, 2, 8, ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+        ),
+        3: _adapter(executor, 3, 1, ("down_proj", "gate_proj")),
+    }
+    for adapter_id in (1, 2, 3):
+        executor.lora.add(adapter_id, adapters[adapter_id])
+        run.scheduler.open_adapter(adapter_id=adapter_id, digest_seed=adapter_id, size_bytes=1)
+    mixes = set()
+    run.on_plan = lambda plan: mixes.add(len(set(plan.adapter_slots.tolist())))
+    prompts = [_prompt(13), _prompt(14, seed=5)]
+
+    wanted = list(itertools.product(prompts, adapters))
+    for request_id, (prompt, adapter_id) in enumerate(wanted):
+        run.add(request_id, _greedy(prompt), 12, adapter_id)
+    run.finish()
+
+    assert max(mixes) == 3  # two adapters and the base in one step
+    answers = set()
+    for request_id, (prompt, adapter_id) in enumerate(wanted):
+        expected = reference.greedy(prompt, 12, adapters[adapter_id])
+        assert run.states[request_id].output_token_ids == expected, adapter_id
+        answers.add(tuple(expected))
+    assert len(answers) == len(wanted)
+
+
+def test_seeded_random_tokens_do_not_change_with_company_and_preemption(model_path):
+    params = {
+        "temperature": 1.0,
+        "top_p": 0.95,
+        "seed": 5,
+        "repetition_penalty": 1.2,
+        "presence_penalty": 0.5,
+    }
+    prompt = _prompt(9)
+    alone = _run(_executor(model_path))
+    alone.add(0, make_state(prompt, vocab_size=VOCAB, **params), max_tokens=20)
+    alone.finish()
+    run = _run(_executor(model_path, num_device_pages=16), max_num_batched_tokens=11)
+    preempted = set()
+    run.on_plan = lambda plan: preempted.update(
+        int(request_id)
+        for request_id, computed in zip(plan.request_ids, plan.num_computed_tokens, strict=True)
+        if computed < len(prompt) and run.states[int(request_id)].output_token_ids
+    )
+
+    for request_id in range(8):
+        state = make_state(
+            prompt, vocab_size=VOCAB, **{**params, "seed": 5 if request_id % 2 else request_id}
+        )
+        run.add(request_id, state, max_tokens=20)
+    run.finish()
+
+    outputs = [run.states[request_id].output_token_ids for request_id in range(8)]
+    expected = alone.states[0].output_token_ids
+    assert preempted & {1, 3, 5, 7}
+    assert [outputs[i] for i in (1, 3, 5, 7)] == [expected] * 4
+    assert len({tuple(output) for output in outputs}) == 5
+
+
+# --- Adapters, by hand-made plans ---------------------------------------------------------------------------
+
+
+def test_failed_load_is_reported_and_the_rest_of_the_plan_is_done(model_path, reference):
+    executor = _executor(model_path)
+    adapter = _adapter(executor, 1, 2, ("v_proj",))
+    executor.lora.add(5, adapter)
+    run = HandMadeRun(executor, _greedy(_prompt(6)), [0, 1, 2])
+    plan = run.plan(6)
+    plan.load_adapter_ids, plan.load_adapter_slots = np.array([4, 5]), np.array([1, 0], dtype=np.int32)
+
+    result = executor.execute(plan, [run.state])
+
+    assert result.loaded_adapter_ids == [5]
+    assert list(result.failed_adapter_ids) == [4]
+    assert "adapter generation 4" in result.failed_adapter_ids[4]
+    assert run.state.output_token_ids == reference.greedy(_prompt(6), 1)
+    other = HandMadeRun(executor, _greedy(_prompt(6)), [3, 4, 5], row=1, slot=0)
+    other.finish([6], 3)
+    assert other.state.output_token_ids == reference.greedy(_prompt(6), 3, adapter)
+
+
+def test_drained_adapter_is_gone_before_its_slot_is_loaded(model_path, reference):
+    executor = _executor(model_path)
+    first, second = _adapter(executor, 1, 2, ("v_proj", "down_proj")), _adapter(executor, 2, 2, ("q_proj",))
+    executor.lora.add(1, first)
+    executor.lora.add(2, second)
+    executor.execute(PlanStandIn(loads=[(1, 0)]), [])
+
+    result = executor.execute(PlanStandIn(plan_id=2, drained=[1, 99], loads=[(2, 0)]), [])
+
+    assert (result.plan_id, result.loaded_adapter_ids, result.failed_adapter_ids) == (2, [2], {})
+    assert result.sampled_token_ids.shape == (0,)
+    assert [entry.adapter_id for entry in executor.lora.snapshot()] == [2]
+    run = HandMadeRun(executor, _greedy(_prompt(6)), [3, 4, 5], slot=0)
+    run.finish([6], 3)
+    assert run.state.output_token_ids == reference.greedy(_prompt(6), 3, second)
+
+
+# --- Rows -------------------------------------------------------------------------------------------------
+
+
+def test_row_with_nan_fails_alone(model_path, reference):
+    executor = _executor(model_path)
+    states = [_greedy(_prompt(6, seed=seed)) for seed in range(3)]
+    runs = [HandMadeRun(executor, state, [4 * i, 4 * i + 1], row=i) for i, state in enumerate(states)]
+    for run in runs:
+        run.step(6)
+    executor._kv_layers[0].v[4] = torch.nan
+    plans = [run.plan(1) for run in runs]
+
+    result = executor.execute(
+        PlanStandIn(
+            plan_id=9,
+            rows=[row for plan in plans for row in plan.rows],
+            tokens=[token for plan in plans for token in plan.tokens],
+        ),
+        states,
+    )
+
+    assert list(result.row_errors) == [1]
+    assert "not finite" in result.row_errors[1]
+    assert [len(state.output_token_ids) for state in states] == [2, 1, 2]
+    assert result.sampled_token_ids[1] == -1
+    for row in (0, 2):
+        assert states[row].output_token_ids == reference.greedy(_prompt(6, seed=row), 2)
+        assert result.sampled_token_ids[row] == states[row].output_token_ids[-1]
+
+
+def test_logits_are_computed_only_for_rows_that_sample(model_path, monkeypatch):
+    executor = _executor(model_path)
+    num_rows = []
+    compute_logits = executor._model.compute_logits
+    monkeypatch.setattr(
+        executor._model,
+        "compute_logits",
+        lambda hidden: (num_rows.append(len(hidden)), compute_logits(hidden))[1],
+    )
+
+    run = HandMadeRun(executor, _greedy(_prompt(10), logprobs=1), [0, 1, 2])
+    results = run.finish([4, 6], 2)
+
+    assert num_rows == [1, 1]
+    assert [result.sampled_token_ids.tolist() for result in results] == [
+        [-1],
+        [run.state.output_token_ids[0]],
+        [run.state.output_token_ids[1]],
+    ]
+    assert [result.logprobs[0] is None for result in results] == [True, False, False]
+    assert results[2].logprobs[0].token_id == run.state.output_token_ids[1]
+
+
+def test_plan_that_does_not_fit_its_states_is_an_internal_error(model_path):
+    executor = _executor(model_path)
+    run = HandMadeRun(executor, _greedy(_prompt(4)), [0, 1])
+
+    with pytest.raises(InternalError, match="1 rows but came with 0 states"):
+        executor.execute(run.plan(4), [])
+    run.step(4)
+    run.state.append_output(3, 5)
+    with pytest.raises(InternalError, match="next position is 6"):
+        run.executor.execute(
+            PlanStandIn(rows=[{"num_computed_tokens": 4}], tokens=[1], deltas=[(0, 0, [0, 1])]), [run.state]
+        )
+
+
+# --- Sizes ------------------------------------------------------------------------------------------------
+
+
+def test_sizes_come_from_configuration_and_model(model_path):
+    executor = _executor(model_path, num_device_pages=10, max_model_len=None)
+
+    assert executor.num_device_pages == 10
+    assert executor.max_model_len == 40
+    assert executor.vocab_size == VOCAB
+    assert executor.eos_token_ids == (7, 9)
+    executor.close()
+    executor.close()
+
+
+def test_max_model_len_beyond_the_pages_is_refused_with_numbers(model_path):
+    with pytest.raises(InvalidArgumentError, match=r"max_model_len is 64 .* 10 KV pages of 4 tokens hold 40"):
+        _executor(model_path, num_device_pages=10)
