@@ -1,0 +1,62 @@
+"""What the routes of one server share."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from dataclasses import dataclass, field
+
+from fastapi import Request
+
+from lora_serve.engine.engine_client import AsyncEngineClient
+from lora_serve.server.settings import ServerSettings
+
+
+@dataclass(frozen=True)
+class ServerContext:
+    """The engine and the settings of one server.
+
+    Parameters
+    ----------
+    client : AsyncEngineClient
+        A started client.
+    settings : ServerSettings
+        The server's settings.
+    started_at : int
+        Unix time in seconds.
+    """
+
+    client: AsyncEngineClient
+    settings: ServerSettings
+    started_at: int = field(default_factory=lambda: int(time.time()))
+
+
+def context_of(request: Request) -> ServerContext:
+    """Give the context of the application that serves `request`."""
+    context = request.app.state.context
+    assert isinstance(context, ServerContext)
+    return context
+
+
+@dataclass(frozen=True)
+class AnswerHeader:
+    """What every body of one answer repeats.
+
+    Parameters
+    ----------
+    answer_id : str
+        Unique, with the prefix that OpenAI gives the kind of answer.
+    created : int
+        Unix time in seconds.
+    model : str
+        As the request named it.
+    """
+
+    answer_id: str
+    created: int
+    model: str
+
+    @classmethod
+    def make(cls, prefix: str, model: str) -> AnswerHeader:
+        """Give a new answer's header."""
+        return cls(answer_id=f"{prefix}-{uuid.uuid4().hex}", created=int(time.time()), model=model)

@@ -1,0 +1,115 @@
+"""The one place where errors become HTTP answers, all of the shape {"error": {...}}."""
+
+from __future__ import annotations
+
+import logging
+from http import HTTPStatus
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, Response
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+
+from lora_serve.common.errors import (
+    AdapterConflictError,
+    AdapterNotFoundError,
+    CapacityError,
+    InvalidArgumentError,
+    LoraServeError,
+    NotFoundError,
+)
+from lora_serve.server.request_errors import BodyTooLargeError
+
+logger = logging.getLogger(__name__)
+
+CLIENT_CLOSED_REQUEST = 499
+"""Status in the log of a request whose client went away; nobody receives it."""
+
+_STATUS_OF_ERROR: tuple[tuple[type[LoraServeError], int, str, str | None], ...] = (
+    (BodyTooLargeError, 413, "invalid_request_error", "body_too_large"),
+    (InvalidArgumentError, 400, "invalid_request_error", None),
+    (AdapterNotFoundError, 404, "invalid_request_error", "model_not_found"),
+    (NotFoundError, 404, "invalid_request_error", "not_found"),
+    (AdapterConflictError, 409, "invalid_request_error", "adapter_conflict"),
+    (CapacityError, 429, "rate_limit_error", "no_capacity"),
+)
+
+
+def error_body(
+    message: str, kind: str, *, param: str | None = None, code: str | None = None
+) -> dict[str, Any]:
+    """Give an error in OpenAI's shape.
+
+    Parameters
+    ----------
+    message : str
+        What was found, what was expected and what to do.
+    kind : str
+        The error's class, such as 'invalid_request_error'.
+    param : str or None
+        The request's field.
+    code : str or None
+        A short word for programs.
+    """
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def translate_error(error: BaseException) -> tuple[int, dict[str, Any]]:
+    """Give the HTTP status and body of an error.
+
+    Parameters
+    ----------
+    error : BaseException
+        Whatever was raised. Of errors that lora_serve did not raise on purpose nothing is shown.
+
+    Returns
+    -------
+    tuple of int and dict
+        The status, and the body in OpenAI's shape.
+    """
+    param: str | None = getattr(error, "param", None)
+    code: str | None = getattr(error, "code", None)
+    for error_type, status, kind, default_code in _STATUS_OF_ERROR:
+        if isinstance(error, error_type):
+            return status, error_body(str(error), kind, param=param, code=code or default_code)
+    if isinstance(error, LoraServeError):
+        return 500, error_body(str(error), "internal_error", code="internal_error")
+    return 500, error_body(
+        "the server failed on this request; the reason is in its log",
+        "internal_error",
+        code="internal_error",
+    )
+
+
+def install_error_handlers(app: FastAPI) -> None:
+    """Let every error of the application be answered in OpenAI's shape, never with a stack trace."""
+    app.add_exception_handler(LoraServeError, _answer_error)
+    app.add_exception_handler(HTTPException, _answer_http_exception)
+    app.add_exception_handler(ClientDisconnect, _answer_nobody)
+    app.add_exception_handler(Exception, _answer_error)
+
+
+async def _answer_error(request: Request, error: Exception) -> Response:
+    status, body = translate_error(error)
+    if status >= HTTPStatus.INTERNAL_SERVER_ERROR:
+        logger.error("%s %s failed: %s", request.method, request.url.path, error)
+    return JSONResponse(body, status_code=status)
+
+
+async def _answer_http_exception(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    method, path = request.method, request.url.path
+    message = str(error.detail)
+    if error.status_code == HTTPStatus.NOT_FOUND:
+        message = f"there is no endpoint {path}; GET /openapi.json lists the endpoints"
+    elif error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
+        allowed = (error.headers or {}).get("Allow", "another method")
+        message = f"{path} does not answer {method}; use {allowed}"
+    body = error_body(message, "invalid_request_error", code=HTTPStatus(error.status_code).name.lower())
+    return JSONResponse(body, status_code=error.status_code, headers=error.headers)
+
+
+async def _answer_nobody(request: Request, _error: Exception) -> Response:
+    logger.info("%s %s: the client went away", request.method, request.url.path)
+    return Response(status_code=CLIENT_CLOSED_REQUEST)

@@ -1,0 +1,120 @@
+"""Fields and parts that completions and chat completions share."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, Discriminator, Field, Tag
+
+from lora_serve.server.protocol.base import WRONG_KIND, RequestModel, ResponseModel, refuse_unless
+
+
+def _kind_of_stop(value: object) -> str | None:
+    if isinstance(value, str):
+        return "#string"
+    return "#list" if isinstance(value, list) else None
+
+
+Stop = Annotated[
+    Annotated[str, Tag("#string")] | Annotated[list[str], Field(fail_fast=True), Tag("#list")],
+    Discriminator(
+        _kind_of_stop,
+        custom_error_type=WRONG_KIND,
+        custom_error_message="must be a string or a list of strings",
+    ),
+]
+TokenIds = Annotated[list[int], Field(fail_fast=True)]
+
+
+class StreamOptions(RequestModel):
+    """What a stream tells besides the text.
+
+    Parameters
+    ----------
+    include_usage : bool or None
+        Send a last chunk without choices that has the usage of the whole request.
+    continuous_usage_stats : bool or None
+        With include_usage: every chunk has the usage so far.
+    include_obfuscation : bool or None
+        Padding against traffic analysis; only false is served.
+    """
+
+    include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
+    include_obfuscation: Annotated[
+        bool | None,
+        AfterValidator(refuse_unless(False, because="obfuscation is not supported; send false or nothing")),
+    ] = None
+
+
+class GenerationRequest(RequestModel):
+    """What a completion and a chat completion have in common. A field that is null takes its default.
+
+    The sampling fields have the names, meanings and limits of `SamplingParams`, which checks their values.
+    """
+
+    model: str
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+
+    n: int | None = None
+    max_tokens: int | None = None
+    min_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    logit_bias: dict[str, float] | None = None
+    seed: int | None = None
+    stop: Stop | None = None
+    stop_token_ids: TokenIds | None = None
+    include_stop_str_in_output: bool | None = None
+    ignore_eos: bool | None = None
+    skip_special_tokens: bool | None = None
+    return_token_ids: bool | None = None
+    echo: bool | None = None
+
+    # Known, and accepted as long as they change nothing.
+    user: str | None = None
+    metadata: dict[str, Any] | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    service_tier: Annotated[
+        str | None,
+        AfterValidator(
+            refuse_unless(
+                "auto", "default", because="service tiers are not supported; send 'auto' or nothing"
+            )
+        ),
+    ] = None
+    store: Annotated[
+        bool | None,
+        AfterValidator(refuse_unless(False, because="nothing is stored; send false or nothing")),
+    ] = None
+    priority: Annotated[
+        int | None,
+        AfterValidator(refuse_unless(0, because="priorities are not supported yet; send 0 or nothing")),
+    ] = None
+    best_of: int | None = None
+
+
+class PromptTokensDetails(ResponseModel):
+    """Where the prompt's tokens came from."""
+
+    cached_tokens: int
+
+
+class Usage(ResponseModel):
+    """Token counts of a request, over all its prompts and answers."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
+
+
+FinishReasonField = Literal["stop", "length", "abort"] | None
+StopReasonField = int | str | None

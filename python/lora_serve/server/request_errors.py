@@ -1,0 +1,44 @@
+"""Errors of a single HTTP request, which know the field that caused them."""
+
+from __future__ import annotations
+
+from lora_serve.common.errors import AdapterNotFoundError, InvalidArgumentError, LoraServeError
+
+
+class RequestError(InvalidArgumentError):
+    """The request is wrong; trying again unchanged cannot help (HTTP 400).
+
+    Parameters
+    ----------
+    message : str
+        What was found, what was expected and what to do.
+    param : str or None
+        The request's field, such as 'max_tokens' or 'messages.0.content'.
+    code : str or None
+        A short word for programs, such as 'unknown_field'.
+    """
+
+    def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+        self.code = code
+
+
+class ModelNotFoundError(AdapterNotFoundError):
+    """The request names a model or an adapter that does not serve (HTTP 404).
+
+    Parameters
+    ----------
+    message : str
+        Which name, and where to find the names that serve.
+    param : str
+        The field that held the name: 'model' or 'lora_path'.
+    """
+
+    def __init__(self, message: str, *, param: str) -> None:
+        super().__init__(message)
+        self.param = param
+
+
+class BodyTooLargeError(LoraServeError):
+    """The request's body is longer than the server accepts (HTTP 413)."""

@@ -1,0 +1,133 @@
+"""Loading, unloading and listing adapters."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse, Response
+
+from lora_serve.common.errors import InvalidArgumentError
+from lora_serve.engine.messages import AdapterInfo
+from lora_serve.server.adapter_selection import check_adapter_name
+from lora_serve.server.context import context_of
+from lora_serve.server.openapi import body_schema
+from lora_serve.server.protocol.adapters import (
+    LoadAdapterRequest,
+    LoadAdapterResponse,
+    ModelCard,
+    ModelList,
+    UnloadAdapterRequest,
+    UnloadAdapterResponse,
+)
+from lora_serve.server.request_body import read_body
+from lora_serve.server.request_errors import RequestError
+
+router = APIRouter()
+
+
+@router.post("/load_lora_adapter", include_in_schema=False)
+@router.post(
+    "/v1/load_lora_adapter",
+    openapi_extra=body_schema(LoadAdapterRequest),
+    responses={200: {"model": LoadAdapterResponse}},
+)
+async def load_lora_adapter(request: Request) -> Response:
+    """Load an adapter; answer when it is ready to serve.
+
+    A path that does not exist or cannot be served is 400, as any other bad adapter: 404 is kept for names.
+    The load goes on when the client goes away, because others may already count on the name.
+    """
+    context = context_of(request)
+    body = await read_body(request, LoadAdapterRequest, context.settings.max_body_bytes)
+    try:
+        check_adapter_name(body.lora_name, context.settings.served_model_name)
+    except InvalidArgumentError as error:
+        raise RequestError(str(error), param="lora_name", code="invalid_value") from None
+    if not body.lora_path:
+        raise RequestError(
+            "lora_path is empty; give the adapter's folder", param="lora_path", code="invalid_value"
+        )
+    try:
+        result = await context.client.load_lora_adapter(
+            body.lora_name,
+            body.lora_path,
+            load_inplace=bool(body.load_inplace),
+            pinned=bool(body.pinned),
+        )
+    except InvalidArgumentError as error:
+        raise RequestError(str(error), param="lora_path", code="invalid_adapter") from None
+    how = "was already loaded with this content" if result.already_loaded else "is loaded"
+    answer = LoadAdapterResponse(
+        message=f"adapter {body.lora_name!r} {how}",
+        lora_name=body.lora_name,
+        adapter_id=result.adapter_id,
+        already_loaded=result.already_loaded,
+    )
+    return Response(answer.to_json(), media_type="application/json")
+
+
+@router.post("/unload_lora_adapter", include_in_schema=False)
+@router.post(
+    "/v1/unload_lora_adapter",
+    openapi_extra=body_schema(UnloadAdapterRequest),
+    responses={200: {"model": UnloadAdapterResponse}},
+)
+async def unload_lora_adapter(request: Request) -> Response:
+    """Unload an adapter; answer when its requests have ended and its memory is free."""
+    context = context_of(request)
+    body = await read_body(request, UnloadAdapterRequest, context.settings.max_body_bytes)
+    if not body.lora_name:
+        raise RequestError("lora_name is empty; name an adapter", param="lora_name", code="invalid_value")
+    await context.client.unload_lora_adapter(body.lora_name, force=bool(body.force))
+    answer = UnloadAdapterResponse(
+        message=f"adapter {body.lora_name!r} is unloaded", lora_name=body.lora_name
+    )
+    return Response(answer.to_json(), media_type="application/json")
+
+
+@router.get("/v1/models", responses={200: {"model": ModelList}})
+async def list_models(request: Request) -> Response:
+    """Give every name that `model` may be: the base model first, then the adapters."""
+    context = context_of(request)
+    client, settings = context.client, context.settings
+
+    def card(name: str, root: str, parent: str | None) -> ModelCard:
+        return ModelCard(
+            id=name,
+            object="model",
+            created=context.started_at,
+            owned_by="lora_serve",
+            root=root,
+            parent=parent,
+            max_model_len=client.model_info.max_model_len,
+        )
+
+    cards = [card(settings.served_model_name, settings.model_path, None)]
+    for adapter in await client.list_lora_adapters():
+        if adapter.is_serving:
+            cards.append(card(adapter.name, adapter.path, settings.served_model_name))
+    return Response(ModelList(object="list", data=cards).to_json(), media_type="application/json")
+
+
+@router.get("/v1/loras")
+async def list_loras(request: Request) -> JSONResponse:
+    """Give every adapter generation with its tier, bytes, requests and pages, and the engine's totals."""
+    context = context_of(request)
+    adapters = await context.client.list_lora_adapters()
+    stats = await context.client.stats()
+    return JSONResponse(
+        {
+            "object": "list",
+            "base_model": context.settings.served_model_name,
+            "data": [msgspec.to_builtins(adapter) for adapter in adapters],
+            "tiers": {tier: _tier_totals(adapters, tier) for tier in ("device", "host")},
+            "stats": msgspec.to_builtins(stats),
+        }
+    )
+
+
+def _tier_totals(adapters: list[AdapterInfo], tier: str) -> dict[str, Any]:
+    on_tier = [adapter for adapter in adapters if adapter.tier == tier]
+    return {"num_adapters": len(on_tier), "num_bytes": sum(adapter.num_bytes for adapter in on_tier)}

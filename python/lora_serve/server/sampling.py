@@ -1,0 +1,151 @@
+"""From a request's fields to SamplingParams."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from lora_serve.common.errors import InvalidArgumentError
+from lora_serve.common.sampling_params import SamplingParams
+from lora_serve.server.protocol.chat import ChatCompletionRequest
+from lora_serve.server.protocol.completion import CompletionRequest
+from lora_serve.server.protocol.generation import GenerationRequest
+from lora_serve.server.request_errors import RequestError
+
+_SAME_NAME = (
+    "n",
+    "max_tokens",
+    "min_tokens",
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+    "seed",
+    "stop",
+    "stop_token_ids",
+    "include_stop_str_in_output",
+    "ignore_eos",
+    "skip_special_tokens",
+)
+
+
+def completion_sampling_params(request: CompletionRequest) -> SamplingParams:
+    """Give the sampling parameters of a completion; without max_tokens an answer has at most 16 tokens.
+
+    Raises
+    ------
+    RequestError
+        A field's value is out of range, or contradicts another.
+    """
+    values = _shared_values(request)
+    if request.max_tokens == 0:
+        _require_echo_for_no_tokens(request)
+        values["max_tokens"] = 1  # one step is needed to compute the prompt; its token is not shown
+    if request.logprobs is not None:
+        values["logprobs"] = request.logprobs
+        if request.echo:
+            values["prompt_logprobs"] = request.logprobs
+    return _build(values, {})
+
+
+def chat_sampling_params(request: ChatCompletionRequest) -> SamplingParams:
+    """Give the sampling parameters of a chat completion; without max_tokens the context is the limit.
+
+    Raises
+    ------
+    RequestError
+        A field's value is out of range, or contradicts another.
+    """
+    if request.echo:
+        raise RequestError(
+            "echo: chat completions do not repeat the conversation; remove the field",
+            param="echo",
+            code="unsupported_field",
+        )
+    values = _shared_values(request)
+    limits = {request.max_tokens, request.max_completion_tokens} - {None}
+    if len(limits) > 1:
+        raise RequestError(
+            f"max_completion_tokens is {request.max_completion_tokens} but max_tokens is "
+            f"{request.max_tokens}; send one of them",
+            param="max_completion_tokens",
+            code="invalid_value",
+        )
+    values["max_tokens"] = next(iter(limits), None)
+    if request.top_logprobs is not None and not request.logprobs:
+        raise RequestError(
+            'top_logprobs needs logprobs; send "logprobs": true too',
+            param="top_logprobs",
+            code="invalid_value",
+        )
+    if request.logprobs:
+        values["logprobs"] = request.top_logprobs or 0
+    shown_names = {"logprobs": "top_logprobs"}
+    if request.max_tokens is None:
+        shown_names["max_tokens"] = "max_completion_tokens"
+    return _build(values, shown_names)
+
+
+def _shared_values(request: GenerationRequest) -> dict[str, Any]:
+    values = {name: getattr(request, name) for name in _SAME_NAME}
+    values = {name: value for name, value in values.items() if value is not None}
+    if request.logit_bias is not None:
+        values["logit_bias"] = {_token_id(key): bias for key, bias in request.logit_bias.items()}
+    if request.best_of is not None and request.best_of != values.get("n", 1):
+        raise RequestError(
+            f"best_of is {request.best_of} but must equal n, which is {values.get('n', 1)}: choosing the "
+            "best of several answers is not supported; remove best_of or ask for n answers",
+            param="best_of",
+            code="unsupported_field",
+        )
+    if request.stream_options is not None and not request.stream:
+        raise RequestError(
+            'stream_options is given but stream is not true; send "stream": true or remove it',
+            param="stream_options",
+            code="invalid_value",
+        )
+    return values
+
+
+def _token_id(key: str) -> int:
+    """Read a key of logit_bias: JSON has only strings there."""
+    if not (key.isascii() and key.isdecimal() and len(key) <= 10):
+        raise RequestError(
+            f'logit_bias has the key {key[:20]!r} but its keys must be token ids, such as "15"',
+            param="logit_bias",
+            code="invalid_value",
+        )
+    return int(key)
+
+
+def _require_echo_for_no_tokens(request: CompletionRequest) -> None:
+    if not request.echo:
+        raise RequestError(
+            'max_tokens is 0 but must be at least 1; 0 is possible only together with "echo": true, which '
+            "gives the prompt back",
+            param="max_tokens",
+            code="invalid_value",
+        )
+    if request.min_tokens:
+        raise RequestError(
+            f"min_tokens is {request.min_tokens} but must be at most max_tokens, which is 0",
+            param="min_tokens",
+            code="invalid_value",
+        )
+
+
+def _build(values: dict[str, Any], shown_names: dict[str, str]) -> SamplingParams:
+    """Construct the parameters, and name the request's field when they refuse a value."""
+    try:
+        return SamplingParams(**values)
+    except InvalidArgumentError as error:
+        message = str(error)
+        words = re.findall(r"[a-z_]+", message.split(" is ", 1)[0])
+        field = next((word for word in words if word in SamplingParams.__struct_fields__), None)
+        if field is not None and field in shown_names:
+            message = message.replace(field, shown_names[field], 1)
+            field = shown_names[field]
+        raise RequestError(message, param=field, code="invalid_value") from None

@@ -1,0 +1,51 @@
+"""What the HTTP server itself needs to know; the engine has its own configuration."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lora_serve.common.errors import InvalidArgumentError
+
+DEFAULT_MAX_BODY_BYTES = 32 * 1024 * 1024
+
+
+@dataclass(frozen=True)
+class ServerSettings:
+    """Settings of the HTTP server.
+
+    Parameters
+    ----------
+    served_model_name : str
+        The base model's name in requests and answers; without control characters.
+    model_path : str
+        The base model's path or hub id, shown as `root` in /v1/models.
+    api_keys : tuple of str
+        Bearer keys of which a request must show one; empty = no key is asked for.
+    max_body_bytes : int
+        Longest accepted request body in bytes.
+
+    Raises
+    ------
+    InvalidArgumentError
+        The name or a key is empty or unprintable, or the limit is below 1.
+    """
+
+    served_model_name: str
+    model_path: str
+    api_keys: tuple[str, ...] = ()
+    max_body_bytes: int = DEFAULT_MAX_BODY_BYTES
+
+    def __post_init__(self) -> None:
+        if not self.served_model_name or not self.served_model_name.isprintable():
+            raise InvalidArgumentError(
+                f"served_model_name is {self.served_model_name!r} but must be a non-empty printable name; "
+                "set --served-model-name"
+            )
+        for key in self.api_keys:
+            if not key or not key.isascii() or not key.isprintable() or key != key.strip():
+                raise InvalidArgumentError(
+                    "an API key is empty, or holds spaces at an end or characters that an HTTP header cannot "
+                    "carry; set --api-key to printable ASCII"
+                )
+        if self.max_body_bytes < 1:
+            raise InvalidArgumentError(f"max_body_bytes is {self.max_body_bytes} but must be at least 1")

@@ -1,0 +1,126 @@
+from __future__ import annotations
+
+import socket
+
+import pytest
+
+from lora_serve.cli.main import main, make_parser
+from lora_serve.cli.serve import API_KEY_VARIABLE, make_launch
+from lora_serve.common.config import EngineConfig
+from lora_serve.common.errors import InvalidArgumentError
+from lora_serve.server.launch import AdapterModule
+
+
+@pytest.fixture(autouse=True)
+def _no_key_in_the_environment(monkeypatch):
+    monkeypatch.delenv(API_KEY_VARIABLE, raising=False)
+
+
+def launch_of(*arguments):
+    return make_launch(make_parser().parse_args(["serve", *arguments]))
+
+
+def test_without_options_the_engine_has_its_own_defaults():
+    launch = launch_of("some/model")
+    assert launch.config == EngineConfig(model="some/model")
+    assert launch.settings.served_model_name == "some/model"
+    assert (launch.host, launch.port, list(launch.adapters)) == ("127.0.0.1", 8000, [])
+    assert launch.settings.api_keys == ()
+
+
+def test_every_option_reaches_the_engine():
+    options = (
+        "--dtype float32 --device cpu --load-format dummy --page-size 8 --num-device-pages 77 "
+        "--max-num-seqs 3 --max-num-batched-tokens 64 --max-model-len 100 --max-loras 5 --max-lora-rank 6 "
+        "--no-prefix-caching --lora-allowed-roots /a /b --lora-allowed-roots /c --seed 9"
+    )
+    assert launch_of("m", *options.split()).config == EngineConfig(
+        model="m",
+        dtype="float32",
+        device="cpu",
+        load_format="dummy",
+        page_size=8,
+        num_device_pages=77,
+        max_num_seqs=3,
+        max_num_batched_tokens=64,
+        max_model_len=100,
+        max_loras=5,
+        max_lora_rank=6,
+        enable_prefix_caching=False,
+        lora_allowed_roots=["/a", "/b", "/c"],
+        seed=9,
+    )
+    assert launch_of("m", "--kv-memory-gb", "0.25").config.kv_memory_gb == 0.25
+
+
+def test_adapters_come_as_name_and_path():
+    launch = launch_of("m", "--lora-modules", "a=/x", "b=/y=z", "--lora-modules", "c=w")
+    assert list(launch.adapters) == [
+        AdapterModule("a", "/x"),
+        AdapterModule("b", "/y=z"),
+        AdapterModule("c", "w"),
+    ]
+
+
+def test_api_keys_come_from_options_and_environment(monkeypatch):
+    monkeypatch.setenv(API_KEY_VARIABLE, "three")
+    launch = launch_of("m", "--api-key", "one", "--api-key", "two")
+    assert launch.settings.api_keys == ("one", "two", "three")
+
+
+@pytest.mark.parametrize("module", ["a", "=path", "a=", "="])
+def test_malformed_adapter_is_refused(module):
+    with pytest.raises(InvalidArgumentError, match="NAME=PATH"):
+        launch_of("m", "--lora-modules", module)
+
+
+def test_an_adapter_given_twice_is_refused():
+    with pytest.raises(InvalidArgumentError, match="'a' twice"):
+        launch_of("m", "--lora-modules", "a=/x", "a=/x")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["--max-num-seqs", "0"], "max_num_seqs is 0"),
+        (["--max-num-seqs", "9", "--max-num-batched-tokens", "8"], "max_num_batched_tokens is 8"),
+        (["--served-model-name", ""], "--served-model-name"),
+        (["--api-key", ""], "--api-key"),
+        (["--lora-modules", "a:b=/x"], "lora_name is 'a:b'"),
+        (["--served-model-name", "base", "--lora-modules", "base=/x"], "the base model's name"),
+        (["--host", "no such host"], "--host"),
+        (["--port", "99999"], "--port"),
+    ],
+)
+def test_wrong_option_exits_with_one_line(arguments, text, capsys):
+    assert main(["serve", "m", *arguments]) == 1
+    printed = capsys.readouterr().err
+    assert printed.startswith("lora-serve: error: ")
+    assert text in printed
+    assert "Traceback" not in printed
+
+
+def test_taken_port_is_named_before_the_model_is_loaded(capsys):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        assert main(["serve", "/no/such/model", "--port", str(port)]) == 1
+    assert f"port {port}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [[], ["nothing"], ["serve"], ["serve", "m", "--dtype", "int3"]])
+def test_bad_usage_exits_with_two(arguments):
+    with pytest.raises(SystemExit) as error:
+        main(arguments)
+    assert error.value.code == 2
+
+
+def test_pages_and_memory_exclude_each_other():
+    with pytest.raises(SystemExit):
+        main(["serve", "m", "--num-device-pages", "4", "--kv-memory-gb", "1"])
+
+
+def test_demo_prints_its_paths(capsys):
+    assert main(["demo", "--print-paths"]) == 0
+    assert '"adapters"' in capsys.readouterr().out
