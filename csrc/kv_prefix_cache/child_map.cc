@@ -42,15 +42,15 @@ void ChildMap::Insert(std::unique_ptr<Node> child, std::size_t page_size) {
 }
 
 std::unique_ptr<Node> ChildMap::Remove(const Node& child, std::size_t page_size) {
-  return std::move(children_.extract(PositionOf(child, page_size)).mapped());
+  return std::move(children_.extract(FindPosition(child, page_size)).mapped());
 }
 
 std::unique_ptr<Node> ChildMap::Replace(const Node& child, std::unique_ptr<Node> replacement,
                                         std::size_t page_size) {
-  return std::exchange(PositionOf(child, page_size)->second, std::move(replacement));
+  return std::exchange(FindPosition(child, page_size)->second, std::move(replacement));
 }
 
-ChildMap::Map::iterator ChildMap::PositionOf(const Node& child, std::size_t page_size) {
+ChildMap::Map::iterator ChildMap::FindPosition(const Node& child, std::size_t page_size) {
   const auto [begin, end] = children_.equal_range(HashFirstPage(child, page_size));
   for (auto it = begin; it != end; ++it) {
     if (it->second.get() == &child) return it;

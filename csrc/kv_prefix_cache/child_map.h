@@ -36,8 +36,8 @@ class ChildMap {
   /// Takes `child` out. Requires: it is one of these children.
   [[nodiscard]] std::unique_ptr<Node> Remove(const Node& child, std::size_t page_size);
 
-  /// Puts `replacement`, whose edge starts with the same page, in the place of `child` and gives
-  /// that back.
+  /// Puts `replacement` in the place of `child`, which it gives back. Requires: both edges start
+  /// with the same page.
   [[nodiscard]] std::unique_ptr<Node> Replace(const Node& child, std::unique_ptr<Node> replacement,
                                               std::size_t page_size);
 
@@ -49,7 +49,7 @@ class ChildMap {
 
  private:
   using Map = std::unordered_multimap<std::uint64_t, std::unique_ptr<Node>>;
-  [[nodiscard]] Map::iterator PositionOf(const Node& child, std::size_t page_size);
+  [[nodiscard]] Map::iterator FindPosition(const Node& child, std::size_t page_size);
 
   Map children_;
 };

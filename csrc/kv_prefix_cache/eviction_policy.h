@@ -15,8 +15,8 @@ namespace lora_serve {
 ///
 /// A node is listed, so evictable, exactly while it is not a root, has no children and no pins
 /// (E1). Refresh() is the only function that lists or unlists by that rule: every path that changes
-/// children or pins ends in it. The pages and the epoch of a listed node never change: Unlist,
-/// change, Refresh.
+/// children or pins ends in it. The pages and the epoch of a listed node never change: first
+/// Unlist, then change, then Refresh.
 class EvictionPolicy {
  public:
   explicit EvictionPolicy(Tier tier) : tier_(tier) {}
@@ -28,8 +28,8 @@ class EvictionPolicy {
   /// Fatal when `node` has no pin. Complexity: O(1) but for a listing.
   void Unpin(Node& node) noexcept;
 
-  /// Brings the listing of `node` in line with its children, pins and epoch. Complexity: O(log
-  /// leaves).
+  /// Brings the listing of `node` in line with its children, pins and epoch.
+  /// Complexity: O(log leaves), O(1) for the youngest.
   void Refresh(Node& node) noexcept;
   /// To be called after a child of `parent`, last used in `child_epoch`, was removed: the parent is
   /// as young as what was used below it, and may have become a leaf.

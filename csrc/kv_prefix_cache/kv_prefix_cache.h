@@ -59,12 +59,11 @@ struct CacheStats {
   std::int64_t num_nodes = 0;
 };
 
-/// The radix-tree KV prefix cache: one tree per namespace, one page pool per tier, leases for
-/// requests.
+/// The radix-tree KV prefix cache: a tree per namespace, a page pool per tier, leases for requests.
 ///
 /// Owns: the forest, the pages, the namespaces. Does not know: requests, adapters, tensors, time.
-/// Only this façade holds structure (RadixTree), policy (EvictionPolicy) and placement (PagePool)
-/// together.
+/// Only this façade brings structure (RadixTree), policy (EvictionPolicy) and placement (PagePool)
+/// into one place.
 ///
 /// Life of a page: free in the pool -> private to a lease (Acquire/Extend) -> owned by the tree
 /// (Publish) -> free again (evict or drain). At any moment tree + private + free =
@@ -120,8 +119,8 @@ class KVPrefixCache {
   /// token (prompt, then output), of which the KV of all is computed; only whole pages not
   /// published before are looked at. Where the tree already has a page, the tree keeps its own and
   /// the lease keeps the duplicate until it ends: pages already handed to a request never change
-  /// under it. In a draining namespace nothing is published. Complexity: O(newly published pages *
-  /// page_size).
+  /// under it. In a draining namespace nothing is published.
+  /// Complexity: O(newly published tokens).
   void Publish(Lease& lease, std::span<const TokenId> tokens);
 
   // --- Accounting ------------------------------------------------------------------------------

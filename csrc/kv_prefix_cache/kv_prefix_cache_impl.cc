@@ -94,7 +94,6 @@ std::optional<Lease> KVPrefixCache::Impl::Acquire(Namespace& ns, std::span<const
   ns.AddLease();
   lease.pinned_node_ = &node;
   device_policy_.Pin(node);
-  Touch(node);
   lease.num_published_pages_ = match.num_pages;
   lease.num_cached_tokens_ = match.num_pages * options_.page_size;
   lease.pages_.resize(static_cast<std::size_t>(match.num_pages));
@@ -138,7 +137,6 @@ void KVPrefixCache::Impl::Publish(Lease& lease, std::span<const TokenId> tokens)
   }
   const auto rest = fresh.subspan(NumTokens(twins.num_pages));
   if (!rest.empty()) InsertBelowPin(lease, rest);
-  Touch(*lease.pinned_node_);
 }
 
 void KVPrefixCache::Impl::InsertBelowPin(Lease& lease, std::span<const TokenId> tokens) {
@@ -169,7 +167,7 @@ void KVPrefixCache::Impl::ReleaseLease(Lease& lease) noexcept {
   lease.duplicate_pages_ = {};
   ns.AddPrivatePages(-num_private);
   num_private_pages_ -= num_private;
-  Touch(*lease.pinned_node_);  // its pages were in use until now
+  lease.pinned_node_->epoch = ++clock_;  // in use until now; what pins protect needs no age
   device_policy_.Unpin(*lease.pinned_node_);
   ns.RemoveLease();
   if (ns.IsDraining()) {

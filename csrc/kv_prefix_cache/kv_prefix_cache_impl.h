@@ -18,8 +18,8 @@ namespace lora_serve {
 /// Brings structure, policy and placement together; the only class that knows all three.
 ///
 /// Every change of who owns a page goes through one of four functions: AllocateFor (pool to lease),
-/// Publish (lease to tree), DropTail (tree to pool) and ReleaseLease (lease to pool). Counts change
-/// only there.
+/// Publish (lease to tree), DropTail (tree to pool) and ReleaseLease (lease to pool). Page counts
+/// change only there.
 class KVPrefixCache::Impl {
  public:
   explicit Impl(const KVPrefixCacheOptions& options);
@@ -65,9 +65,6 @@ class KVPrefixCache::Impl {
   /// Hands the lease's next `num_pages` private pages to the tree, below its pinned node.
   void InsertBelowPin(Lease& lease, std::span<const TokenId> tokens);
   void MovePin(Lease& lease, Node& node) noexcept;
-  /// Marks the pinned node as just used.
-  void Touch(Node& node) noexcept { node.epoch = ++clock_; }
-
   /// Frees the last `num_pages` pages of a listed leaf; a leaf without pages is removed, and its
   /// parent refreshed. The only way for a page to leave the tree.
   void DropTail(Node& leaf, std::int32_t num_pages) noexcept;

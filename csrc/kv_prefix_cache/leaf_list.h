@@ -10,11 +10,11 @@ namespace lora_serve {
 struct Node;
 class LeafList;
 
-/// Counts the operations that use pages; the only "time" of the cache.
+/// Counts the leases that have ended; the only "time" of the cache.
 using Epoch = std::int64_t;
 
-/// Who goes first: the least recently used, ties broken by the order of creation. No clock, no
-/// addresses.
+/// Who goes first: the least recently used, ties broken by the order of creation.
+/// No clock, no addresses.
 struct EvictionRank {
   Epoch epoch = 0;
   std::int64_t sequence = 0;

@@ -15,11 +15,10 @@ struct Node;
 
 /// A request's right to use pages: one pin in the tree, and the private pages behind it.
 ///
-///     logical pages:  [0 ............ num_published) [num_published ............ pages().size())
-///     who owns them:   the tree (protected by the     this lease: computed or still to be
-///     computed,
-///                      pin), or this lease where       not in the tree yet
-///                      the tree already had a twin
+///     logical pages:  [0 ........ num_published_pages) [num_published_pages .... pages().size())
+///     who owns them:  the tree, protected by the pin,  this lease: not published yet, computed
+///                     or this lease where the tree     or still to be computed
+///                     already had a twin
 ///
 /// Move-only; the destructor gives everything back: private pages to the pool, the pin to the tree.
 class Lease {
@@ -32,8 +31,8 @@ class Lease {
   Lease& operator=(const Lease&) = delete;
 
   [[nodiscard]] explicit operator bool() const { return namespace_backptr_ != nullptr; }
-  /// Page ids in the order of the sequence. Entries never change while the lease lives; it only
-  /// grows.
+  /// Page ids in the order of the sequence. Entries never change while the lease lives; new ones
+  /// are added at the end.
   [[nodiscard]] std::span<const PageId> pages() const { return pages_; }
   /// Tokens that Acquire took from the cache.
   [[nodiscard]] std::int32_t num_cached_tokens() const { return num_cached_tokens_; }
@@ -45,8 +44,8 @@ class Lease {
   void Reset() noexcept;
 
   Namespace* namespace_backptr_ = nullptr;
-  /// Its edge ends with page num_published_pages_ - 1; the virtual root when that is -1. Holds one
-  /// pin.
+  /// Holds this lease's pin. Its edge ends with page num_published_pages_ - 1; the virtual root
+  /// when that is -1.
   Node* pinned_node_ = nullptr;
   std::vector<PageId> pages_;
   /// pages_[num_published_pages_ :].

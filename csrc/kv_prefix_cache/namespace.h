@@ -16,8 +16,8 @@ enum class NamespaceState : std::uint8_t {
   kDraining,  // no new handles, nothing is published; gone with its last handle and lease
 };
 
-/// One cache domain: a tree of its own below a virtual root of its own, its evictable leaves, its
-/// counts.
+/// One cache domain: a tree of its own below a virtual root of its own, the list of its evictable
+/// leaves, its counts.
 ///
 /// Owns: the tree, the leaf lists. Does not know: when it may be destroyed (the cache asks
 /// IsAbandoned), or what others do. The base namespace has id 0 and is always live.

@@ -10,8 +10,8 @@ namespace lora_serve {
 
 class PagePool;
 
-/// The move-only owner of some pages of one pool, in the order of their tokens; returns them when
-/// it dies.
+/// The move-only owner of some pages of one pool, in the order of their tokens. Returns them to the
+/// pool when it dies.
 ///
 /// Owns: the right to use its pages. Does not know: what the pages hold.
 /// A moved-from or default-constructed owner is empty and safe to use.

@@ -45,8 +45,7 @@ class PagePool {
   /// Fatal when a page is foreign or free already.
   void Return(std::span<const PageId> pages) noexcept;
 
-  /// A stack: the back is handed out next. Its capacity covers all pages, so Return never
-  /// allocates.
+  /// A stack: the back is handed out next. It has capacity for all pages: Return never allocates.
   std::vector<PageId> free_pages_;
   std::vector<std::uint8_t> is_free_;
 };

@@ -50,14 +50,15 @@ class RadixTree {
   /// Complexity: O(tokens compared), one look-up a node.
   [[nodiscard]] PrefixMatch Match(Node& from, std::span<const TokenId> tokens) const;
 
-  /// Cuts `node`'s edge after `num_upper_pages` pages and returns the new upper half. `node`
-  /// becomes its only child and keeps its children, pins, epoch and sequence number; pages of each
-  /// tier are divided. Requires: 0 < num_upper_pages < node.num_pages. Complexity: O(pages of the
-  /// edge).
+  /// Cuts `node`'s edge after `num_upper_pages` pages and returns the new upper half.
+  /// `node` becomes its only child and keeps its children, pins, epoch and sequence number; the
+  /// pages of each tier are divided.
+  /// Requires: 0 < num_upper_pages < node.num_pages.
+  /// Complexity: O(pages of the edge).
   Node& Split(Node& node, std::int32_t num_upper_pages);
 
-  /// Adds a leaf below `parent`. Requires: whole pages, at least one, and no child that starts like
-  /// it.
+  /// Adds a leaf below `parent`.
+  /// Requires: whole pages, at least one; no child starts with the same page.
   Node& AddChild(Node& parent, std::span<const TokenId> tokens);
 
   /// Makes the leaf's edge longer. Requires: no children, not the root, whole pages.

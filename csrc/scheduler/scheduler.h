@@ -100,14 +100,15 @@ class Scheduler {
 
   /// Opens a generation: a namespace, and a load in the next plan. Ids are never reused. If the
   /// event reports the load as failed, the generation takes and runs nothing any more; the caller
-  /// aborts its requests and drains it. Throws: InvalidArgumentError when the id was used before or
-  /// is kBaseAdapter.
+  /// aborts its requests and drains it.
+  /// Throws: InvalidArgumentError when the id was used before, or is not above kBaseAdapter.
   void OpenAdapter(AdapterId adapter_id, const AdapterOptions& options);
 
   /// Refuses new requests of the generation from now on; those it has, queued and preempted
   /// included, run to their end. Once nothing refers to it, one plan lists it in
   /// `drained_adapter_ids`, loaded or not; its slot is free after that plan's Advance. Draining
-  /// twice changes nothing. Throws: AdapterNotFoundError.
+  /// twice changes nothing.
+  /// Throws: AdapterNotFoundError (unknown, gone, or the base model).
   void DrainAdapter(AdapterId adapter_id);
 
   /// Queues a request and takes its namespace handle.
@@ -123,15 +124,17 @@ class Scheduler {
   bool Abort(RequestId request_id);
 
   /// Plans one step. The plan stays valid until the next call. Empty when nothing can run; an empty
-  /// plan takes no Advance. Requires: every earlier non-empty plan has been advanced. `now_us`
-  /// never decreases.
+  /// plan takes no Advance.
+  /// Requires: every earlier non-empty plan has been advanced; `now_us` never decreases.
+  /// Throws: InternalError otherwise.
   [[nodiscard]] const ExecutionPlan& NextPlan(std::int64_t now_us);
   /// The same into the caller's plan, whose arrays' memory is reused: it stays valid as long as the
   /// caller keeps it.
   void NextPlan(std::int64_t now_us, ExecutionPlan& plan);
 
   /// Takes the result of the outstanding plan: publishes full pages, appends tokens, ends requests.
-  /// Throws: InvalidArgumentError when the event does not match the plan (ids, lengths, loads).
+  /// Throws: InvalidArgumentError when the event does not match the plan (ids, lengths, loads);
+  /// nothing is changed then.
   void Advance(const ExecutionEvent& event);
 
   /// True when a request waits or runs, a load or drain is due, or a plan is outstanding.

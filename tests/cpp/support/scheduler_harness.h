@@ -104,6 +104,8 @@ class SchedulerHarness {
     ExecutionPlan plan = scheduler_.NextPlan(++now_us_);
     CheckPlan(plan);
     CheckState();
+    EXPECT_EQ(std::ssize(plan.request_ids), scheduler_.Stats().num_running_requests)
+        << "a request holds a row but is not in the plan";
     if (plan.IsEmpty()) {
       if (between) between();
       return plan;
