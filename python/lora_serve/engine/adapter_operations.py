@@ -1,0 +1,297 @@
+"""Loads and unloads of adapters: their order, their life cycle, and what their callers are told."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from lora_serve.common.errors import (
+    AdapterConflictError,
+    AdapterNotFoundError,
+    InternalError,
+    LoraServeError,
+)
+from lora_serve.engine.load_queues import LoadQueues, PendingLoad
+from lora_serve.engine.messages import LoadAdapterResult, UnloadAdapterResult
+from lora_serve.lora.registry import AdapterContent, check_adapter_name
+
+if TYPE_CHECKING:
+    from lora_serve.executor.executor import AdapterStore
+    from lora_serve.lora.peft_adapter import HostAdapter
+    from lora_serve.lora.registry import AdapterGeneration, AdapterRegistry
+    from lora_serve.scheduler import Scheduler
+
+logger = logging.getLogger(__name__)
+
+NUM_READER_THREADS = 2
+"""Adapters read at once: one large adapter does not hold up all others, and disks gain little from more."""
+
+
+@dataclass
+class _Unload:
+    """One unload that waits until these generations are drained."""
+
+    name: str
+    waits_for: set[int]
+    adapter_ids: list[int]
+    caller: Future[UnloadAdapterResult]
+
+
+def _new_caller() -> Future[Any]:
+    caller: Future[Any] = Future()
+    caller.set_running_or_notify_cancel()  # A caller that has lost interest cannot cancel; results are kept.
+    return caller
+
+
+class AdapterOperations:
+    """Loads and unloads of adapters, as state machines that the step loop moves on.
+
+    A load goes: read by a thread; on the loop: compared with what the name serves, given a generation, opened
+    in the scheduler; a plan brings it to the device; its name is published and its callers are answered.
+
+    Order
+    -----
+    - Loads of one name are worked off one after the other. One that asks the same (path and flags) as the
+      last one pending joins it. Loads of different names do not wait for each other.
+    - An unload does not wait for the loads of its name: it cancels them (their callers get
+      AdapterConflictError) and drains whatever the name had, also generations that were draining already.
+    - A load that comes after an unload starts at once; the generation that drains does not hold it up.
+
+    All methods run on the step loop's thread. Futures are completed on it, between steps.
+
+    Parameters
+    ----------
+    scheduler, registry, store
+        What a load or unload changes.
+    abort_requests : callable
+        Ends every live request of these generations, for a forced unload or, with the error, a failed load.
+    on_read_done : callable
+        Called from a reader thread when a read has ended, to wake a loop that waits.
+    """
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        registry: AdapterRegistry,
+        store: AdapterStore,
+        *,
+        abort_requests: Callable[[set[int], LoraServeError | None], None],
+        on_read_done: Callable[[], None],
+    ) -> None:
+        self._scheduler = scheduler
+        self._registry = registry
+        self._store = store
+        self._abort_requests = abort_requests
+        self._on_read_done = on_read_done
+        self._readers = ThreadPoolExecutor(NUM_READER_THREADS, thread_name_prefix="lora-serve-reader")
+        self._loads = LoadQueues()
+        self._unloads: list[_Unload] = []
+
+    @property
+    def has_finished_reads(self) -> bool:
+        """True when `poll` has something to do."""
+        return any(load.read is not None and load.read.done() for load in self._loads.heads)
+
+    @property
+    def pending_reads(self) -> list[Future[HostAdapter]]:
+        """The reads that have not been taken up by `poll`, for a caller that waits for one."""
+        return [load.read for load in self._loads.heads if load.read is not None]
+
+    # --- Calls --------------------------------------------------------------------------------------------
+
+    def load(self, name: str, path: str, *, load_inplace: bool, pinned: bool) -> Future[LoadAdapterResult]:
+        """Begin a load; see the class for its order. All errors come through the future.
+
+        Raises in the future
+        --------------------
+        InvalidArgumentError
+            The name is no adapter name, or the files cannot be applied exactly or may not be read.
+        AdapterConflictError
+            The name serves other content and `load_inplace` is not set, or an unload cancelled the load.
+        """
+        caller: Future[LoadAdapterResult] = _new_caller()
+        try:
+            check_adapter_name(name)
+        except LoraServeError as error:
+            caller.set_exception(error)
+            return caller
+        load = PendingLoad(name, path, load_inplace, pinned, [caller])
+        if self._loads.add(load):
+            self._start_read(load)
+        return caller
+
+    def unload(self, name: str, *, force: bool) -> Future[UnloadAdapterResult]:
+        """Retire a name now, and complete when nothing of its generations is left.
+
+        Raises in the future
+        --------------------
+        AdapterNotFoundError
+            The name does not serve and no load of it is pending.
+        """
+        caller: Future[UnloadAdapterResult] = _new_caller()
+        loads = self._loads.pop_all(name)
+        if not loads and self._registry.find(name) is None:
+            caller.set_exception(
+                AdapterNotFoundError(f"adapter {name!r} is not loaded, so it cannot be unloaded")
+            )
+            return caller
+        self._cancel(loads)
+        if self._registry.find(name) is not None:
+            self._registry.retire(name)
+        adapter_ids = [g.adapter_id for g in self._registry.generations() if g.name == name]
+        for adapter_id in adapter_ids:
+            self._scheduler.drain_adapter(adapter_id)
+        self._unloads.append(_Unload(name, set(adapter_ids), adapter_ids, caller))
+        if force:
+            self._abort_requests(set(adapter_ids), None)
+        self._complete_unloads()
+        return caller
+
+    # --- What the step loop reports -----------------------------------------------------------------------
+
+    def poll(self) -> None:
+        """Take up the reads that have ended."""
+        for load in self._loads.heads:
+            if load.read is not None and load.read.done():
+                self._on_read(load)
+
+    def on_loaded(self, adapter_ids: Iterable[int]) -> None:
+        """A plan's loads are on the device: publish their names and answer."""
+        for adapter_id in adapter_ids:
+            load = self._loads.find(adapter_id)
+            if load is None:  # Cancelled by an unload, and draining.
+                continue
+            assert load.generation is not None
+            old = self._registry.publish(load.generation)
+            if old is not None:
+                self._scheduler.drain_adapter(old.adapter_id)
+            self._answer(load, self._make_result(load.generation, already_loaded=False))
+
+    def on_failed(self, failures: dict[int, str]) -> None:
+        """A plan's loads have failed: the generation goes, and only its callers and requests hear of it."""
+        for adapter_id, reason in failures.items():
+            generation = self._registry.get(adapter_id)
+            error = InternalError(f"adapter {generation.name!r} could not be brought to the device: {reason}")
+            logger.error("%s", error)
+            if self._registry.find(generation.name) is generation:
+                self._registry.retire(generation.name)
+            self._abort_requests({adapter_id}, error)
+            self._scheduler.drain_adapter(adapter_id)
+            load = self._loads.find(adapter_id)
+            if load is not None:
+                self._answer(load, error)
+
+    def on_drained(self, adapter_ids: Iterable[int]) -> None:
+        """The executor has freed these generations."""
+        for adapter_id in adapter_ids:
+            self._registry.forget(adapter_id)
+            for unload in self._unloads:
+                unload.waits_for.discard(adapter_id)
+        self._complete_unloads()
+
+    def close(self, error: LoraServeError) -> None:
+        """Fail every caller and end the reader threads (a read that runs is not waited for)."""
+        loads, unloads = self._loads.clear(), self._unloads
+        self._unloads = []
+        self._readers.shutdown(wait=False, cancel_futures=True)
+        for load in loads:
+            load.answer(error)
+        for unload in unloads:
+            unload.caller.set_exception(error)
+
+    # --- One load -----------------------------------------------------------------------------------------
+
+    def _start_read(self, load: PendingLoad) -> None:
+        load.read = self._readers.submit(self._store.read, load.path, load.name)
+        load.read.add_done_callback(lambda _: self._on_read_done())
+
+    def _on_read(self, load: PendingLoad) -> None:
+        assert load.read is not None
+        read, load.read = load.read, None
+        try:
+            adapter = read.result()
+            result = self._compare_with_serving(load, adapter)
+            if result is None:
+                self._open_generation(load, adapter)
+        except LoraServeError as error:
+            self._answer(load, error)
+        except Exception as error:
+            logger.exception("reading adapter %r from %r failed", load.name, load.path)
+            reason = f"{type(error).__name__}: {error}"
+            self._answer(
+                load,
+                InternalError(f"adapter {load.name!r} could not be read from {load.path!r}: {reason}"),
+            )
+        else:
+            if result is not None:
+                self._answer(load, result)
+
+    def _compare_with_serving(self, load: PendingLoad, adapter: HostAdapter) -> LoadAdapterResult | None:
+        serving = self._registry.find(load.name)
+        if serving is None:
+            return None
+        if serving.content_digest == adapter.content_digest:
+            return self._make_result(serving, already_loaded=True)
+        if not load.load_inplace:
+            raise AdapterConflictError(
+                f"adapter {load.name!r} is loaded from {serving.path!r} with other content than "
+                f"{load.path!r}; set load_inplace to replace it, or unload it first"
+            )
+        return None
+
+    def _open_generation(self, load: PendingLoad, adapter: HostAdapter) -> None:
+        content = AdapterContent(
+            path=adapter.path,
+            content_digest=adapter.content_digest,
+            num_bytes=adapter.num_bytes,
+            lora_rank=adapter.lora_rank,
+        )
+        generation = self._registry.new_generation(load.name, content, pinned=load.pinned)
+        try:
+            self._store.add(generation.adapter_id, adapter)
+            try:
+                self._scheduler.open_adapter(
+                    generation.adapter_id, generation.digest_seed, generation.num_bytes
+                )
+            except BaseException:
+                self._store.remove(generation.adapter_id)
+                raise
+        except BaseException:
+            self._registry.forget(generation.adapter_id)
+            raise
+        load.generation = generation
+
+    def _make_result(self, generation: AdapterGeneration, *, already_loaded: bool) -> LoadAdapterResult:
+        return LoadAdapterResult(
+            name=generation.name,
+            adapter_id=generation.adapter_id,
+            content_digest=generation.content_digest,
+            already_loaded=already_loaded,
+        )
+
+    def _answer(self, load: PendingLoad, outcome: LoadAdapterResult | LoraServeError) -> None:
+        """End the first load of a name, and begin the next one."""
+        next_load = self._loads.pop_head(load.name)
+        if next_load is not None:
+            self._start_read(next_load)
+        load.answer(outcome)
+
+    def _cancel(self, loads: list[PendingLoad]) -> None:
+        for load in loads:
+            if load.read is not None:
+                load.read.cancel()
+            load.answer(
+                AdapterConflictError(
+                    f"the load of adapter {load.name!r} from {load.path!r} was cancelled by an unload of the "
+                    "name; load it again if it is still wanted"
+                )
+            )
+
+    def _complete_unloads(self) -> None:
+        done = [unload for unload in self._unloads if not unload.waits_for]
+        self._unloads = [unload for unload in self._unloads if unload.waits_for]
+        for unload in done:
+            unload.caller.set_result(UnloadAdapterResult(name=unload.name, adapter_ids=unload.adapter_ids))

@@ -1,0 +1,312 @@
+"""The server's side of the engine process."""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from types import TracebackType
+from typing import Any, TypeVar
+
+from lora_serve.common.config import EngineConfig
+from lora_serve.common.errors import InvalidArgumentError, LoraServeError
+from lora_serve.common.outputs import RequestOutput
+from lora_serve.common.sampling_params import SamplingParams
+from lora_serve.engine import wire
+from lora_serve.engine.engine_connection import EngineConnection
+from lora_serve.engine.input_processor import InputProcessor, ProcessedRequest
+from lora_serve.engine.messages import (
+    AdapterInfo,
+    AdmissionResult,
+    EngineOutput,
+    EngineStats,
+    LoadAdapterResult,
+    ModelInfo,
+    UnloadAdapterResult,
+)
+from lora_serve.engine.output_processor import OutputProcessor
+from lora_serve.engine.request_stream import RequestStream
+from lora_serve.engine.tokenizer import Tokenizer
+
+_Result = TypeVar("_Result")
+
+
+class AsyncEngineClient:
+    """Runs an engine in a process of its own and speaks to it, from one asyncio event loop.
+
+    Tokenising and detokenising happen in this process. When the engine process ends, every call in flight
+    and every stream fails with InternalError at once, and so does every later call.
+
+    Parameters
+    ----------
+    config : EngineConfig
+        What the engine runs.
+    executor_factory : str or None
+        'module:function' of a callable that takes the config and gives an Executor, for tests; None = the
+        model's executor.
+
+    Attributes
+    ----------
+    config : EngineConfig
+        As given.
+    model_info : ModelInfo
+        What the engine said when it was ready; set by `start`.
+    tokenizer : Tokenizer
+        For decoding in the event loop's thread; set by `start`.
+    """
+
+    config: EngineConfig
+    model_info: ModelInfo
+    tokenizer: Tokenizer
+
+    def __init__(self, config: EngineConfig, *, executor_factory: str | None = None) -> None:
+        self.config = config
+        self._connection = EngineConnection(
+            executor_factory, on_outputs=self._take_outputs, on_failure=self._fail_streams
+        )
+        self._streams: dict[str, RequestStream] = {}
+        # Tokenising has a thread and a tokenizer of its own: a long prompt holds up nobody's stream.
+        self._encoder = ThreadPoolExecutor(1, thread_name_prefix="lora-serve-encoder")
+
+    async def start(self) -> None:
+        """Start the process and wait until it can serve.
+
+        Raises
+        ------
+        LoraServeError
+            The engine could not start; the class and the message are the process's own (InvalidArgumentError
+            for a bad configuration or checkpoint, InternalError when it died).
+        """
+        load_tokenizer = asyncio.create_task(asyncio.to_thread(Tokenizer.from_pretrained, self.config.model))
+        try:
+            self.model_info = await self._connection.start(self.config)
+            self.tokenizer = await load_tokenizer
+        except BaseException:
+            await asyncio.gather(load_tokenizer, return_exceptions=True)
+            await self.close()
+            raise
+        self._encoder_tokenizer = self.tokenizer.copy()
+        self._input_processor = InputProcessor(self.model_info)
+        self._output_processor = OutputProcessor(self.tokenizer)
+
+    async def submit(
+        self,
+        prompt: str | Sequence[int],
+        sampling_params: SamplingParams,
+        *,
+        lora_name: str | None = None,
+        request_id: str | None = None,
+    ) -> RequestStream:
+        """Hand a request to the engine; return once it is accepted and its adapter is resolved.
+
+        Parameters
+        ----------
+        prompt : str or sequence of int
+            Text (tokenised with the tokenizer's special tokens) or token ids, not empty.
+        sampling_params : SamplingParams
+            With `n` answers.
+        lora_name : str or None
+            The adapter; None = the base model.
+        request_id : str or None
+            The caller's id, for outputs and `abort`; None = one is made up.
+
+        Returns
+        -------
+        RequestStream
+            Iterate it for deltas, or `await stream.collect()` for the whole. Its `adapter_id` is set.
+
+        Raises
+        ------
+        AdapterNotFoundError
+            No adapter of this name serves.
+        InvalidArgumentError
+            Prompt or parameters are wrong for this model, or `request_id` is in use.
+        CapacityError
+            The request can never fit.
+        InternalError
+            The engine has stopped.
+        """
+        self._connection.require_healthy()
+        text = prompt if isinstance(prompt, str) else None
+        token_ids = await self.encode(prompt) if isinstance(prompt, str) else prompt
+        if request_id is None:
+            request_id = uuid.uuid4().hex
+        if request_id in self._streams:
+            raise InvalidArgumentError(f"request_id {request_id!r} is in use; choose another")
+        request = self._input_processor.process(request_id, text, token_ids, sampling_params, lora_name)
+        stream = RequestStream(
+            request_id=request_id,
+            prompt=text,
+            prompt_token_ids=request.prompt_token_ids,
+            lora_name=lora_name,
+            abort=partial(self._drop, request_id),
+        )
+        self._output_processor.add(request)
+        self._streams[request_id] = stream
+        try:
+            admission = await self._admit(request)
+        except BaseException:
+            self._drop(request_id)
+            raise
+        stream.set_admission(admission)
+        return stream
+
+    async def generate(
+        self,
+        prompt: str | Sequence[int],
+        sampling_params: SamplingParams,
+        *,
+        lora_name: str | None = None,
+        request_id: str | None = None,
+    ) -> AsyncIterator[RequestOutput]:
+        """Submit and iterate in one: the deltas of `submit`'s stream. Closing the generator aborts."""
+        stream = await self.submit(prompt, sampling_params, lora_name=lora_name, request_id=request_id)
+        async with stream:
+            async for output in stream:
+                yield output
+
+    async def abort(self, request_id: str) -> None:
+        """End a request; its stream gets final outputs with finish_reason 'abort'. Unknown ids are normal."""
+        if request_id in self._streams:
+            unfinished = self._output_processor.unfinished_engine_ids(request_id)
+            self._connection.send(wire.AbortRequests(unfinished))
+            self._take_outputs([EngineOutput(request_id=i, finish_reason="abort") for i in unfinished])
+
+    async def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Tokenise without holding up the event loop."""
+        return await self._in_encoder(
+            lambda tokenizer: tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        )
+
+    async def encode_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        template_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[int]:
+        """Render the model's chat template and tokenise it, without holding up the event loop.
+
+        Raises
+        ------
+        InvalidArgumentError
+            The tokenizer has no chat template, or the template refuses the messages.
+        """
+        return await self._in_encoder(
+            lambda tokenizer: tokenizer.encode_chat(
+                messages, add_generation_prompt=add_generation_prompt, template_kwargs=template_kwargs
+            )
+        )
+
+    async def load_lora_adapter(
+        self, name: str, path: str, *, load_inplace: bool = False, pinned: bool = False
+    ) -> LoadAdapterResult:
+        """Load an adapter; return when it is ready to serve.
+
+        Raises
+        ------
+        InvalidArgumentError
+            The files cannot be applied exactly, or lie outside the allowed roots.
+        AdapterConflictError
+            The name serves other content and `load_inplace` is not set, or the load was cancelled by an
+            unload of the name.
+        InternalError
+            The engine has stopped.
+        """
+        return await self._connection.call(
+            lambda call_id: wire.LoadAdapter(call_id, name, path, load_inplace, pinned), LoadAdapterResult
+        )
+
+    async def unload_lora_adapter(self, name: str, *, force: bool = False) -> UnloadAdapterResult:
+        """Refuse newcomers at once; return when running requests have ended and everything is freed.
+
+        Parameters
+        ----------
+        name : str
+            The adapter.
+        force : bool
+            Abort its requests instead of waiting for them.
+
+        Raises
+        ------
+        AdapterNotFoundError
+            The name does not serve and no load of it is pending.
+        InternalError
+            The engine has stopped.
+        """
+        return await self._connection.call(
+            lambda call_id: wire.UnloadAdapter(call_id, name, force), UnloadAdapterResult
+        )
+
+    async def list_lora_adapters(self) -> list[AdapterInfo]:
+        """Every generation that exists, by adapter id; the ones with `is_serving` are those of /v1/models."""
+        adapters: list[AdapterInfo] = await self._connection.call(wire.GetAdapters, list)
+        return adapters
+
+    async def stats(self) -> EngineStats:
+        """Counts over all adapters and the base model."""
+        return await self._connection.call(wire.GetStats, EngineStats)
+
+    @property
+    def is_healthy(self) -> bool:
+        """True between a successful `start` and the end of the process."""
+        return self._connection.is_healthy
+
+    @property
+    def failure(self) -> str | None:
+        """Why the engine does not serve any more; None while it is healthy."""
+        return self._connection.failure
+
+    async def close(self) -> None:
+        """End the process and fail what is in flight. Closing twice changes nothing."""
+        await self._connection.close()
+        self._encoder.shutdown(wait=False, cancel_futures=True)
+
+    async def __aenter__(self) -> AsyncEngineClient:
+        await self.start()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    # --- Inside -------------------------------------------------------------------------------------------
+
+    async def _admit(self, request: ProcessedRequest) -> AdmissionResult:
+        admission = await self._connection.call(
+            lambda call_id: wire.AddRequests(call_id, request.engine_requests), AdmissionResult
+        )
+        self._output_processor.set_adapter_id(request.request_id, admission.adapter_id)
+        return admission
+
+    async def _in_encoder(self, encode: Callable[[Tokenizer], _Result]) -> _Result:
+        self._connection.require_healthy()
+        return await asyncio.get_running_loop().run_in_executor(
+            self._encoder, encode, self._encoder_tokenizer
+        )
+
+    def _take_outputs(self, outputs: Iterable[EngineOutput]) -> None:
+        processed = self._output_processor.process(outputs)
+        if processed.engine_ids_to_finish:
+            self._connection.send(wire.AbortRequests(processed.engine_ids_to_finish))
+        for request_id, error in processed.failures:
+            self._streams.pop(request_id).put(error)
+        for delta in processed.deltas:
+            self._streams[delta.request_id].put(delta)
+            if delta.finished:
+                del self._streams[delta.request_id]
+
+    def _drop(self, request_id: str) -> None:
+        """Forget a request and tell the engine; nothing more is put into its stream."""
+        if self._streams.pop(request_id, None) is not None:
+            unfinished = self._output_processor.remove(request_id)
+            self._connection.send(wire.AbortRequests(unfinished))
+
+    def _fail_streams(self, error: LoraServeError) -> None:
+        streams, self._streams = self._streams, {}
+        for request_id, stream in streams.items():
+            self._output_processor.remove(request_id)
+            stream.put(error)

@@ -1,0 +1,230 @@
+"""The engine's own process: messages in, steps, messages out.
+
+Run as `python -m lora_serve.engine.engine_process`; only `AsyncEngineClient` starts it. While the engine has
+work, the loop takes what has arrived between two steps; without work it sleeps until a message or a finished
+adapter read wakes it. The process ends with the last message (`Shutdown`, or `Failed`), and at once when the
+process that started it ends.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib
+import logging
+import os
+import signal
+import socket
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+import zmq
+
+from lora_serve.common.config import EngineConfig
+from lora_serve.common.errors import InternalError, LoraServeError
+from lora_serve.engine import wire
+from lora_serve.engine.messages import LoadAdapterResult, UnloadAdapterResult, WireError
+
+if TYPE_CHECKING:
+    from lora_serve.engine.engine_core import EngineCore
+    from lora_serve.executor.executor import Executor
+
+logger = logging.getLogger(__name__)
+
+STALLED_POLL_MS = 5
+"""Sleep after a step that could do nothing although the scheduler has work: never a busy loop."""
+LINGER_MS = 2000
+"""How long the last messages may take to leave."""
+
+
+class EngineServer:
+    """Answers the client's messages with one EngineCore, on one thread.
+
+    Parameters
+    ----------
+    client : zmq.Socket
+        A DEALER socket, connected to the client.
+    make_core : callable
+        Takes the configuration and a wake-up callable, gives the core; may take minutes.
+    """
+
+    def __init__(
+        self, client: zmq.Socket[bytes], make_core: Callable[[EngineConfig, Callable[[], None]], EngineCore]
+    ) -> None:
+        self._client = client
+        self._make_core = make_core
+        self._decoder = msgspec.msgpack.Decoder(wire.ClientMessage)
+        self._is_running = True
+        # Reader threads wake the loop through this pipe; a full pipe means that it is awake already.
+        self._wake_reader, self._wake_writer = os.pipe()
+        os.set_blocking(self._wake_reader, False)
+        os.set_blocking(self._wake_writer, False)
+
+    def run(self) -> None:
+        """Serve until the client says Shutdown or the engine stops."""
+        start = self._decoder.decode(self._client.recv())
+        if not isinstance(start, wire.Start):
+            raise InternalError(f"the first message is {type(start).__name__} but must be Start")
+        try:
+            core = self._make_core(start.config, self._wake)
+        except Exception as error:
+            if not isinstance(error, LoraServeError):  # Those are the user's to mend; the client says why.
+                logger.exception("the engine cannot start")
+            self._send(wire.Failed(WireError.from_exception(error)))
+            return
+        try:
+            self._send(wire.Ready(core.model_info))
+            self._loop(core)
+        except Exception as error:
+            logger.exception("the engine stops: its message loop failed")
+            self._send(wire.Failed(WireError.from_exception(error)))
+        finally:
+            core.close()
+
+    # --- The loop -----------------------------------------------------------------------------------------
+
+    def _loop(self, core: EngineCore) -> None:
+        poller = zmq.Poller()
+        poller.register(self._client, zmq.POLLIN)
+        poller.register(self._wake_reader, zmq.POLLIN)
+        is_stalled = False
+        while self._is_running:
+            if not core.has_work:
+                poller.poll()
+            elif is_stalled:
+                poller.poll(STALLED_POLL_MS)
+            self._clear_wake_ups()
+            self._take_messages(core)
+            num_steps = core.num_steps
+            outputs = core.step()
+            is_stalled = not outputs and core.num_steps == num_steps
+            if outputs:
+                self._send(wire.Outputs(outputs))
+            if core.failure is not None:
+                self._send(wire.Failed(WireError(InternalError.__name__, core.failure)))
+                return
+
+    def _wake(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            os.write(self._wake_writer, b"\0")
+
+    def _clear_wake_ups(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            os.read(self._wake_reader, 65536)
+
+    def _send(self, message: wire.EngineMessage) -> None:
+        self._client.send(wire.encode(message))
+
+    # --- Messages -----------------------------------------------------------------------------------------
+
+    def _take_messages(self, core: EngineCore) -> None:
+        while self._is_running:
+            try:
+                data = self._client.recv(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            message = self._decoder.decode(data)
+            try:
+                self._handle(core, message)
+            except LoraServeError as error:
+                call_id = getattr(message, "call_id", None)
+                if call_id is None:
+                    raise
+                self._send(wire.CallFailed(call_id, WireError.from_exception(error)))
+
+    def _handle(self, core: EngineCore, message: wire.ClientMessage) -> None:
+        match message:
+            case wire.AddRequests():
+                self._send(wire.Admitted(message.call_id, core.add_requests(message.requests)))
+            case wire.AbortRequests():
+                for request_id in message.request_ids:
+                    core.finish_request(request_id)
+            case wire.LoadAdapter():
+                load = core.load_adapter(
+                    message.name, message.path, load_inplace=message.load_inplace, pinned=message.pinned
+                )
+                load.add_done_callback(partial(self._reply_loaded, message.call_id))
+            case wire.UnloadAdapter():
+                unload = core.unload_adapter(message.name, force=message.force)
+                unload.add_done_callback(partial(self._reply_unloaded, message.call_id))
+            case wire.GetAdapters():
+                self._send(wire.Adapters(message.call_id, core.adapters()))
+            case wire.GetStats():
+                self._send(wire.Stats(message.call_id, core.stats()))
+            case wire.Shutdown():
+                self._is_running = False
+            case wire.Start():
+                raise InternalError("the engine was started twice")
+
+    def _reply_loaded(self, call_id: int, load: Future[LoadAdapterResult]) -> None:
+        error = load.exception()
+        if error is None:
+            self._send(wire.AdapterLoaded(call_id, load.result()))
+        else:
+            self._send(wire.CallFailed(call_id, WireError.from_exception(error)))
+
+    def _reply_unloaded(self, call_id: int, unload: Future[UnloadAdapterResult]) -> None:
+        error = unload.exception()
+        if error is None:
+            self._send(wire.AdapterUnloaded(call_id, unload.result()))
+        else:
+            self._send(wire.CallFailed(call_id, WireError.from_exception(error)))
+
+
+def _end_with_parent(parent: socket.socket) -> None:
+    """Block until the other end of the pair is closed, which the system does when the parent ends."""
+    parent.recv(1)
+    logger.error("the process that started the engine has ended; so does the engine")
+    os._exit(1)
+
+
+def _load_factory(name: str) -> Callable[[EngineConfig], Executor]:
+    module, _, function = name.partition(":")
+    factory: Callable[[EngineConfig], Executor] = getattr(importlib.import_module(module), function)
+    return factory
+
+
+def _make_core(
+    executor_factory: str | None, config: EngineConfig, on_read_done: Callable[[], None]
+) -> EngineCore:
+    from lora_serve.engine.engine_core import EngineCore
+
+    executor = None if executor_factory is None else _load_factory(executor_factory)(config)
+    return EngineCore(config, executor, on_read_done=on_read_done)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the process; see the module's text."""
+    parser = argparse.ArgumentParser(prog="lora_serve.engine.engine_process", description=__doc__)
+    parser.add_argument("--endpoint", required=True, help="ZeroMQ address of the client")
+    parser.add_argument("--parent-fd", type=int, required=True, help="socket that is closed with the parent")
+    parser.add_argument("--executor-factory", help="module:function that makes the executor, for tests")
+    options = parser.parse_args(arguments)
+    logging.basicConfig(
+        level=logging.INFO, format="%(asctime)s %(levelname)s engine[%(process)d] %(name)s: %(message)s"
+    )
+    # Ctrl-C reaches the whole process group; the client decides when the engine ends.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = socket.socket(fileno=options.parent_fd)
+    parent.set_inheritable(False)
+    threading.Thread(target=_end_with_parent, args=[parent], daemon=True).start()
+
+    context: zmq.Context[Any] = zmq.Context()
+    client = context.socket(zmq.DEALER)
+    client.set(zmq.SNDHWM, 0)
+    client.set(zmq.RCVHWM, 0)
+    client.set(zmq.LINGER, LINGER_MS)
+    client.connect(options.endpoint)
+    try:
+        EngineServer(client, partial(_make_core, options.executor_factory)).run()
+    finally:
+        client.close()
+        context.term()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,120 @@
+"""The model's tokenizer: text to token ids and back, and its chat template."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lora_serve.common.errors import InvalidArgumentError
+
+
+class Tokenizer:
+    """The model's tokenizer.
+
+    Not thread-safe; `copy` gives one for another thread.
+
+    Parameters
+    ----------
+    backend : transformers.PreTrainedTokenizerBase
+        The tokenizer that is wrapped.
+
+    Attributes
+    ----------
+    backend : transformers.PreTrainedTokenizerBase
+        As given.
+    """
+
+    def __init__(self, backend: Any) -> None:
+        self.backend = backend
+        self._token_texts: dict[int, str] = {}
+
+    @classmethod
+    def from_pretrained(cls, model: str) -> Tokenizer:
+        """Load the tokenizer of a Hugging Face directory or hub id.
+
+        Raises
+        ------
+        InvalidArgumentError
+            There is none, or transformers cannot read it.
+        """
+        from transformers import AutoTokenizer
+
+        local_only = os.path.isdir(model)
+        try:
+            return cls(AutoTokenizer.from_pretrained(model, local_files_only=local_only))
+        except Exception as error:
+            raise InvalidArgumentError(
+                f"the tokenizer of model {model!r} cannot be loaded ({type(error).__name__}: {error}); "
+                "expected a Hugging Face directory or hub id with tokenizer.json"
+            ) from error
+
+    def copy(self) -> Tokenizer:
+        """Give an independent tokenizer, for use in another thread."""
+        return Tokenizer(copy.deepcopy(self.backend))
+
+    @property
+    def has_chat_template(self) -> bool:
+        """True when the model's folder has a chat template."""
+        return bool(self.backend.chat_template)
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Give the text's token ids."""
+        return [
+            int(token_id) for token_id in self.backend.encode(text, add_special_tokens=add_special_tokens)
+        ]
+
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """Give the tokens' text exactly: no clean-up of spaces. Ids that the tokenizer lacks give no text."""
+        text = self.backend.decode(
+            list(token_ids), skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
+        )
+        assert isinstance(text, str)
+        return text
+
+    def decode_token(self, token_id: int) -> str:
+        """Give one token's own text, special tokens included; remembered per token."""
+        text = self._token_texts.get(token_id)
+        if text is None:
+            text = self._token_texts[token_id] = self.decode([token_id], skip_special_tokens=False)
+        return text
+
+    def encode_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        template_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[int]:
+        """Render the chat template and tokenise the result (the template writes its own special tokens).
+
+        Parameters
+        ----------
+        messages : sequence of mappings
+            `role` and `content` each, as the template expects them.
+        add_generation_prompt : bool
+            End with the start of the assistant's turn.
+        template_kwargs : mapping or None
+            Further variables of the template.
+
+        Raises
+        ------
+        InvalidArgumentError
+            There is no chat template, or it refuses the messages.
+        """
+        if not self.has_chat_template:
+            raise InvalidArgumentError(
+                "the model's tokenizer has no chat template, so messages cannot be rendered; send a prompt "
+                "to /v1/completions (LLM.generate) instead"
+            )
+        try:
+            text = self.backend.apply_chat_template(
+                [dict(message) for message in messages],
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                **dict(template_kwargs or {}),
+            )
+        except Exception as error:
+            raise InvalidArgumentError(f"the chat template refuses the messages: {error}") from error
+        return self.encode(text, add_special_tokens=False)

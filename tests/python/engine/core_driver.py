@@ -1,0 +1,225 @@
+"""Drives an EngineCore over the real scheduler and the oracle executor, step by step."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from concurrent.futures import FIRST_COMPLETED, wait
+
+from lora_serve.common.config import EngineConfig
+from lora_serve.common.errors import InvalidArgumentError
+from lora_serve.common.sampling_params import SamplingParams
+from lora_serve.engine.engine_core import EngineCore
+from lora_serve.engine.messages import EngineRequest
+from lora_serve.executor.executor import ExecutionResult
+from lora_serve.lora.peft_adapter import HostAdapter
+from lora_serve.testing.oracle_adapters import OracleAdapterStore
+from lora_serve.testing.oracle_executor import OracleExecutor, OracleOptions, oracle_tokens
+
+
+class FilesOfTheTest(OracleAdapterStore):
+    """Adapters whose content the test writes; a read waits while its path is held."""
+
+    def __init__(self):
+        super().__init__()
+        self.contents = {}
+        self.num_reads = 0
+        self._gates = {}
+
+    def hold(self, path):
+        self._gates[path] = threading.Event()
+
+    @property
+    def holds_a_read(self):
+        return bool(self._gates)
+
+    def release(self, path):
+        self._gates.pop(path).set()
+
+    def read(self, path, name=None):
+        content = self.contents.get(path, path)
+        self.num_reads += 1
+        gate = self._gates.get(path)
+        if gate is not None:
+            assert gate.wait(30)
+        if isinstance(content, Exception):
+            raise content
+        if content == "bad":
+            raise InvalidArgumentError(f"adapter {name!r} in {path!r} is bad; make it good")
+        digest = hashlib.sha256(content.encode()).hexdigest()
+        return HostAdapter(path=path, modules={}, content_digest=digest, num_bytes=1024, lora_rank=8)
+
+
+class TroubledExecutor(OracleExecutor):
+    """The oracle, with failures on demand."""
+
+    def __init__(self, options):
+        super().__init__(options)
+        self.lora = FilesOfTheTest()
+        self.failing_request_ids = set()
+        self.raises = None
+        self.is_closed = False
+        self.failing_loads = set()
+
+    def execute(self, plan, states=()):
+        if self.raises is not None:
+            raise self.raises
+        assert not self.is_closed
+        self.options = OracleOptions(
+            **{**self.options.__dict__, "failing_adapter_ids": tuple(self.failing_loads)}
+        )
+        result = super().execute(plan, states)
+        errors, tokens = {}, result.sampled_token_ids.copy()
+        for row, request_id in enumerate(plan.request_ids.tolist()):
+            if request_id in self.failing_request_ids and plan.samples_token[row]:
+                errors[row] = "logits are not finite"
+                tokens[row] = -1
+                states[row].output_token_ids.pop()
+        return ExecutionResult(
+            result.plan_id,
+            tokens,
+            result.logprobs,
+            result.loaded_adapter_ids,
+            result.failed_adapter_ids,
+            errors,
+        )
+
+    def close(self):
+        self.is_closed = True
+
+
+class CoreDriver:
+    """An engine, what it has said so far, and the answers that each request would get alone."""
+
+    def __init__(
+        self, *, num_device_pages=64, max_num_seqs=4, max_num_batched_tokens=16, max_loras=2, **options
+    ):
+        self.executor = TroubledExecutor(
+            OracleOptions(
+                num_device_pages=num_device_pages,
+                page_size=4,
+                max_num_seqs=max_num_seqs,
+                max_model_len=64,
+                **options,
+            )
+        )
+        self.files = self.executor.lora
+        config = EngineConfig(
+            model="oracle",
+            page_size=4,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            max_loras=max_loras,
+        )
+        self.core = EngineCore(config, self.executor)
+        self.outputs = {}
+        self.errors = {}
+        self.finish = {}
+        self.cached = {}
+        self._requests = {}
+        self._next_id = 0
+
+    # --- Doing --------------------------------------------------------------------------------------------
+
+    def add(self, lora_name=None, prompt=None, **params):
+        """Add a request; give its id."""
+        request_id = self._next_id
+        self._next_id += 1
+        prompt = list(range(10)) if prompt is None else prompt
+        params = SamplingParams(**{"max_tokens": 6, "temperature": 0, **params})
+        admission = self.core.add_request(
+            EngineRequest(
+                request_id=request_id, prompt_token_ids=prompt, sampling_params=params, lora_name=lora_name
+            )
+        )
+        self._requests[request_id] = (admission.adapter_id, prompt, params.max_tokens)
+        self.outputs[request_id] = []
+        return request_id
+
+    def step(self, num_steps=1):
+        for _ in range(num_steps):
+            for output in self.core.step():
+                request_id = output.request_id
+                assert request_id not in self.finish, f"request {request_id} got an output after its last"
+                self.outputs[request_id] += output.new_token_ids
+                self.cached[request_id] = output.num_cached_tokens
+                if output.error is not None:
+                    self.errors[request_id] = output.error.to_exception()
+                if output.finish_reason is not None:
+                    self.finish[request_id] = (output.finish_reason, output.stop_reason)
+            if self.core.failure is None:
+                self.core._scheduler.check_invariants()
+
+    def step_until(self, condition, max_steps=500):
+        for _ in range(max_steps):
+            if condition():
+                return
+            self.step()
+        raise AssertionError("the condition was not met")
+
+    def run(self):
+        """Step until nothing is left to do, reads included."""
+        for _ in range(2000):
+            if self.core.has_work:
+                self.step()
+            elif self.core.pending_reads:
+                wait(self.core.pending_reads, timeout=30)
+            else:
+                return
+        raise AssertionError("the engine does not come to rest")
+
+    def load(self, name, path, **options):
+        """Load and wait; give the result or raise."""
+        operation = self.core.load_adapter(name, path, **options)
+        self.wait_for(operation)
+        return operation.result()
+
+    def unload(self, name, **options):
+        operation = self.core.unload_adapter(name, **options)
+        self.wait_for(operation)
+        return operation.result()
+
+    def wait_for(self, operation):
+        for _ in range(2000):
+            if operation.done():
+                return
+            if not self.files.holds_a_read:
+                self.wait_for_reads()  # So that no request gets further than the test means it to.
+            elif not self.core.has_work:
+                wait(self.core.pending_reads, timeout=30, return_when=FIRST_COMPLETED)
+            self.step()
+        raise AssertionError("the operation does not complete")
+
+    def wait_for_reads(self):
+        wait(self.core.pending_reads, timeout=30)
+
+    # --- Looking ------------------------------------------------------------------------------------------
+
+    def expected(self, request_id):
+        adapter_id, prompt, max_tokens = self._requests[request_id]
+        return oracle_tokens(adapter_id, prompt, max_tokens, self.executor.vocab_size)
+
+    def adapter_id_of(self, request_id):
+        return self._requests[request_id][0]
+
+    def assert_complete(self, *request_ids):
+        """These requests ended at their length with the tokens of a run alone."""
+        for request_id in request_ids:
+            assert self.outputs[request_id] == self.expected(request_id)
+            assert self.finish[request_id] == ("length", None)
+
+    def assert_nothing_left_of(self, *adapter_ids):
+        assert not set(adapter_ids) & {info.adapter_id for info in self.core.adapters()}
+        for adapter_id in adapter_ids:
+            assert adapter_id not in self.files
+        assert not set(adapter_ids) & {a.adapter_id for a in self.core._scheduler.stats().adapters}
+        stats = self.core.stats()
+        assert stats.num_device_pages == stats.num_free_pages + stats.num_tree_pages + stats.num_private_pages
+
+    def assert_pages_free(self):
+        stats = self.core.stats()
+        assert stats.num_private_pages == 0
+        assert stats.num_waiting_requests == stats.num_running_requests == 0
+
+    def info(self, name):
+        return [info for info in self.core.adapters() if info.name == name]
