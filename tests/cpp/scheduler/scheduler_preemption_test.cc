@@ -49,8 +49,8 @@ TEST_P(SchedulerPreemptionTest, TheNewestRunningRequestGivesWayAndRecoversItsOwn
   while (!harness.request(1).is_finished) harness.Step();
   const ExecutionPlan plan = harness.Step();
   EXPECT_EQ(plan.request_ids, Ids{2});
-  EXPECT_GE(plan.num_computed_tokens[0], 12) << "its published pages were still in the tree";
-  EXPECT_EQ(plan.num_computed_tokens[0] + plan.num_scheduled_tokens[0], 17);
+  EXPECT_GE(plan.num_computed_tokens.at(0), 12) << "its published pages were still in the tree";
+  EXPECT_EQ(plan.num_computed_tokens.at(0) + plan.num_scheduled_tokens.at(0), 17);
   EXPECT_EQ(plan.delta_starts, Ints{0}) << "a new row is told from its first entry";
   EXPECT_EQ(plan.num_cached_tokens, Ints{0}) << "a recovery is not reported as usage of the cache";
   harness.RunToEnd();
@@ -69,7 +69,7 @@ TEST_P(SchedulerPreemptionTest, WithoutReuseAPreemptedRequestRecoversItsOwnPages
     while (!harness.request(1).is_finished) harness.Step();
     ASSERT_EQ(harness.scheduler().Stats().total_preemptions, 1);
     const ExecutionPlan plan = harness.Step();
-    EXPECT_GE(plan.num_computed_tokens[0], 12);
+    EXPECT_GE(plan.num_computed_tokens.at(0), 12);
     EXPECT_EQ(plan.num_cached_tokens, Ints{0});
     harness.RunToEnd();
     harness.ExpectRightOutputs();

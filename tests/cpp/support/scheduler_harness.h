@@ -7,6 +7,8 @@
 #include <functional>
 #include <map>
 #include <set>
+#include <stdexcept>
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -102,6 +104,12 @@ class SchedulerHarness {
   /// One step; `between` runs while the plan is outstanding. Returns the plan.
   ExecutionPlan Step(const std::function<void()>& between = nullptr) {
     ExecutionPlan plan = scheduler_.NextPlan(++now_us_);
+    num_empty_plans_ = plan.IsEmpty() ? num_empty_plans_ + 1 : 0;
+    // Loops of tests wait for something to happen: end them when it never will.
+    if (num_empty_plans_ > kMaxEmptyPlans || now_us_ > kMaxSteps) {
+      throw std::runtime_error("the scheduler does not move: " + std::to_string(num_empty_plans_) +
+                               " empty plans in a row, " + std::to_string(now_us_) + " steps");
+    }
     CheckPlan(plan);
     CheckState();
     EXPECT_EQ(std::ssize(plan.request_ids), scheduler_.Stats().num_running_requests)
@@ -162,6 +170,9 @@ class SchedulerHarness {
   std::function<bool(AdapterId)> load_fails;
 
  private:
+  static constexpr std::int64_t kMaxEmptyPlans = 100;  // in a row
+  static constexpr std::int64_t kMaxSteps = 20000;
+
   void CheckState() const {
     scheduler_.CheckInvariants();
     const SchedulerStats stats = scheduler_.Stats();
@@ -244,6 +255,7 @@ class SchedulerHarness {
   std::set<AdapterId> drained_;
   std::int64_t now_us_ = 0;
   std::int64_t last_plan_id_ = -1;
+  std::int64_t num_empty_plans_ = 0;
 };
 
 }  // namespace lora_serve::testing

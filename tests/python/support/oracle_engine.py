@@ -1,0 +1,66 @@
+"""Executors for an engine process of its own, by 'module:function'."""
+
+from __future__ import annotations
+
+import time
+
+from lora_serve.common.config import EngineConfig
+from lora_serve.common.errors import InvalidArgumentError
+from lora_serve.testing.oracle_executor import OracleExecutor, OracleOptions
+from support.tiny_checkpoint import VOCAB_SIZE
+
+
+class SlowOracle(OracleExecutor):
+    """Takes a moment for each step, so that a test can act while requests run."""
+
+    def execute(self, plan, states=()):
+        time.sleep(0.02)
+        return super().execute(plan, states)
+
+
+class BreakingOracle(OracleExecutor):
+    """Fails in its third step."""
+
+    num_steps = 0
+
+    def execute(self, plan, states=()):
+        self.num_steps += 1
+        if self.num_steps == 3:
+            raise RuntimeError("the third step broke")
+        return super().execute(plan, states)
+
+
+def _options(config: EngineConfig) -> OracleOptions:
+    return OracleOptions(
+        num_device_pages=128,
+        page_size=config.page_size,
+        max_num_seqs=config.max_num_seqs,
+        max_model_len=512,
+        vocab_size=VOCAB_SIZE,
+    )
+
+
+def make_oracle(config):
+    return OracleExecutor(_options(config))
+
+
+def make_slow_oracle(config):
+    return SlowOracle(_options(config))
+
+
+def make_breaking_oracle(config):
+    return BreakingOracle(_options(config))
+
+
+def refuse_to_start(config):
+    raise InvalidArgumentError(f"model {config.model!r} cannot be served; try another")
+
+
+def crash_at_start(config):
+    raise OSError("the disk is on fire")
+
+
+def die_at_start(config):
+    import os
+
+    os._exit(7)
