@@ -16,7 +16,7 @@ JOBS ?= $(shell nproc)
 # More threads than cores make small tensors slower.
 export OMP_NUM_THREADS ?= $(shell nproc)
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo -n)
-CXX_FILES = $(shell find csrc bindings tests/cpp benchmarks/cpp -name '*.cc' -o -name '*.h')
+CXX_FILES = $(shell find csrc bindings tests/cpp -name '*.cc' -o -name '*.h')
 EXTENSION_SOURCES = $(shell find csrc bindings -name '*.cc' -o -name '*.h') CMakeLists.txt
 
 .PHONY: help setup demo test test-cpp test-python lint fmt stub sanitize soak bench clean
