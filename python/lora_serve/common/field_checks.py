@@ -56,3 +56,27 @@ def check_bool(field: str, value: Any) -> None:
     """
     if not isinstance(value, bool):
         refuse(field, value, "True or False")
+
+
+def check_text(field: str, value: Any) -> None:
+    """Require a non-empty string of valid Unicode, without NUL.
+
+    Raises
+    ------
+    InvalidArgumentError
+        The value is no string, is empty, or holds half a surrogate pair or a NUL, which no file name,
+        message or tokenizer can carry.
+    """
+    if not isinstance(value, str) or not value:
+        refuse(field, value, "a non-empty string")
+    if "\0" in value or not is_valid_unicode(value):
+        refuse(field, value, "valid Unicode without NUL characters")
+
+
+def is_valid_unicode(text: str) -> bool:
+    """True when the text has no half surrogate pairs, so that it can be encoded."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

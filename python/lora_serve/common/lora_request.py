@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lora_serve.common.errors import InvalidArgumentError
+from lora_serve.common.field_checks import check_text
 
 
 @dataclass(frozen=True)
@@ -22,16 +22,13 @@ class LoRARequest:
     Raises
     ------
     InvalidArgumentError
-        The name is empty, or name or path is not a string.
+        Name or path is not a string, is empty, or is not valid Unicode.
     """
 
     lora_name: str
     lora_path: str | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.lora_name, str) or not self.lora_name:
-            raise InvalidArgumentError(
-                f"lora_name is {self.lora_name!r} but must be a non-empty string; use None for the base model"
-            )
-        if self.lora_path is not None and not isinstance(self.lora_path, str):
-            raise InvalidArgumentError(f"lora_path is {self.lora_path!r} but must be a string or None")
+        check_text("lora_name", self.lora_name)
+        if self.lora_path is not None:
+            check_text("lora_path", self.lora_path)

@@ -6,7 +6,7 @@ from typing import Any
 
 import msgspec
 
-from lora_serve.common.field_checks import check_bool, check_float, check_int, refuse
+from lora_serve.common.field_checks import check_bool, check_float, check_int, is_valid_unicode, refuse
 
 MAX_N = 128
 """Answers that one request may ask for."""
@@ -171,8 +171,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
         if not isinstance(self.stop, list):
             refuse("stop", self.stop, "a string or a list of strings")
         for stop in self.stop:
-            if not isinstance(stop, str) or not stop:
-                refuse("stop", self.stop, "made of non-empty strings")
+            if not isinstance(stop, str) or not stop or not is_valid_unicode(stop):
+                refuse("stop", self.stop, "made of non-empty strings of valid Unicode")
         if not isinstance(self.stop_token_ids, list):
             refuse("stop_token_ids", self.stop_token_ids, "a list of token ids")
         for token_id in self.stop_token_ids:

@@ -14,6 +14,7 @@ from lora_serve.common.errors import (
     InternalError,
     LoraServeError,
 )
+from lora_serve.common.field_checks import check_text
 from lora_serve.engine.load_queues import LoadQueues, PendingLoad
 from lora_serve.engine.messages import LoadAdapterResult, UnloadAdapterResult
 from lora_serve.lora.registry import AdapterContent, check_adapter_name
@@ -114,7 +115,9 @@ class AdapterOperations:
         """
         caller: Future[LoadAdapterResult] = _new_caller()
         try:
+            check_text("lora_name", name)
             check_adapter_name(name)
+            check_text("lora_path", path)
         except LoraServeError as error:
             caller.set_exception(error)
             return caller

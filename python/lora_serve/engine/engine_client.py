@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 from lora_serve.common.config import EngineConfig
 from lora_serve.common.errors import InvalidArgumentError, LoraServeError
+from lora_serve.common.field_checks import check_text
 from lora_serve.common.outputs import RequestOutput
 from lora_serve.common.sampling_params import SamplingParams
 from lora_serve.engine import wire
@@ -215,6 +216,8 @@ class AsyncEngineClient:
         InternalError
             The engine has stopped.
         """
+        check_text("lora_name", name)
+        check_text("lora_path", path)
         return await self._connection.call(
             lambda call_id: wire.LoadAdapter(call_id, name, path, load_inplace, pinned), LoadAdapterResult
         )
@@ -236,6 +239,7 @@ class AsyncEngineClient:
         InternalError
             The engine has stopped.
         """
+        check_text("lora_name", name)
         return await self._connection.call(
             lambda call_id: wire.UnloadAdapter(call_id, name, force), UnloadAdapterResult
         )

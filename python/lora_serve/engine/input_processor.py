@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import msgspec
 
 from lora_serve.common.errors import InvalidArgumentError
+from lora_serve.common.field_checks import check_text
 from lora_serve.common.sampling_params import SamplingParams
 from lora_serve.engine.messages import EngineRequest, ModelInfo
 
@@ -82,10 +83,8 @@ class InputProcessor:
             ("logit_bias", list(params.logit_bias or {})),
         ):
             self._check_vocabulary(field, ids)
-        if lora_name is not None and (not isinstance(lora_name, str) or not lora_name):
-            raise InvalidArgumentError(
-                f"lora_name is {lora_name!r} but must be a non-empty string; use None for the base model"
-            )
+        if lora_name is not None:
+            check_text("lora_name", lora_name)
         return ProcessedRequest(
             request_id=request_id,
             prompt=prompt,

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lora_serve.common.errors import InvalidArgumentError
+from lora_serve.common.field_checks import is_valid_unicode
 
 
 class Tokenizer:
@@ -60,7 +61,17 @@ class Tokenizer:
         return bool(self.backend.chat_template)
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Give the text's token ids."""
+        """Give the text's token ids.
+
+        Raises
+        ------
+        InvalidArgumentError
+            The text has half a surrogate pair, which is no character.
+        """
+        if not is_valid_unicode(text):
+            raise InvalidArgumentError(
+                "the text has half a surrogate pair, which is no character; send valid Unicode"
+            )
         return [
             int(token_id) for token_id in self.backend.encode(text, add_special_tokens=add_special_tokens)
         ]
@@ -101,13 +112,15 @@ class Tokenizer:
         Raises
         ------
         InvalidArgumentError
-            There is no chat template, or it refuses the messages.
+            There is no message or no chat template, or it refuses the messages.
         """
         if not self.has_chat_template:
             raise InvalidArgumentError(
                 "the model's tokenizer has no chat template, so messages cannot be rendered; send a prompt "
                 "to /v1/completions (LLM.generate) instead"
             )
+        if not messages:
+            raise InvalidArgumentError("messages is empty but must have at least one message")
         try:
             text = self.backend.apply_chat_template(
                 [dict(message) for message in messages],

@@ -45,7 +45,7 @@ def test_defaults_are_valid_and_survive_a_message():
     assert msgspec.msgpack.decode(msgspec.msgpack.encode(config), type=EngineConfig) == config
 
 
-@pytest.mark.parametrize("arguments", [("",), (None,), ("a", 5)])
+@pytest.mark.parametrize("arguments", [("",), (None,), ("\ud800",), ("a", 5), ("a", ""), ("a", "/\0")])
 def test_lora_request_with_bad_fields_is_refused(arguments):
     with pytest.raises(InvalidArgumentError):
         LoRARequest(*arguments)

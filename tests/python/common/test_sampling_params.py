@@ -41,6 +41,7 @@ BAD_FIELDS = [
     ("stop", ["a", ""]),
     ("stop", ["a", 1]),
     ("stop", 5),
+    ("stop", "half a pair \ud800"),
     ("stop_token_ids", 5),
     ("stop_token_ids", [-1]),
     ("stop_token_ids", ["a"]),

@@ -186,10 +186,21 @@ def test_bad_replacement_leaves_the_old_generation_serving(driver):
     driver.assert_complete(request)
 
 
-@pytest.mark.parametrize("name", ["", " a", "a\n"])
-def test_name_that_is_none_is_refused(driver, name):
-    with pytest.raises(InvalidArgumentError, match="lora_name"):
-        driver.load(name, "/a")
+@pytest.mark.parametrize(
+    ("name", "path", "field"),
+    [
+        ("", "/a", "lora_name"),
+        (" a", "/a", "lora_name"),
+        ("a\n", "/a", "lora_name"),
+        ("\ud800", "/a", "lora_name"),
+        ("a", "", "lora_path"),
+        ("a", "/\0", "lora_path"),
+        ("a", "/\ud800", "lora_path"),
+    ],
+)
+def test_name_or_path_that_is_none_is_refused_and_not_read(driver, name, path, field):
+    with pytest.raises(InvalidArgumentError, match=field):
+        driver.load(name, path)
     assert driver.files.num_reads == 0
 
 

@@ -55,7 +55,7 @@ def test_bad_request_is_refused_with_what_was_found_and_what_to_do(token_ids, pa
         process(token_ids, **params)
 
 
-@pytest.mark.parametrize("name", ["", 5])
+@pytest.mark.parametrize("name", ["", 5, "\ud800"])
 def test_adapter_name_that_is_none_is_refused(name):
     with pytest.raises(InvalidArgumentError, match="lora_name"):
         process([5], lora_name=name, max_tokens=1)
