@@ -15,7 +15,9 @@ MAX_LOGPROBS = 20
 MIN_TEMPERATURE = 1e-5
 """Smallest temperature above 0: dividing by less overflows fp32."""
 _MIN_INT64, _MAX_INT64 = -(2**63), 2**63 - 1
-_MAX_TOKEN_ID = 2**31 - 1
+_MAX_INT32 = 2**31 - 1
+MIN_REPETITION_PENALTY, MAX_REPETITION_PENALTY = 0.01, 100.0
+"""Beyond these a logit times or divided by the penalty can leave the range of fp32."""
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
@@ -36,11 +38,11 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     top_p : float
         In (0, 1]; 1 = off.
     top_k : int
-        At least -1; 0 and -1 = off.
+        At least -1, at most 2**31 - 1; 0 and -1 = off.
     min_p : float
         Probability relative to the best token's below which tokens are dropped, in [0, 1]; 0 = off.
     repetition_penalty : float
-        Above 0; over the tokens of prompt and answer; 1 = off.
+        In [0.01, 100]; over the tokens of prompt and answer; 1 = off.
     presence_penalty, frequency_penalty : float
         In [-2, 2]; over the tokens of the answer; 0 = off.
     logit_bias : dict from int to float, or None
@@ -142,8 +144,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     def _validate_lengths(self) -> None:
         check_int("n", self.n, 1, MAX_N)
         if self.max_tokens is not None:
-            check_int("max_tokens", self.max_tokens, 1)
-        check_int("min_tokens", self.min_tokens, 0)
+            check_int("max_tokens", self.max_tokens, 1, _MAX_INT32)
+        check_int("min_tokens", self.min_tokens, 0, _MAX_INT32)
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             refuse("min_tokens", self.min_tokens, f"at most max_tokens, which is {self.max_tokens}")
 
@@ -152,9 +154,11 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
         if 0 < self.temperature < MIN_TEMPERATURE:
             refuse("temperature", self.temperature, f"0 (greedy) or at least {MIN_TEMPERATURE}")
         check_float("top_p", self.top_p, 0.0, 1.0, above_minimum=True)
-        check_int("top_k", self.top_k, -1)
+        check_int("top_k", self.top_k, -1, _MAX_INT32)
         check_float("min_p", self.min_p, 0.0, 1.0)
-        check_float("repetition_penalty", self.repetition_penalty, 0.0, above_minimum=True)
+        check_float(
+            "repetition_penalty", self.repetition_penalty, MIN_REPETITION_PENALTY, MAX_REPETITION_PENALTY
+        )
         check_float("presence_penalty", self.presence_penalty, -2.0, 2.0)
         check_float("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
         if self.seed is not None:
@@ -164,7 +168,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
         if not isinstance(self.logit_bias, dict):
             refuse("logit_bias", self.logit_bias, "a mapping from token ids to numbers")
         for token_id, bias in self.logit_bias.items():
-            check_int("a token id of logit_bias", token_id, 0, _MAX_TOKEN_ID)
+            check_int("a token id of logit_bias", token_id, 0, _MAX_INT32)
             check_float(f"logit_bias[{token_id}]", bias, -100.0, 100.0)
 
     def _validate_stops(self) -> None:
@@ -176,4 +180,4 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
         if not isinstance(self.stop_token_ids, list):
             refuse("stop_token_ids", self.stop_token_ids, "a list of token ids")
         for token_id in self.stop_token_ids:
-            check_int("a token id of stop_token_ids", token_id, 0, _MAX_TOKEN_ID)
+            check_int("a token id of stop_token_ids", token_id, 0, _MAX_INT32)
