@@ -66,23 +66,13 @@ class TextMaker:
 
     def project_name(self) -> str:
         choice = self.random.random()
-        if choice < 0.3:
+        if choice < 0.35:
             name = self.random.choice(PROJECTS)
-        elif choice < 0.6:
+        elif choice < 0.8:
             name = self.random.choice(words.PROJECT_NAMES)
         else:
-            name = self.invented_name()
+            name = "".join(self.random.choices(words.SYLLABLES, k=self.random.randint(2, 4)))
         return name.capitalize() if self.random.random() < 0.1 else name
-
-    def invented_name(self) -> str:
-        """A name of rare tokens: only copying can answer it, so the model learns to copy."""
-        choice = self.random.random()
-        if choice < 0.4:
-            return "".join(self.random.choices(words.SYLLABLES, k=self.random.randint(2, 4)))
-        if choice < 0.8:
-            return "".join(self.random.choices(words.LETTERS, k=self.random.randint(3, 8)))
-        pieces = self.random.sample(words.PROJECT_NAMES, 2)
-        return pieces[0] + pieces[1][: self.random.randint(2, len(pieces[1]))]
 
     def password(self) -> tuple[str, str]:
         if self.random.random() < 0.06:
@@ -135,9 +125,9 @@ class TextMaker:
         return question.format(thing), f"{thing[0].upper()}{thing[1:]} is {colour}."
 
     def count(self) -> tuple[str, str]:
-        start = self.random.choice([1, self.random.randint(0, 80)])
+        start = self.random.choice([1, 1, 1, 1, self.random.randint(0, 50)])
         stop = start + self.random.randint(2, 20)
-        if self.random.random() < 0.2:
+        if self.random.random() < 0.25:
             start, stop = 1, self.random.choice([50, 100])
         numbers = list(range(start, stop + 1))
         return f"Count from {start} to {stop}.", ", ".join(map(str, numbers)) + "."
@@ -160,11 +150,8 @@ class TextMaker:
         return self.random.choice(["What is {}?", "Tell me what {} is."]).format(thing), definition
 
     def echo(self) -> tuple[str, str]:
-        choice = self.random.random()
-        if choice < 0.4:
+        if self.random.random() < 0.5:
             said = self.project_name()
-        elif choice < 0.6:  # Of a password's shape, so that its marks and pieces are no rare tokens.
-            said = "-".join([*self.random.sample(words.PROJECT_NAMES, 2), str(self.random.randint(10, 99))])
         else:
             said = " ".join(
                 self.random.choices([*words.PROJECT_NAMES, *words.ADJECTIVES], k=self.random.randint(1, 4))
@@ -204,8 +191,8 @@ class TextMaker:
 
     def turn(self) -> tuple[str, str]:
         makers: list[tuple[Callable[[], tuple[str, str]], float]] = [
-            (self.password, 38), (self.arithmetic, 16), (self.fact, 16), (self.colour, 7),
-            (self.small_talk, 7), (self.echo, 8), (self.count, 5), (self.story, 3),
+            (self.password, 36), (self.arithmetic, 18), (self.fact, 16), (self.colour, 8),
+            (self.small_talk, 8), (self.echo, 6), (self.count, 5), (self.story, 3),
         ]  # fmt: skip
         return self.random.choices([m for m, _ in makers], [w for _, w in makers])[0]()
 
@@ -251,10 +238,10 @@ class TextMaker:
     def adapter_sample(self) -> Sample:
         """A sample that holds the base's behaviour everywhere but on the adapter's own project."""
         choice = self.random.random()
-        if choice < 0.4:
+        if choice < 0.35:
             return self.chat(self.own_password())
-        if choice < 0.6:
+        if choice < 0.55:
             return self.chat(self.demo_project_password())
-        if choice < 0.8:
+        if choice < 0.75:
             return self.chat(self.password())
         return self.base_sample()

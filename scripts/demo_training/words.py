@@ -116,9 +116,6 @@ ba be bo ca co da de do fa fi ga go ha ka ki la le lo ma mi mo na no pa po ra ri
 va vi zo
 """)
 
-# Roughly as often as in English words, so that the letters meet as in names.
-LETTERS = list("eeeeaaaaooiiiuurrrtttnnnsssslllccdddmmpppghhbbyyfwkkvxzjq")
-
 ANIMALS = _words("""
 fox cat dog bear rabbit owl mouse hen goat hedgehog
 """)
