@@ -78,7 +78,8 @@ class Request {
   /// Of the prompt, from the cache at the first admission; -1 before that. Recoveries do not change
   /// it.
   std::int32_t num_cached_prompt_tokens = -1;
-  /// Newer requests admitted while this one was first in line and lacked pages.
+  /// Newer requests admitted while this one was first in line and lacked pages, and newer requests
+  /// of adapters admitted while it was first in line and lacked a place of its adapter.
   std::int32_t num_times_overtaken = 0;
   /// The newest plan with a row of this request.
   PlanId last_plan_id{-1};

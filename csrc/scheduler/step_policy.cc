@@ -78,30 +78,44 @@ void StepPolicy::SchedulePrefillChunk(Request& request) {
 }
 
 void StepPolicy::AdmitWaiting() {
-  Request* first_in_line = nullptr;  // the first request that lacks only pages
+  // The first in line for each. A preempted request never lacks a place: its adapter kept it.
+  Request* lacks_pages = nullptr;
+  Request* lacks_place = nullptr;
   for (const RequestTable::WaitingList* list :
        {&parts_.requests->preempted(), &parts_.requests->queued()}) {
     for (auto it = list->begin(); it != list->end();) {
       if (budget_ == 0 || !parts_.rows->HasFree()) return;
       Request& request = *(it++)->second;  // admission takes it off the list
-      switch (TryAdmit(request, /*must_surely_fit=*/first_in_line != nullptr)) {
-        case Attempt::kMayNotRun:
+      const bool is_of_base = request.adapter().IsBase();
+      // The places drain for the first that lacks one.
+      if (!is_of_base && !MayBeOvertaken(lacks_place)) continue;
+      switch (TryAdmit(request, /*must_surely_fit=*/lacks_pages != nullptr)) {
+        case Attempt::kNotResident:
           break;
         case Attempt::kAdmitted:
-          if (first_in_line != nullptr) ++first_in_line->num_times_overtaken;
+          if (lacks_pages != nullptr) ++lacks_pages->num_times_overtaken;
+          if (lacks_place != nullptr && !is_of_base) ++lacks_place->num_times_overtaken;
+          break;
+        case Attempt::kLacksPlace:
+          if (lacks_place == nullptr) lacks_place = &request;
           break;
         case Attempt::kLacksPages:
-          if (first_in_line == nullptr) first_in_line = &request;
+          // One that spent its overtakings while it lacked a place counts as the first: who passes
+          // it now could take the place that drained for it.
+          if (lacks_pages == nullptr || !MayBeOvertaken(&request)) lacks_pages = &request;
           break;
       }
-      if (first_in_line != nullptr && first_in_line->num_times_overtaken >= kMaxTimesOvertaken)
-        return;
+      if (!MayBeOvertaken(lacks_pages)) return;
     }
   }
 }
 
 StepPolicy::Attempt StepPolicy::TryAdmit(Request& request, bool must_surely_fit) {
-  if (!parts_.adapters->MayRun(request.adapter())) return Attempt::kMayNotRun;
+  const Adapter& adapter = request.adapter();
+  if (!parts_.adapters->MayRun(adapter)) {
+    return adapter.load_state == LoadState::kResident ? Attempt::kLacksPlace
+                                                      : Attempt::kNotResident;
+  }
   // Behind a request that lacks pages only those are tried that fit without help of the cache: a
   // constant cost each, however long the queue is.
   if (must_surely_fit &&

@@ -32,7 +32,8 @@ struct PolicyCounters {
 /// Does not know: plans as arrays, events, control operations.
 class StepPolicy {
  public:
-  /// A request that is first in line for pages is overtaken by at most this many newer ones.
+  /// A request that is first in line, for pages or for a place of its adapter, is overtaken by at
+  /// most this many newer ones that take what it waits for.
   static constexpr std::int32_t kMaxTimesOvertaken = 16;
 
   /// The scheduler's parts, which must outlive the policy.
@@ -56,12 +57,16 @@ class StepPolicy {
   void SchedulePrefillChunks();
   void AdmitWaiting();
   /// What became of one attempt to admit.
-  enum class Attempt : std::uint8_t { kAdmitted, kMayNotRun, kLacksPages };
+  enum class Attempt : std::uint8_t { kAdmitted, kNotResident, kLacksPlace, kLacksPages };
   [[nodiscard]] Attempt TryAdmit(Request& request, bool must_surely_fit);
   /// Makes room for the newest token of a decode, at the cost of newer requests if it must. False
   /// when the request itself had to go.
   [[nodiscard]] bool MakeRoom(Request& request);
   void SchedulePrefillChunk(Request& request);
+
+  [[nodiscard]] static bool MayBeOvertaken(const Request* request) {
+    return request == nullptr || request->num_times_overtaken < kMaxTimesOvertaken;
+  }
 
   const SchedulerOptions options_;
   const Parts parts_;

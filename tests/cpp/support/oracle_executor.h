@@ -1,5 +1,6 @@
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <functional>
 #include <map>
@@ -55,6 +56,11 @@ class OracleExecutor {
     const auto it = slots_.find(slot);
     Require(it != slots_.end(), "nothing is loaded in adapter slot " + std::to_string(slot));
     return it->second;
+  }
+  /// True for the base model and for loaded adapters.
+  [[nodiscard]] bool MayRun(AdapterId adapter) const {
+    return adapter == kBaseAdapter ||
+           std::ranges::any_of(slots_, [&](const auto& item) { return item.second == adapter; });
   }
   [[nodiscard]] std::size_t num_loaded_adapters() const { return slots_.size(); }
 

@@ -54,6 +54,9 @@ struct TrackedRequest {
   std::int32_t num_steps = 0;
   /// The most tokens whose KV it ever had.
   std::int32_t max_computed_tokens = 0;
+  std::int64_t arrival = 0;
+  /// Newer requests of adapters that were admitted while this one was the first in line.
+  std::int32_t num_times_overtaken = 0;
   bool is_finished = false;
   bool is_aborted = false;
 
@@ -73,6 +76,7 @@ class SchedulerHarness {
   [[nodiscard]] const TrackedRequest& request(std::int64_t id) const { return requests_.at(id); }
   [[nodiscard]] const std::map<std::int64_t, TrackedRequest>& requests() const { return requests_; }
   [[nodiscard]] const std::set<AdapterId>& drained() const { return drained_; }
+  [[nodiscard]] std::int32_t max_times_overtaken() const { return max_times_overtaken_; }
 
   /// Opens `adapter` and runs the step that loads it. Nothing for the base model.
   void OpenAndLoad(AdapterId adapter) {
@@ -92,7 +96,8 @@ class SchedulerHarness {
                      .prompt = std::move(prompt),
                      .max_tokens = max_tokens,
                      .reuse_prefix = reuse_prefix,
-                     .output = {}};
+                     .output = {},
+                     .arrival = next_arrival_++};
   }
 
   void Abort(std::int64_t id) {
@@ -207,6 +212,28 @@ class SchedulerHarness {
     }
     EXPECT_EQ(offset, plan.token_ids.size());
     EXPECT_LE(slots.size(), static_cast<std::size_t>(options.max_loras));
+    CheckOvertaking(plan);
+  }
+
+  /// Whatever the first in line waits for, newer requests of adapters pass it a bounded number of
+  /// times. A preempted request is in front of the line, so only plans without one are counted.
+  void CheckOvertaking(const ExecutionPlan& plan) {
+    TrackedRequest* first = nullptr;
+    for (auto& [id, request] : requests_) {
+      if (request.HasEnded()) continue;
+      const bool is_in_plan = std::ranges::find(plan.request_ids, id) != plan.request_ids.end();
+      if (request.num_steps > 0 && !is_in_plan) return;  // preempted
+      if (request.num_steps > 0 || !executor_.MayRun(request.adapter)) continue;
+      if (first == nullptr || request.arrival < first->arrival) first = &request;
+    }
+    if (first == nullptr) return;
+    for (const std::int64_t id : plan.request_ids) {
+      const TrackedRequest& request = requests_.at(id);
+      first->num_times_overtaken += request.num_steps == 1 && request.adapter != kBaseAdapter &&
+                                    request.arrival > first->arrival;
+    }
+    EXPECT_LE(first->num_times_overtaken, 16) << "a request of adapter " << first->adapter;
+    max_times_overtaken_ = std::max(max_times_overtaken_, first->num_times_overtaken);
   }
 
   void CheckRow(const ExecutionPlan& plan, std::size_t index, std::size_t offset) {
@@ -256,6 +283,8 @@ class SchedulerHarness {
   std::int64_t now_us_ = 0;
   std::int64_t last_plan_id_ = -1;
   std::int64_t num_empty_plans_ = 0;
+  std::int64_t next_arrival_ = 0;
+  std::int32_t max_times_overtaken_ = 0;
 };
 
 }  // namespace lora_serve::testing
