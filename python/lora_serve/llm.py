@@ -15,7 +15,7 @@ from lora_serve.common.lora_request import LoRARequest
 from lora_serve.common.outputs import RequestOutput
 from lora_serve.common.sampling_params import SamplingParams
 from lora_serve.engine.engine_core import EngineCore
-from lora_serve.engine.input_processor import InputProcessor, ProcessedRequest
+from lora_serve.engine.input_processor import InputProcessor, ProcessedRequest, PromptTokenizer
 from lora_serve.engine.messages import (
     AdapterInfo,
     EngineOutput,
@@ -70,6 +70,7 @@ class LLM:
         config = EngineConfig(model=model, **options)
         self._tokenizer = Tokenizer.from_pretrained(model)
         self._core = EngineCore(config)
+        self._prompt_tokenizer = PromptTokenizer(self._tokenizer, self._core.model_info.max_model_len)
         self._input_processor = InputProcessor(self._core.model_info)
         self._output_processor = OutputProcessor(self._tokenizer)
         self._request_ids = itertools.count()
@@ -149,7 +150,7 @@ class LLM:
         is_single = bool(messages) and isinstance(messages[0], Mapping)
         conversations = cast("Sequence[Sequence[Mapping[str, Any]]]", [messages] if is_single else messages)
         prompts = [
-            self._tokenizer.encode_chat(
+            self._prompt_tokenizer.encode_chat(
                 conversation,
                 add_generation_prompt=add_generation_prompt,
                 template_kwargs=chat_template_kwargs,
@@ -164,6 +165,8 @@ class LLM:
         self, name: str, path: str, load_inplace: bool = False, pinned: bool = False
     ) -> LoadAdapterResult:
         """Load an adapter; return when it is ready to serve.
+
+        With the content that `name` serves already, only `pinned` is taken over: False unpins it.
 
         Raises
         ------
@@ -221,7 +224,7 @@ class LLM:
                 )
             prompt = next(iter(prompt.values()))
         if isinstance(prompt, str):
-            return prompt, self._tokenizer.encode(prompt)
+            return prompt, self._prompt_tokenizer.encode(prompt)
         if not isinstance(prompt, Sequence):
             raise InvalidArgumentError(
                 f"a prompt is of type {type(prompt).__name__} but must be text, a list of token ids or a "
@@ -233,7 +236,11 @@ class LLM:
         if not isinstance(adapter, LoRARequest):
             return adapter
         if adapter.lora_path is not None and not self._core.serves(adapter.lora_name, adapter.lora_path):
-            self.load_lora_adapter(adapter.lora_name, adapter.lora_path)
+            # The request says nothing of pinning: content that is loaded from elsewhere keeps its pin.
+            pinned = any(
+                i.pinned for i in self._core.adapters() if i.is_serving and i.name == adapter.lora_name
+            )
+            self.load_lora_adapter(adapter.lora_name, adapter.lora_path, pinned=pinned)
         return adapter.lora_name
 
     def _run(

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import shutil
+
 import pytest
 
 from lora_serve.common.errors import (
@@ -211,6 +213,29 @@ def test_bad_call_is_refused_and_runs_nothing(shared, arguments, error):
     assert shared.stats().total_steps == steps
     assert shared.stats().num_waiting_requests == 0
     assert tokens(shared.generate(PROMPT, GREEDY))
+
+
+def test_text_that_cannot_fit_is_refused_without_being_tokenised(shared, monkeypatch):
+    def encode(*_, **__):
+        raise AssertionError("the text was tokenised")
+
+    monkeypatch.setattr(shared.get_tokenizer(), "encode", encode)
+    text = PROMPT * 10_000
+    for call in (
+        lambda: shared.generate(text, GREEDY),
+        lambda: shared.chat([{"role": "user", "content": text}], GREEDY),
+    ):
+        with pytest.raises(InvalidArgumentError, match=r"the prompt has 30\d+ characters but max_model_len"):
+            call()
+
+
+def test_lora_request_with_another_path_of_the_same_content_keeps_the_pin(llm, folder, tmp_path):
+    shutil.copytree(folder / "a", tmp_path / "copy")
+    llm.load_lora_adapter("a", str(folder / "a"), pinned=True)
+    llm.generate(PROMPT, GREEDY, LoRARequest("a", str(tmp_path / "copy")))
+    assert [info.pinned for info in llm.list_lora_adapters()] == [True]
+    assert llm.load_lora_adapter("a", str(folder / "a")).already_loaded
+    assert [info.pinned for info in llm.list_lora_adapters()] == [False]
 
 
 def test_no_prompts_give_no_answers(shared):

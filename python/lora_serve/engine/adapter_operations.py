@@ -56,7 +56,8 @@ class AdapterOperations:
     Order
     -----
     - Loads of one name are worked off one after the other. One that asks the same (path and flags) as the
-      last one pending joins it. Loads of different names do not wait for each other.
+      last one pending joins it if that one's read has not begun: every caller gets what the folder holds
+      after the call. Loads of different names do not wait for each other.
     - An unload does not wait for the loads of its name: it cancels them (their callers get
       AdapterConflictError) and drains whatever the name had, also generations that were draining already.
     - A load that comes after an unload starts at once; the generation that drains does not hold it up.
@@ -105,6 +106,8 @@ class AdapterOperations:
 
     def load(self, name: str, path: str, *, load_inplace: bool, pinned: bool) -> Future[LoadAdapterResult]:
         """Begin a load; see the class for its order. All errors come through the future.
+
+        With the content that the name serves already, only `pinned` is taken over, either way.
 
         Raises in the future
         --------------------
@@ -237,6 +240,7 @@ class AdapterOperations:
         if serving is None:
             return None
         if serving.content_digest == adapter.content_digest:
+            serving = self._registry.set_pinned(serving.adapter_id, pinned=load.pinned)
             return self._make_result(serving, already_loaded=True)
         if not load.load_inplace:
             raise AdapterConflictError(

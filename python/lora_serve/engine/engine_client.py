@@ -17,7 +17,7 @@ from lora_serve.common.outputs import RequestOutput
 from lora_serve.common.sampling_params import SamplingParams
 from lora_serve.engine import wire
 from lora_serve.engine.engine_connection import EngineConnection
-from lora_serve.engine.input_processor import InputProcessor, ProcessedRequest
+from lora_serve.engine.input_processor import InputProcessor, ProcessedRequest, PromptTokenizer
 from lora_serve.engine.messages import (
     AdapterInfo,
     AdmissionResult,
@@ -68,7 +68,8 @@ class AsyncEngineClient:
             executor_factory, on_outputs=self._take_outputs, on_failure=self._fail_streams
         )
         self._streams: dict[str, RequestStream] = {}
-        # Tokenising has a thread and a tokenizer of its own: a long prompt holds up nobody's stream.
+        # Tokenising has a thread and a tokenizer of its own: a long prompt holds up nobody's stream. Prompts
+        # wait for each other here, so the tokenizer refuses text that cannot fit before it begins.
         self._encoder = ThreadPoolExecutor(1, thread_name_prefix="lora-serve-encoder")
 
     async def start(self) -> None:
@@ -84,11 +85,13 @@ class AsyncEngineClient:
         try:
             self.model_info = await self._connection.start(self.config)
             self.tokenizer = await load_tokenizer
+            self._encoder_tokenizer = await asyncio.to_thread(
+                PromptTokenizer, self.tokenizer.copy(), self.model_info.max_model_len
+            )
         except BaseException:
             await asyncio.gather(load_tokenizer, return_exceptions=True)
             await self.close()
             raise
-        self._encoder_tokenizer = self.tokenizer.copy()
         self._input_processor = InputProcessor(self.model_info)
         self._output_processor = OutputProcessor(self.tokenizer)
 
@@ -176,7 +179,13 @@ class AsyncEngineClient:
             self._take_outputs([EngineOutput(request_id=i, finish_reason="abort") for i in unfinished])
 
     async def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Tokenise without holding up the event loop."""
+        """Tokenise a prompt without holding up the event loop.
+
+        Raises
+        ------
+        InvalidArgumentError
+            The text is longer than any prompt that fits, or has half a surrogate pair.
+        """
         return await self._in_encoder(
             lambda tokenizer: tokenizer.encode(text, add_special_tokens=add_special_tokens)
         )
@@ -193,7 +202,8 @@ class AsyncEngineClient:
         Raises
         ------
         InvalidArgumentError
-            The tokenizer has no chat template, or the template refuses the messages.
+            The tokenizer has no chat template, the template refuses the messages, or what it renders is
+            longer than any prompt that fits.
         """
         return await self._in_encoder(
             lambda tokenizer: tokenizer.encode_chat(
@@ -205,6 +215,8 @@ class AsyncEngineClient:
         self, name: str, path: str, *, load_inplace: bool = False, pinned: bool = False
     ) -> LoadAdapterResult:
         """Load an adapter; return when it is ready to serve.
+
+        With the content that `name` serves already, only `pinned` is taken over: False unpins it.
 
         Raises
         ------

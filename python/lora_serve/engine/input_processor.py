@@ -1,10 +1,11 @@
-"""Checks a request against the model and splits it into one engine request an answer."""
+"""Tokenises prompts, checks a request against the model, splits it into one engine request an answer."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import msgspec
 
@@ -12,6 +13,22 @@ from lora_serve.common.errors import InvalidArgumentError
 from lora_serve.common.field_checks import check_text
 from lora_serve.common.sampling_params import SamplingParams
 from lora_serve.engine.messages import EngineRequest, ModelInfo
+from lora_serve.engine.tokenizer import Tokenizer
+
+_MAX_COMPOSED = 4
+"""NFC and NFKC delete nothing, and a character that they compose stands for at most 4 (Unicode, UAX 15)."""
+_SHRINK_OF_NORMALIZER = {
+    "NFC": _MAX_COMPOSED,
+    "NFKC": _MAX_COMPOSED,
+    "NFD": 1,
+    "NFKD": 1,
+    "Lowercase": 1,
+    "Prepend": 1,
+    "ByteLevel": 1,
+}
+_LOSSLESS_PRE_TOKENIZERS = frozenset(
+    {"ByteLevel", "Metaspace", "Split", "Punctuation", "Digits", "UnicodeScripts"}
+)
 
 
 @dataclass(frozen=True)
@@ -45,6 +62,128 @@ class ProcessedRequest:
     def engine_request_ids(self) -> list[int]:
         """The engine's ids of the answers, by index."""
         return [request.request_id for request in self.engine_requests]
+
+
+class PromptTokenizer(Tokenizer):
+    """A tokenizer that refuses, before it begins, text that cannot fit into the model's context.
+
+    Tokenising takes time that grows with the text, and others wait for it: text without any bound would hold
+    them up for seconds, only to be refused for its length.
+
+    Parameters
+    ----------
+    tokenizer : Tokenizer
+        What is wrapped; the two share a backend, so they belong to one thread.
+    max_model_len : int
+        Tokens of a prompt and its answer, at most.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, max_model_len: int) -> None:
+        super().__init__(tokenizer.backend)
+        self._max_model_len = max_model_len
+        self._max_chars_per_token = max_chars_per_token(tokenizer)
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Give the token ids of a prompt; `encode_chat` passes what it rendered through here.
+
+        Raises
+        ------
+        InvalidArgumentError
+            The text is longer than any prompt that fits, or has half a surrogate pair.
+        """
+        if self._max_chars_per_token is not None:
+            limit = (self._max_model_len - 1) * self._max_chars_per_token
+            if len(text) > limit:
+                raise InvalidArgumentError(
+                    f"the prompt has {len(text)} characters but max_model_len is {self._max_model_len}, at "
+                    f"least one token of them for the answer, and a token stands for at most "
+                    f"{self._max_chars_per_token} characters; shorten the prompt to at most {limit} "
+                    "characters, and to fewer if its tokens are shorter"
+                )
+        return super().encode(text, add_special_tokens=add_special_tokens)
+
+
+def max_chars_per_token(tokenizer: Tokenizer) -> int | None:
+    """Give a number of characters that no token can exceed, whatever the text; None when there is none.
+
+    Notes
+    -----
+    The longest entry of the vocabulary is such a number only if every character of the text ends up in some
+    token that spells it. So this gives None for everything that can drop characters or let one token stand
+    for a text of any length: normalisers that strip or delete, pre-tokenizers that remove, added tokens that
+    take the spaces around them, unknown characters that are dropped or fused, models other than BPE.
+    """
+    backend = getattr(tokenizer.backend, "backend_tokenizer", None)
+    if backend is None:  # Written in Python: nothing is known about what it does with a text.
+        return None
+    settings = msgspec.json.decode(backend.to_str())
+    shrink = _max_shrink(settings["normalizer"])
+    added = settings["added_tokens"]
+    if (
+        shrink is None
+        or any(token["lstrip"] or token["rstrip"] for token in added)
+        or not _keeps_every_character(settings["pre_tokenizer"])
+        or not _spells_every_character(settings)
+    ):
+        return None
+    longest = max(map(len, backend.get_vocab(with_added_tokens=True)), default=1)
+    if backend.normalizer is not None:
+        # An added token is found in normalised text, where it can be longer than as it was written.
+        normalized = [backend.normalizer.normalize_str(token["content"]) for token in added]
+        longest = max([longest, *map(len, normalized)])
+    return longest * shrink
+
+
+def _parts(component: Mapping[str, Any] | None, key: str) -> list[Mapping[str, Any]]:
+    """Give a component of the tokenizer, or the ones of a sequence, nested ones included."""
+    if component is None:
+        return []
+    if component["type"] != "Sequence":
+        return [component]
+    return [part for one in component[key] for part in _parts(one, key)]
+
+
+def _max_shrink(normalizer: Mapping[str, Any] | None) -> int | None:
+    """How many characters of text one character of normalised text can stand for; None = any number."""
+    shrink = 1
+    for part in _parts(normalizer, "normalizers"):
+        if part["type"] == "Replace":
+            pattern = part["pattern"].get("String")
+            if not pattern or not part["content"]:
+                return None
+            shrink *= -(-len(pattern) // len(part["content"]))
+        elif part["type"] in _SHRINK_OF_NORMALIZER:
+            shrink *= _SHRINK_OF_NORMALIZER[part["type"]]
+        else:
+            return None
+    return shrink
+
+
+def _keeps_every_character(pre_tokenizer: Mapping[str, Any] | None) -> bool:
+    return all(
+        part["type"] in _LOSSLESS_PRE_TOKENIZERS and part.get("behavior") != "Removed"
+        for part in _parts(pre_tokenizer, "pretokenizers")
+    )
+
+
+def _spells_every_character(settings: Mapping[str, Any]) -> bool:
+    """True when the model gives an unknown character at least one token of its own."""
+    model = settings["model"]
+    if model["type"] != "BPE":
+        return False
+    parts = _parts(settings["normalizer"], "normalizers") + _parts(settings["pre_tokenizer"], "pretokenizers")
+    if any(part["type"] == "ByteLevel" for part in parts) and byte_level_alphabet() <= set(model["vocab"]):
+        return True
+    if model["byte_fallback"] and all(f"<0x{byte:02X}>" in model["vocab"] for byte in range(256)):
+        return True
+    return model["unk_token"] in model["vocab"] and not model["fuse_unk"]
+
+
+def byte_level_alphabet() -> set[str]:
+    """Give the 256 characters that stand for bytes in a byte-level vocabulary."""
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    return set(ByteLevel.alphabet())
 
 
 class InputProcessor:

@@ -24,7 +24,7 @@ class PendingLoad:
     name, path, load_inplace, pinned
         As asked for.
     callers : list of Future
-        Who waits; several when callers asked the same.
+        Who waits; several when callers asked the same before its read began.
     read : Future or None
         Set while the files are read, and until the step loop has taken the result up.
     generation : AdapterGeneration or None
@@ -68,7 +68,10 @@ class LoadQueues:
         return [queue[0] for queue in self._queues.values()]
 
     def add(self, load: PendingLoad) -> bool:
-        """Queue a load, or let its callers join the last one of its name if that asks the same.
+        """Queue a load, or let its callers join the last one of its name if that asks the same and waits.
+
+        The first load of a name is never joined: its read has begun, so it may have seen files that were
+        replaced before this call. A load that waits reads later than every caller who joined it.
 
         Returns
         -------
@@ -76,7 +79,7 @@ class LoadQueues:
             True when the load is the first of its name and must be begun.
         """
         queue = self._queues.setdefault(load.name, deque())
-        if queue and queue[-1].asks_the_same(load):
+        if len(queue) > 1 and queue[-1].asks_the_same(load):
             queue[-1].callers += load.callers
             return False
         queue.append(load)

@@ -212,7 +212,7 @@ class AdapterInfo(msgspec.Struct, frozen=True, kw_only=True):
     num_bytes : int
         Bytes of its weights.
     pinned : bool
-        As asked for at load.
+        As the last load of this content asked.
     is_serving : bool
         True when new requests for the name get this generation.
     state : {'registered', 'loading', 'resident', 'draining'}

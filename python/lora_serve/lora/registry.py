@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lora_serve.common.errors import AdapterNotFoundError, InternalError, InvalidArgumentError
 
@@ -18,6 +18,9 @@ MAX_NAME_LENGTH = 256
 @dataclass(frozen=True)
 class AdapterGeneration:
     """One load of one content under one name; immutable.
+
+    `pinned` alone can change in a generation's life: the registry then holds a new record of the same number
+    (see :meth:`AdapterRegistry.set_pinned`), so keep the number rather than the record.
 
     Parameters
     ----------
@@ -37,7 +40,7 @@ class AdapterGeneration:
     lora_rank
         Its largest rank.
     pinned
-        True: it is never chosen as a victim to make room.
+        True: it is never chosen as a victim to make room. As the last load of this content asked.
     """
 
     adapter_id: int
@@ -111,6 +114,28 @@ class AdapterRegistry:
         self._next_adapter_id += 1
         self._generations[generation.adapter_id] = generation
         return generation
+
+    def set_pinned(self, adapter_id: int, *, pinned: bool) -> AdapterGeneration:
+        """Pin or unpin a generation; nothing else about it changes.
+
+        Returns
+        -------
+        AdapterGeneration
+            The record that the registry holds from now on.
+
+        Raises
+        ------
+        AdapterNotFoundError
+            The registry does not hold this generation.
+        """
+        generation = self.get(adapter_id)
+        if generation.pinned == pinned:
+            return generation
+        changed = replace(generation, pinned=pinned)
+        self._generations[adapter_id] = changed
+        if self._newest.get(generation.name) is generation:
+            self._newest[generation.name] = changed
+        return changed
 
     def publish(self, generation: AdapterGeneration) -> AdapterGeneration | None:
         """Let the name stand for this generation from now on.

@@ -25,6 +25,12 @@ class FilesOfTheTest(OracleAdapterStore):
         self.contents = {}
         self.num_reads = 0
         self._gates = {}
+        self._read_begins = threading.Condition()
+
+    def wait_for_reads(self, num_reads):
+        """Wait until this many reads have begun, which have seen their content."""
+        with self._read_begins:
+            assert self._read_begins.wait_for(lambda: self.num_reads >= num_reads, 30)
 
     def hold(self, path):
         self._gates[path] = threading.Event()
@@ -38,7 +44,9 @@ class FilesOfTheTest(OracleAdapterStore):
 
     def read(self, path, name=None):
         content = self.contents.get(path, path)
-        self.num_reads += 1
+        with self._read_begins:
+            self.num_reads += 1
+            self._read_begins.notify_all()
         gate = self._gates.get(path)
         if gate is not None:
             assert gate.wait(30)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import hashlib
+
 import pytest
 
 from lora_serve.common.errors import (
@@ -15,6 +17,10 @@ from .core_driver import CoreDriver
 @pytest.fixture
 def driver():
     return CoreDriver()
+
+
+def digest_of(content):
+    return hashlib.sha256(content.encode()).hexdigest()
 
 
 def error_of(operation):
@@ -123,13 +129,74 @@ def test_load_inplace_keeps_the_name_serving_at_every_moment(driver):
     driver.run()
 
 
-def test_two_loads_that_ask_the_same_are_one(driver):
-    loads = [driver.core.load_adapter("a", "/a") for _ in range(3)]
+def test_loads_that_ask_the_same_are_one_while_they_wait(driver):
+    driver.files.hold("/a")
+    loads = [driver.core.load_adapter("a", "/a") for _ in range(4)]
+    driver.files.release("/a")
     for load in loads:
         driver.wait_for(load)
     assert {load.result().adapter_id for load in loads} == {1}
-    assert not any(load.result().already_loaded for load in loads)
-    assert driver.files.num_reads == 1
+    assert [load.result().already_loaded for load in loads] == [False, True, True, True]
+    assert driver.files.num_reads == 2
+
+
+@pytest.mark.parametrize("phase", ["reading", "read", "installing"])
+def test_load_after_the_files_changed_serves_the_new_content_in_every_phase_of_the_one_before(driver, phase):
+    driver.files.contents["/a"] = "old weights"
+    if phase == "reading":
+        driver.files.hold("/a")
+    first = driver.core.load_adapter("a", "/a", load_inplace=True)
+    if phase == "reading":
+        driver.files.wait_for_reads(1)
+    else:
+        driver.wait_for_reads()
+    if phase == "installing":
+        driver.core._operations.poll()
+        assert driver.info("a")[0].state == "registered"
+    driver.files.contents["/a"] = "new weights"
+    second = driver.core.load_adapter("a", "/a", load_inplace=True)
+    if phase == "reading":
+        driver.files.release("/a")
+    driver.wait_for(first)
+    driver.wait_for(second)
+    assert second.result().content_digest == digest_of("new weights")
+    assert not second.result().already_loaded
+    assert first.result().content_digest == digest_of("old weights")
+    driver.run()
+    assert [info.content_digest for info in driver.core.adapters()] == [digest_of("new weights")]
+
+
+def test_load_without_load_inplace_after_the_files_changed_is_a_conflict(driver):
+    driver.files.contents["/a"] = "old weights"
+    first = driver.core.load_adapter("a", "/a")
+    driver.wait_for_reads()
+    driver.files.contents["/a"] = "new weights"
+    second = driver.core.load_adapter("a", "/a")
+    driver.run()
+    assert first.result().content_digest == digest_of("old weights")
+    assert isinstance(error_of(second), AdapterConflictError)
+
+
+def test_load_of_the_same_content_pins_and_unpins_the_generation_that_serves(driver):
+    first = driver.load("a", "/a")
+    driver.files.contents["/copy"] = "/a"
+    for path, inplace, pinned in [("/a", False, True), ("/copy", False, False), ("/copy", True, True)]:
+        again = driver.load("a", path, load_inplace=inplace, pinned=pinned)
+        assert (again.already_loaded, again.adapter_id) == (True, first.adapter_id)
+        [info] = driver.info("a")
+        assert (info.pinned, info.is_serving, info.path) == (pinned, True, "/a")
+    request = driver.add("a")
+    driver.run()
+    driver.assert_complete(request)
+    driver.unload("a")
+    driver.assert_nothing_left_of(first.adapter_id)
+
+
+def test_refused_load_leaves_the_pin_as_it_is(driver):
+    driver.load("a", "/a", pinned=True)
+    with pytest.raises(AdapterConflictError):
+        driver.load("a", "/b", pinned=False)
+    assert driver.info("a")[0].pinned
 
 
 def test_loads_of_one_name_that_differ_are_worked_off_in_order(driver):

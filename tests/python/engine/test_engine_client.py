@@ -206,6 +206,21 @@ def test_messages_that_cannot_be_rendered_are_refused(engine, messages):
         engine.run(engine.client.encode_chat(messages))
 
 
+def test_text_that_cannot_fit_is_refused_without_being_tokenised(engine, monkeypatch):
+    def encode(*_, **__):
+        raise AssertionError("the text was tokenised")
+
+    text = "x" * (512 * len("<|endoftext|>"))
+    monkeypatch.setattr(engine.client._encoder_tokenizer.backend, "encode", encode)
+    for call in (
+        engine.client.submit(text, params()),
+        engine.client.encode(text, add_special_tokens=False),
+        engine.client.encode_chat([{"role": "user", "content": text}]),
+    ):
+        with pytest.raises(InvalidArgumentError, match=r"characters but max_model_len is 512.*at most 6643"):
+            engine.run(call)
+
+
 # --- Aborts -----------------------------------------------------------------------------------------------
 
 
