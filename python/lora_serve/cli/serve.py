@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from lora_serve.common.config import DTYPES, LOAD_FORMATS, EngineConfig
 from lora_serve.common.errors import InvalidArgumentError
+from lora_serve.server.settings import DEFAULT_MAX_ANSWERS_PER_REQUEST
 
 if TYPE_CHECKING:
     from lora_serve.server.launch import AdapterModule, Launch
@@ -40,6 +41,13 @@ def _add_server_options(group: argparse._ArgumentGroup) -> None:
         default=[],
         help="requests must show this key, or another one given by a repeated option or by the environment "
         f"variable {API_KEY_VARIABLE} (default: no key is asked for)",
+    )
+    group.add_argument(
+        "--max-answers-per-request",
+        type=int,
+        metavar="N",
+        default=DEFAULT_MAX_ANSWERS_PER_REQUEST,
+        help="most answers (prompts times n) that one HTTP request may ask for (default: %(default)s)",
     )
     group.add_argument(
         "--log-level",
@@ -198,7 +206,10 @@ def make_launch(args: argparse.Namespace) -> Launch:
     return Launch(
         config=_make_config(args),
         settings=ServerSettings(
-            served_model_name=served_model_name, model_path=args.model, api_keys=tuple(api_keys)
+            served_model_name=served_model_name,
+            model_path=args.model,
+            api_keys=tuple(api_keys),
+            max_answers_per_request=args.max_answers_per_request,
         ),
         adapters=adapters,
         host=args.host,

@@ -7,6 +7,7 @@ from fastapi import FastAPI
 from lora_serve.engine.engine_client import AsyncEngineClient
 from lora_serve.server import routes_adapters, routes_chat, routes_completions, routes_status
 from lora_serve.server.auth import ApiKeyMiddleware
+from lora_serve.server.cancellation import CancellationMiddleware
 from lora_serve.server.context import ServerContext
 from lora_serve.server.error_handlers import install_error_handlers
 from lora_serve.server.openapi import install_openapi
@@ -40,11 +41,13 @@ def create_app(client: AsyncEngineClient, settings: ServerSettings) -> FastAPI:
         redoc_url=None,
         redirect_slashes=False,
     )
-    app.state.context = ServerContext(client=client, settings=settings)
+    context = ServerContext(client=client, settings=settings)
+    app.state.context = context
     for routes in (routes_completions, routes_chat, routes_adapters, routes_status):
         app.include_router(routes.router)
     install_error_handlers(app)
     install_openapi(app, REQUEST_BODIES)
     if settings.api_keys:
         app.add_middleware(ApiKeyMiddleware, api_keys=settings.api_keys)
+    app.add_middleware(CancellationMiddleware, shutdown=context.shutdown)
     return app

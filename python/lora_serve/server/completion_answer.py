@@ -23,6 +23,7 @@ from lora_serve.server.protocol.completion import (
     CompletionResponse,
 )
 from lora_serve.server.protocol.generation import StreamOptions, Usage
+from lora_serve.server.text_offsets import AnswerOffsets, prompt_offsets
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class _ChoiceState:
     """What a choice has shown so far."""
 
     has_started: bool = False
-    text_offset: int = 0
+    offsets: AnswerOffsets | None = None
 
 
 class _PromptState:
@@ -56,6 +57,7 @@ class _PromptState:
         self._needs_logprobs = needs_logprobs
         self._held_back: list[RequestOutput] = []
         self.logprobs: list[dict[int, Logprob] | None] | None = None
+        self.offsets: list[int] | None = None
         self.choices: dict[int, _ChoiceState] = {}
 
     def take(self, output: RequestOutput) -> list[RequestOutput]:
@@ -100,6 +102,7 @@ class CompletionAnswer:
         self._request = request
         self._prompts = prompts
         self.streams = [prompt.stream for prompt in prompts]
+        self._tokenizer = tokenizer
         self._served_model_name = served_model_name
         self._header = AnswerHeader.make("cmpl", request.model)
         self._formatter = LogprobFormatter(tokenizer, request.logprobs or 0)
@@ -163,14 +166,22 @@ class CompletionAnswer:
             stop_reason=answer.stop_reason,
         )
         if self._request.logprobs is not None:
+            token_ids = self.streams[index].prompt_token_ids
+            if state.offsets is None:
+                state.offsets = AnswerOffsets(
+                    self._tokenizer,
+                    token_ids,
+                    skip_special_tokens=self._request.skip_special_tokens is not False,
+                    start=len(echo),
+                )
             choice.logprobs = self._formatter.for_completion(
-                answer.token_ids, answer.logprobs or [], state.text_offset + len(echo)
+                answer.token_ids, answer.logprobs or [], state.offsets.take(answer.token_ids)
             )
             if has_echo and prompt.logprobs is not None:
-                token_ids = self.streams[index].prompt_token_ids
-                of_prompt = self._formatter.for_completion(token_ids, prompt.logprobs, 0)
+                if prompt.offsets is None:
+                    prompt.offsets = prompt_offsets(self._tokenizer, token_ids, echo)
+                of_prompt = self._formatter.for_completion(token_ids, prompt.logprobs, prompt.offsets)
                 choice.logprobs = join_completion_logprobs(of_prompt, choice.logprobs)
-        state.text_offset += len(choice.text)
         if self._request.return_token_ids:
             choice.token_ids = answer.token_ids
             if is_first:

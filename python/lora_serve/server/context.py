@@ -12,6 +12,19 @@ from lora_serve.engine.engine_client import AsyncEngineClient
 from lora_serve.server.settings import ServerSettings
 
 
+@dataclass
+class Shutdown:
+    """Whether the server ends what still runs, with the engine.
+
+    Attributes
+    ----------
+    has_begun : bool
+        Set just before the engine is closed; its errors mean no more than that from then on.
+    """
+
+    has_begun: bool = False
+
+
 @dataclass(frozen=True)
 class ServerContext:
     """The engine and the settings of one server.
@@ -24,11 +37,14 @@ class ServerContext:
         The server's settings.
     started_at : int
         Unix time in seconds.
+    shutdown : Shutdown
+        Set by whoever closes the client while requests run.
     """
 
     client: AsyncEngineClient
     settings: ServerSettings
     started_at: int = field(default_factory=lambda: int(time.time()))
+    shutdown: Shutdown = field(default_factory=Shutdown)
 
 
 def context_of(request: Request) -> ServerContext:

@@ -15,11 +15,13 @@ from lora_serve.common.errors import (
     AdapterConflictError,
     AdapterNotFoundError,
     CapacityError,
+    InternalError,
     InvalidArgumentError,
     LoraServeError,
     NotFoundError,
 )
-from lora_serve.server.request_errors import BodyTooLargeError
+from lora_serve.server.context import Shutdown, context_of
+from lora_serve.server.request_errors import BodyTooLargeError, ServerShutdownError
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +35,7 @@ _STATUS_OF_ERROR: tuple[tuple[type[LoraServeError], int, str, str | None], ...] 
     (NotFoundError, 404, "invalid_request_error", "not_found"),
     (AdapterConflictError, 409, "invalid_request_error", "adapter_conflict"),
     (CapacityError, 429, "rate_limit_error", "no_capacity"),
+    (ServerShutdownError, 503, "internal_error", "shutting_down"),
 )
 
 
@@ -55,19 +58,23 @@ def error_body(
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
-def translate_error(error: BaseException) -> tuple[int, dict[str, Any]]:
+def translate_error(error: BaseException, shutdown: Shutdown) -> tuple[int, dict[str, Any]]:
     """Give the HTTP status and body of an error.
 
     Parameters
     ----------
     error : BaseException
         Whatever was raised. Of errors that lora_serve did not raise on purpose nothing is shown.
+    shutdown : Shutdown
+        Once it has begun, the engine's failures are its doing.
 
     Returns
     -------
     tuple of int and dict
         The status, and the body in OpenAI's shape.
     """
+    if shutdown.has_begun and isinstance(error, InternalError):
+        error = ServerShutdownError()
     param: str | None = getattr(error, "param", None)
     code: str | None = getattr(error, "code", None)
     for error_type, status, kind, default_code in _STATUS_OF_ERROR:
@@ -91,8 +98,10 @@ def install_error_handlers(app: FastAPI) -> None:
 
 
 async def _answer_error(request: Request, error: Exception) -> Response:
-    status, body = translate_error(error)
-    if status >= HTTPStatus.INTERNAL_SERVER_ERROR:
+    status, body = translate_error(error, context_of(request).shutdown)
+    if status == HTTPStatus.SERVICE_UNAVAILABLE:
+        logger.warning("%s %s: ended by the shutdown", request.method, request.url.path)
+    elif status >= HTTPStatus.INTERNAL_SERVER_ERROR:
         logger.error("%s %s failed: %s", request.method, request.url.path, error)
     return JSONResponse(body, status_code=status)
 

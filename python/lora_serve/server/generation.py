@@ -20,12 +20,14 @@ _CHECKED_BY_ENGINE = frozenset({"max_tokens", "min_tokens", "stop_token_ids", "l
 
 @dataclass(frozen=True)
 class PromptJob:
-    """One prompt and the adapter that it runs under.
+    """One prompt, how it is sampled and the adapter that it runs under.
 
     Parameters
     ----------
     prompt : str or list of int
         Text or token ids.
+    sampling_params : SamplingParams
+        With `n` answers.
     lora_name : str or None
         The adapter; None = the base model.
     param : str
@@ -35,6 +37,7 @@ class PromptJob:
     """
 
     prompt: str | list[int]
+    sampling_params: SamplingParams
     lora_name: str | None
     param: str
     text: str | None = None
@@ -43,7 +46,6 @@ class PromptJob:
 async def submit_all(
     client: AsyncEngineClient,
     jobs: Sequence[PromptJob],
-    sampling_params: SamplingParams,
     not_found: Callable[[str], LoraServeError],
 ) -> list[RequestStream]:
     """Submit every prompt, or none: when one is refused, the others are aborted.
@@ -54,8 +56,6 @@ async def submit_all(
         The engine.
     jobs : sequence of PromptJob
         In the order in which they are queued.
-    sampling_params : SamplingParams
-        Of every prompt.
     not_found : callable
         Gives the error for an adapter that is not loaded.
 
@@ -69,7 +69,7 @@ async def submit_all(
     LoraServeError
         Why the first refused prompt was refused.
     """
-    tasks = [asyncio.ensure_future(_submit(client, job, sampling_params, not_found)) for job in jobs]
+    tasks = [asyncio.ensure_future(_submit(client, job, not_found)) for job in jobs]
     try:
         return await asyncio.gather(*tasks)
     except BaseException:
@@ -84,11 +84,10 @@ async def submit_all(
 async def _submit(
     client: AsyncEngineClient,
     job: PromptJob,
-    sampling_params: SamplingParams,
     not_found: Callable[[str], LoraServeError],
 ) -> RequestStream:
     try:
-        return await client.submit(job.prompt, sampling_params, lora_name=job.lora_name)
+        return await client.submit(job.prompt, job.sampling_params, lora_name=job.lora_name)
     except AdapterNotFoundError:
         if job.lora_name is None:
             raise
@@ -96,10 +95,10 @@ async def _submit(
     except RequestError:
         raise
     except InvalidArgumentError as error:
-        raise _name_field(str(error), job.param) from None
+        raise name_field(str(error), job.param) from None
 
 
-def _name_field(message: str, prompt_param: str) -> RequestError:
+def name_field(message: str, prompt_param: str) -> RequestError:
     """Name the field in what the engine says of a request: its messages start with it, or with the prompt."""
     field = message.split(" ", 1)[0]
     code = "context_length_exceeded" if "max_model_len" in message else "invalid_value"

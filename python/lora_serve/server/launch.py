@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import signal
 import socket
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import uvicorn
@@ -19,7 +19,9 @@ from lora_serve.server.app import create_app
 from lora_serve.server.settings import ServerSettings
 
 GRACEFUL_SHUTDOWN_S = 5
-"""Running requests get so long to end after the first signal."""
+"""Running requests get so long to end after the first signal; then the engine ends them."""
+LAST_ANSWERS_S = 1
+"""Their last bytes get so long to be sent; then what still runs is cancelled."""
 KEEP_ALIVE_S = 75
 """Longer than clients keep idle connections, so that none is closed just as it is used again."""
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -119,11 +121,28 @@ def _bind(host: str, port: int) -> socket.socket:
 
 
 class _Server(uvicorn.Server):
-    """Leaves signals to `_serve`: uvicorn would raise them again before the engine could be closed."""
+    """Leaves signals to `_serve`: uvicorn would raise them again before the engine could be closed.
 
-    def __init__(self, config: uvicorn.Config, on_ready: Callable[[], None]) -> None:
+    Parameters
+    ----------
+    config : uvicorn.Config
+        With a graceful shutdown that is longer than GRACEFUL_SHUTDOWN_S.
+    on_ready : callable
+        Called when the server answers.
+    end_engine : callable
+        Called when running requests have ended or have had their time; fails those that wait for the engine.
+    """
+
+    def __init__(
+        self,
+        config: uvicorn.Config,
+        *,
+        on_ready: Callable[[], None],
+        end_engine: Callable[[], Awaitable[None]],
+    ) -> None:
         super().__init__(config)
         self._on_ready = on_ready
+        self._end_engine = end_engine
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -133,19 +152,34 @@ class _Server(uvicorn.Server):
         await super().startup(sockets=sockets)
         self._on_ready()
 
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        ending = asyncio.ensure_future(super().shutdown(sockets=sockets))
+        await asyncio.wait({ending}, timeout=GRACEFUL_SHUTDOWN_S)
+        await self._end_engine()
+        await ending
+        if self.server_state.tasks:  # uvicorn has cancelled them and does not wait for them.
+            await asyncio.wait(set(self.server_state.tasks), timeout=LAST_ANSWERS_S)
+
 
 async def _serve(launch: Launch, listener: socket.socket) -> bool:
     client = AsyncEngineClient(launch.config)
+    app = create_app(client, launch.settings)
+
+    async def end_engine() -> None:
+        app.state.context.shutdown.has_begun = True
+        await client.close()
+
     server = _Server(
         uvicorn.Config(
-            create_app(client, launch.settings),
+            app,
             lifespan="off",
             log_level="warning",
             access_log=False,
             timeout_keep_alive=KEEP_ALIVE_S,
-            timeout_graceful_shutdown=GRACEFUL_SHUTDOWN_S,
+            timeout_graceful_shutdown=GRACEFUL_SHUTDOWN_S + LAST_ANSWERS_S,
         ),
         on_ready=lambda: launch.announce(_url(listener)),
+        end_engine=end_engine,
     )
     starting = asyncio.ensure_future(_start_engine(client, launch.adapters))
 

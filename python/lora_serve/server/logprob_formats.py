@@ -33,7 +33,7 @@ class LogprobFormatter:
         self,
         token_ids: Sequence[int],
         positions: Sequence[dict[int, Logprob] | None],
-        text_offset: int,
+        text_offsets: Sequence[int],
     ) -> CompletionLogprobs:
         """Write parallel lists; `top_logprobs` always holds the sampled token too, as OpenAI has it.
 
@@ -43,15 +43,15 @@ class LogprobFormatter:
             The tokens.
         positions : sequence of (dict from int to Logprob, or None)
             One entry a token; None for the first token of a prompt, which nothing precedes.
-        text_offset : int
-            Where the first token's text starts in the choice's text, in characters.
+        text_offsets : sequence of int
+            Where each token's text starts in the choice's text, in characters.
         """
-        answer = CompletionLogprobs(tokens=[], token_logprobs=[], top_logprobs=[], text_offset=[])
+        answer = CompletionLogprobs(
+            tokens=[], token_logprobs=[], top_logprobs=[], text_offset=list(text_offsets)
+        )
         for token_id, position in zip(token_ids, positions, strict=True):
             text = self._text(token_id, position)
             answer.tokens.append(text)
-            answer.text_offset.append(text_offset)
-            text_offset += len(text)
             if position is None:
                 answer.token_logprobs.append(None)
                 answer.top_logprobs.append(None)

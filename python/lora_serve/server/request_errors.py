@@ -40,5 +40,12 @@ class ModelNotFoundError(AdapterNotFoundError):
         self.param = param
 
 
+class ServerShutdownError(LoraServeError):
+    """The server ends before the request has (HTTP 503)."""
+
+    def __init__(self) -> None:
+        super().__init__("the server is shutting down; send the request again, to another server or later")
+
+
 class BodyTooLargeError(LoraServeError):
     """The request's body is longer than the server accepts (HTTP 413)."""

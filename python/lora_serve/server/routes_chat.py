@@ -11,12 +11,12 @@ from lora_serve.server.adapter_selection import adapter_not_found, model_not_fou
 from lora_serve.server.chat_answer import ChatAnswer
 from lora_serve.server.context import ServerContext, context_of
 from lora_serve.server.disconnect import run_while_connected
-from lora_serve.server.generation import PromptJob, submit_all
+from lora_serve.server.generation import PromptJob, name_field, submit_all
 from lora_serve.server.openapi import body_schema
 from lora_serve.server.protocol.chat import ChatCompletionRequest, ChatCompletionResponse
 from lora_serve.server.request_body import read_body
 from lora_serve.server.request_errors import RequestError
-from lora_serve.server.sampling import chat_sampling_params
+from lora_serve.server.sampling import chat_sampling_params, check_num_answers
 from lora_serve.server.streaming import answer_request
 
 router = APIRouter()
@@ -54,6 +54,7 @@ async def create_chat_completion(request: Request) -> Response:
     context = context_of(request)
     body = await read_body(request, ChatCompletionRequest, context.settings.max_body_bytes)
     sampling_params = chat_sampling_params(body)
+    check_num_answers(1, sampling_params.n, context.settings.max_answers_per_request)
     [lora_name] = select_adapters(body.model, body.lora_path, 1, context.settings.served_model_name)
     answer = await run_while_connected(request, _accept(context, body, lora_name, sampling_params))
     return await answer_request(request, answer, is_stream=bool(body.stream))
@@ -74,8 +75,8 @@ async def _accept(
         return model_not_found(body.model, served_model_name)
 
     token_ids = await _render(context, body)
-    job = PromptJob(prompt=token_ids, lora_name=lora_name, param="messages")
-    [stream] = await submit_all(client, [job], sampling_params, not_found)
+    job = PromptJob(prompt=token_ids, sampling_params=sampling_params, lora_name=lora_name, param="messages")
+    [stream] = await submit_all(client, [job], not_found)
     return ChatAnswer(body, stream, client.tokenizer, served_model_name)
 
 
@@ -95,4 +96,4 @@ async def _render(context: ServerContext, body: ChatCompletionRequest) -> list[i
             template_kwargs=template_kwargs,
         )
     except InvalidArgumentError as error:
-        raise RequestError(str(error), param="messages", code="invalid_value") from None
+        raise name_field(str(error), "messages") from None

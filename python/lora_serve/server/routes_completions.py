@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
-from lora_serve.common.errors import LoraServeError
+from lora_serve.common.errors import InvalidArgumentError, LoraServeError
 from lora_serve.common.sampling_params import SamplingParams
 from lora_serve.server.adapter_selection import adapter_not_found, model_not_found, select_adapters
 from lora_serve.server.completion_answer import AcceptedPrompt, CompletionAnswer
 from lora_serve.server.context import ServerContext, context_of
 from lora_serve.server.disconnect import run_while_connected
-from lora_serve.server.generation import PromptJob, submit_all
+from lora_serve.server.generation import PromptJob, name_field, submit_all
 from lora_serve.server.openapi import body_schema
 from lora_serve.server.protocol.completion import CompletionRequest, CompletionResponse
 from lora_serve.server.request_body import read_body
 from lora_serve.server.request_errors import RequestError
-from lora_serve.server.sampling import completion_sampling_params
+from lora_serve.server.sampling import (
+    check_num_answers,
+    completion_sampling_params,
+    with_default_max_tokens,
+)
+from lora_serve.server.settings import ServerSettings
 from lora_serve.server.streaming import answer_request
 
 router = APIRouter()
@@ -32,14 +39,12 @@ async def create_completion(request: Request) -> Response:
     context = context_of(request)
     body = await read_body(request, CompletionRequest, context.settings.max_body_bytes)
     sampling_params = completion_sampling_params(body)
-    jobs = _make_jobs(body, context.settings.served_model_name)
-    answer = await run_while_connected(request, _accept(context, body, jobs, sampling_params))
+    jobs = _make_jobs(body, sampling_params, context.settings)
+    answer = await run_while_connected(request, _accept(context, body, jobs))
     return await answer_request(request, answer, is_stream=bool(body.stream))
 
 
-async def _accept(
-    context: ServerContext, body: CompletionRequest, jobs: list[PromptJob], sampling_params: SamplingParams
-) -> CompletionAnswer:
+async def _accept(context: ServerContext, body: CompletionRequest, jobs: list[PromptJob]) -> CompletionAnswer:
     """Hand the prompts to the engine; give the answer once all of them are accepted."""
     client, served_model_name = context.client, context.settings.served_model_name
 
@@ -48,9 +53,12 @@ async def _accept(
             return adapter_not_found(lora_name)
         return model_not_found(body.model, served_model_name)
 
-    if body.add_special_tokens is False:
-        jobs = [await _encode_without_special_tokens(context, job) for job in jobs]
-    streams = await submit_all(client, jobs, sampling_params, not_found)
+    # Text is tokenised here where the server needs the tokens, else by the client.
+    if body.add_special_tokens is False or body.max_tokens is None:
+        jobs = [await _encode(context, body, job) for job in jobs]
+    if body.max_tokens is None:
+        jobs = [_with_default_max_tokens(context, job) for job in jobs]
+    streams = await submit_all(client, jobs, not_found)
     prompts = []
     for job, stream in zip(jobs, streams, strict=True):
         text = job.prompt if isinstance(job.prompt, str) else job.text
@@ -60,22 +68,36 @@ async def _accept(
     return CompletionAnswer(body, prompts, client.tokenizer, served_model_name)
 
 
-async def _encode_without_special_tokens(context: ServerContext, job: PromptJob) -> PromptJob:
+async def _encode(context: ServerContext, body: CompletionRequest, job: PromptJob) -> PromptJob:
     if not isinstance(job.prompt, str):
         return job
-    token_ids = await context.client.encode(job.prompt, add_special_tokens=False)
-    return PromptJob(prompt=token_ids, lora_name=job.lora_name, param=job.param, text=job.prompt)
+    try:
+        token_ids = await context.client.encode(
+            job.prompt, add_special_tokens=body.add_special_tokens is not False
+        )
+    except InvalidArgumentError as error:
+        raise name_field(str(error), job.param) from None
+    return replace(job, prompt=token_ids, text=job.prompt)
 
 
-def _make_jobs(body: CompletionRequest, served_model_name: str) -> list[PromptJob]:
+def _with_default_max_tokens(context: ServerContext, job: PromptJob) -> PromptJob:
+    room = context.client.model_info.max_model_len - len(job.prompt)
+    return replace(job, sampling_params=with_default_max_tokens(job.sampling_params, room))
+
+
+def _make_jobs(
+    body: CompletionRequest, sampling_params: SamplingParams, settings: ServerSettings
+) -> list[PromptJob]:
     """Give each prompt its adapter.
 
     Raises
     ------
     RequestError
-        There is no prompt, a prompt is empty, or the choice of adapters is contradictory.
+        There is no prompt, a prompt is empty, there are too many answers to give, or the choice of adapters
+        is contradictory.
     """
     prompts, is_batch = _split_prompts(body)
+    check_num_answers(len(prompts), sampling_params.n, settings.max_answers_per_request)
     for index, prompt in enumerate(prompts):
         if not prompt:
             name = f"prompt {index}" if is_batch else "prompt"
@@ -84,9 +106,9 @@ def _make_jobs(body: CompletionRequest, served_model_name: str) -> list[PromptJo
                 param="prompt",
                 code="empty_prompt",
             )
-    lora_names = select_adapters(body.model, body.lora_path, len(prompts), served_model_name)
+    lora_names = select_adapters(body.model, body.lora_path, len(prompts), settings.served_model_name)
     return [
-        PromptJob(prompt=prompt, lora_name=lora_name, param="prompt")
+        PromptJob(prompt=prompt, sampling_params=sampling_params, lora_name=lora_name, param="prompt")
         for prompt, lora_name in zip(prompts, lora_names, strict=True)
     ]
 

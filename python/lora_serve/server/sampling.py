@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from typing import Any
 
+import msgspec
+
 from lora_serve.common.errors import InvalidArgumentError
 from lora_serve.common.sampling_params import SamplingParams
 from lora_serve.server.protocol.chat import ChatCompletionRequest
@@ -32,8 +34,47 @@ _SAME_NAME = (
 )
 
 
+DEFAULT_COMPLETION_TOKENS = 16
+"""Most tokens of a completion without max_tokens; fewer where the context holds fewer."""
+
+
+def check_num_answers(num_prompts: int, n: int, max_answers: int) -> None:
+    """Refuse a request that asks for more answers than one request may.
+
+    Parameters
+    ----------
+    num_prompts : int
+        Prompts of the request.
+    n : int
+        Answers to each.
+    max_answers : int
+        The setting `max_answers_per_request`.
+
+    Raises
+    ------
+    RequestError
+        There are too many.
+    """
+    num_answers = num_prompts * n
+    if num_answers <= max_answers:
+        return
+    if num_prompts == 1:
+        found, remedy, param = f"n is {n}", "lower n", "n"
+    else:
+        found = f"prompt has {num_prompts} entries and n is {n}, which makes {num_answers} answers"
+        remedy, param = "send fewer prompts at once or lower n", "prompt"
+    raise RequestError(
+        f"{found} but a request may ask for at most {max_answers}; {remedy}, or start the server with "
+        f"--max-answers-per-request {num_answers}",
+        param=param,
+        code="too_many_answers",
+    )
+
+
 def completion_sampling_params(request: CompletionRequest) -> SamplingParams:
     """Give the sampling parameters of a completion; without max_tokens an answer has at most 16 tokens.
+
+    That default is for prompts that leave so much room: see `with_default_max_tokens`.
 
     Raises
     ------
@@ -41,6 +82,7 @@ def completion_sampling_params(request: CompletionRequest) -> SamplingParams:
         A field's value is out of range, or contradicts another.
     """
     values = _shared_values(request)
+    values.setdefault("max_tokens", DEFAULT_COMPLETION_TOKENS)
     if request.max_tokens == 0:
         _require_echo_for_no_tokens(request)
         values["max_tokens"] = 1  # one step is needed to compute the prompt; its token is not shown
@@ -49,6 +91,16 @@ def completion_sampling_params(request: CompletionRequest) -> SamplingParams:
         if request.echo:
             values["prompt_logprobs"] = request.logprobs
     return _build(values, {})
+
+
+def with_default_max_tokens(params: SamplingParams, room: int) -> SamplingParams:
+    """Give the parameters of a completion without max_tokens for a prompt that leaves `room` tokens.
+
+    Where the context holds fewer tokens than the default, it is the limit; the engine then knows that nobody
+    asked for a number, and refuses only prompts that leave no room, or too little for min_tokens.
+    """
+    max_tokens = DEFAULT_COMPLETION_TOKENS if room > DEFAULT_COMPLETION_TOKENS else None
+    return msgspec.structs.replace(params, max_tokens=max_tokens)
 
 
 def chat_sampling_params(request: ChatCompletionRequest) -> SamplingParams:

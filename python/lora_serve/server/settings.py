@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from lora_serve.common.errors import InvalidArgumentError
 
 DEFAULT_MAX_BODY_BYTES = 32 * 1024 * 1024
+DEFAULT_MAX_ANSWERS_PER_REQUEST = 1024
 
 
 @dataclass(frozen=True)
@@ -23,17 +24,20 @@ class ServerSettings:
         Bearer keys of which a request must show one; empty = no key is asked for.
     max_body_bytes : int
         Longest accepted request body in bytes.
+    max_answers_per_request : int
+        Most answers (prompts times n) that one HTTP request may ask for.
 
     Raises
     ------
     InvalidArgumentError
-        The name or a key is empty or unprintable, or the limit is below 1.
+        The name or a key is empty or unprintable, or a limit is below 1.
     """
 
     served_model_name: str
     model_path: str
     api_keys: tuple[str, ...] = ()
     max_body_bytes: int = DEFAULT_MAX_BODY_BYTES
+    max_answers_per_request: int = DEFAULT_MAX_ANSWERS_PER_REQUEST
 
     def __post_init__(self) -> None:
         if not self.served_model_name or not self.served_model_name.isprintable():
@@ -49,3 +53,8 @@ class ServerSettings:
                 )
         if self.max_body_bytes < 1:
             raise InvalidArgumentError(f"max_body_bytes is {self.max_body_bytes} but must be at least 1")
+        if self.max_answers_per_request < 1:
+            raise InvalidArgumentError(
+                f"max_answers_per_request is {self.max_answers_per_request} but must be at least 1; set "
+                "--max-answers-per-request"
+            )

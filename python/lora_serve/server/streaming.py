@@ -14,6 +14,7 @@ from starlette.types import Receive, Scope, Send
 
 from lora_serve.common.errors import LoraServeError
 from lora_serve.engine.request_stream import RequestStream
+from lora_serve.server.context import Shutdown, context_of
 from lora_serve.server.disconnect import cancel_and_wait, run_while_connected, wait_for_disconnect
 from lora_serve.server.error_handlers import translate_error
 from lora_serve.server.generation import close_all
@@ -48,12 +49,13 @@ async def answer_request(request: Request, answer: Answer, *, is_stream: bool) -
         The client went away before the whole answer was there.
     """
     if is_stream:
-        return EventStreamResponse(as_events(answer.chunks()), answer.streams)
+        events = as_events(answer.chunks(), context_of(request).shutdown)
+        return EventStreamResponse(events, answer.streams)
     body = await run_while_connected(request, answer.whole())
     return Response(body.to_json(), media_type="application/json")
 
 
-async def as_events(chunks: AsyncIterator[ResponseModel]) -> AsyncGenerator[str, None]:
+async def as_events(chunks: AsyncIterator[ResponseModel], shutdown: Shutdown) -> AsyncGenerator[str, None]:
     """Give chunks as server-sent events, '[DONE]' last; an error becomes an event, as the status is sent.
 
     Yields
@@ -67,7 +69,7 @@ async def as_events(chunks: AsyncIterator[ResponseModel]) -> AsyncGenerator[str,
     except Exception as error:
         if not isinstance(error, LoraServeError):
             logger.exception("a stream failed")
-        _, body = translate_error(error)
+        _, body = translate_error(error, shutdown)
         yield f"data: {json.dumps(body)}\n\n"
     yield "data: [DONE]\n\n"
 

@@ -68,6 +68,11 @@ def test_api_keys_come_from_options_and_environment(monkeypatch):
     assert launch.settings.api_keys == ("one", "two", "three")
 
 
+def test_limit_of_answers_per_request_reaches_the_server():
+    assert launch_of("m").settings.max_answers_per_request == 1024
+    assert launch_of("m", "--max-answers-per-request", "9").settings.max_answers_per_request == 9
+
+
 @pytest.mark.parametrize("module", ["a", "=path", "a=", "="])
 def test_malformed_adapter_is_refused(module):
     with pytest.raises(InvalidArgumentError, match="NAME=PATH"):
@@ -86,6 +91,7 @@ def test_an_adapter_given_twice_is_refused():
         (["--max-num-seqs", "9", "--max-num-batched-tokens", "8"], "max_num_batched_tokens is 8"),
         (["--served-model-name", ""], "--served-model-name"),
         (["--api-key", ""], "--api-key"),
+        (["--max-answers-per-request", "0"], "max_answers_per_request is 0"),
         (["--lora-modules", "a:b=/x"], "lora_name is 'a:b'"),
         (["--served-model-name", "base", "--lora-modules", "base=/x"], "the base model's name"),
         (["--host", "no such host"], "--host"),

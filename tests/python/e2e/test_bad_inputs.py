@@ -122,6 +122,7 @@ BAD_INPUTS = {
     ),
     "an image": (chat(messages=[{"role": "user", "content": [{"type": "image_url"}]}]), 400, "'image_url'"),
     # Sampling.
+    "too many answers of a batch": (completion(prompt=["hi"] * 20_000, n=20), 400, "at most 1024"),
     "negative temperature": (completion(temperature=-0.1), 400, "temperature is -0.1"),
     "temperature as text": (completion(temperature="hot"), 400, "must be a number"),
     "top_p above one": (completion(top_p=1.5), 400, "top_p is 1.5"),
@@ -130,6 +131,9 @@ BAD_INPUTS = {
     "no answers": (completion(n=0), 400, "n is 0"),
     "too many answers": (chat(n=1000), 400, "n is 1000"),
     "no tokens": (completion(max_tokens=0), 400, "at least 1"),
+    "no room for the default": (completion(prompt="x" * MAX_MODEL_LEN), 400, "shorten the prompt to 191"),
+    "no room for min_tokens": (completion(prompt="x" * 187, min_tokens=6), 400, "min_tokens is 6"),
+    "the default, sent, does not fit": (completion(prompt="x" * 180, max_tokens=16), 400, "at most 12"),
     "more tokens than fit": (completion(max_tokens=MAX_MODEL_LEN), 400, "at most 190"),
     "min above max": (completion(min_tokens=9, max_tokens=8), 400, "at most max_tokens"),
     "min_tokens that do not fit": (chat(min_tokens=MAX_MODEL_LEN), 400, "min_tokens is 192"),
@@ -209,6 +213,18 @@ def test_good_requests_are_answered_as_before(http, untouched):
     assert (good_answers(http), counts(http)) == untouched
     roots_adapter = http.get("/v1/models").json()["data"]
     assert [card["id"] for card in roots_adapter] == ["tiny", "good"]
+
+
+@pytest.mark.parametrize(("num_prompt_tokens", "num_tokens"), [(191, 1), (180, 12), (176, 16), (175, 16)])
+@pytest.mark.parametrize("max_tokens", [{}, {"max_tokens": None}])
+def test_without_max_tokens_an_answer_takes_the_room_that_is_left(
+    num_prompt_tokens, num_tokens, max_tokens, http
+):
+    body = {"model": "tiny", "prompt": "x" * num_prompt_tokens, "temperature": 0, **max_tokens}
+    answer = http.post("/v1/completions", json=body)
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["usage"]["completion_tokens"] == num_tokens
+    assert answer.json()["choices"][0]["finish_reason"] == "length"
 
 
 def assert_refused(response, status, text):

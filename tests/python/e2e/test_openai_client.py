@@ -133,6 +133,30 @@ def test_echo_without_new_tokens_scores_the_prompt(client):
     assert answer.usage.completion_tokens == 0
 
 
+def test_text_offsets_of_a_stream_are_those_of_the_whole(client):
+    text = completion_text(client, "red", max_tokens=24)
+    options = {"model": "red", "prompt": PROMPT, "logprobs": 0, "temperature": 0, "max_tokens": 24}
+    # Beginnings of these stop strings come, and are held back; the last one ends the answer.
+    options["stop"] = [text[2:4] + "##", text[6:9] + "##", text[12:16]]
+    [whole] = client.completions.create(**options).choices
+    chunks = [chunk.choices[0] for chunk in client.completions.create(stream=True, **options)]
+    assert "".join(chunk.text for chunk in chunks) == whole.text == text[:12]
+    assert [o for chunk in chunks for o in chunk.logprobs.text_offset] == whole.logprobs.text_offset
+    assert whole.logprobs.text_offset[0] == 0
+
+
+def test_tokens_without_text_do_not_move_text_offsets(client):
+    [special_id] = client.completions.create(
+        model="tiny", prompt="<|endoftext|>", max_tokens=1, extra_body={"return_token_ids": True}
+    ).choices[0].prompt_token_ids  # fmt: skip
+    options = {"model": "tiny", "prompt": "Z", "logit_bias": {str(special_id): 100}, "logprobs": 0}
+    options.update(temperature=0, max_tokens=3)
+    for skip, text, offsets in ((True, "", [0, 0, 0]), (False, "<|endoftext|>" * 3, [0, 13, 26])):
+        answer = client.completions.create(**options, extra_body={"skip_special_tokens": skip})
+        assert answer.choices[0].text == text
+        assert answer.choices[0].logprobs.text_offset == offsets
+
+
 def test_chat_gives_a_message(client):
     answer = client.chat.completions.create(model="red", messages=MESSAGES, **GREEDY)
     [choice] = answer.choices

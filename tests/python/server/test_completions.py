@@ -66,7 +66,7 @@ def test_one_adapter_holds_for_every_prompt_of_a_batch(choice):
 )
 def test_prompts_come_as_text_or_token_ids(prompt, expected):
     client = make_client()
-    assert complete(make_app(client), prompt=prompt).status_code == 200
+    assert complete(make_app(client), prompt=prompt, max_tokens=4).status_code == 200
     assert [s.prompt for s in client.submissions] == expected
 
 
@@ -117,6 +117,22 @@ def test_null_fields_take_their_defaults():
     assert complete(make_app(client), **nulls).status_code == 200
     params = client.submissions[0].params
     assert (params.n, params.max_tokens, params.temperature, params.seed) == (1, 16, 1.0, None)
+
+
+@pytest.mark.parametrize("fields", [{}, {"max_tokens": None}])
+def test_without_max_tokens_each_prompt_has_its_own_default(fields):
+    """None leaves the number to the engine, which knows the room; real numbers are in e2e/test_bad_inputs."""
+    client = make_client()
+    prompts = ["a", "b" * 111, "c" * 112, "d" * 127]
+    body = complete(make_app(client), prompt=prompts, echo=True, **fields).json()
+    assert [s.params.max_tokens for s in client.submissions] == [16, 16, None, None]
+    assert [choice["text"] for choice in body["choices"]] == [f"{prompt}base!" for prompt in prompts]
+
+
+def test_max_tokens_that_is_sent_reaches_the_engine_whether_it_fits_or_not():
+    client = make_client()
+    complete(make_app(client), prompt="a" * 127, max_tokens=16)
+    assert client.submissions[0].params.max_tokens == 16
 
 
 @pytest.mark.parametrize(

@@ -94,7 +94,7 @@ def test_leaving_while_one_prompt_is_not_yet_accepted_aborts_the_others():
     submit = client.submit
 
     async def slow_for_b(prompt, *arguments, **options):
-        if prompt == "b":
+        if prompt == [ord("b")]:
             await asyncio.sleep(60)
         return await submit(prompt, *arguments, **options)
 

@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from lora_serve.common.errors import InvalidArgumentError
 from server.http_calls import BASE, call, chat, complete, make_app, make_client
 
 IMAGE = {"type": "image_url", "image_url": {"url": "http://x/y.png"}}
@@ -29,7 +30,7 @@ REFUSED_COMPLETIONS = [
     ({"temperature": -1}, "temperature", "temperature is -1"),
     ({"temperature": "0.5"}, "temperature", "must be a number"),
     ({"top_p": 0}, "top_p", "must be in (0.0, 1.0]"),
-    ({"top_k": -2}, "top_k", "at least -1"),
+    ({"top_k": -2}, "top_k", "in [-1, "),
     ({"n": 0}, "n", "n is 0"),
     ({"n": True}, "n", "must be an integer"),
     ({"max_tokens": 0}, "max_tokens", "echo"),
@@ -47,7 +48,7 @@ REFUSED_COMPLETIONS = [
     ({"stop": ""}, "stop", "non-empty"),
     ({"stop": 3}, "stop", "a string or a list of strings"),
     ({"stop_token_ids": [-1]}, "stop_token_ids", "stop_token_ids"),
-    ({"repetition_penalty": 0}, "repetition_penalty", "must be in (0.0"),
+    ({"repetition_penalty": 0}, "repetition_penalty", "must be in [0.01, "),
     ({"best_of": 3}, "best_of", "must equal n, which is 1"),
     ({"suffix": "end"}, "suffix", "not supported"),
     ({"priority": 1}, "priority", "not supported yet"),
@@ -180,3 +181,52 @@ def test_content_type_does_not_matter():
     content = json.dumps({"model": BASE, "prompt": "a"})
     headers = {"content-type": "application/x-www-form-urlencoded"}
     assert call(make_app(), "POST", "/v1/completions", content=content, headers=headers).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "found"),
+    [
+        ({"prompt": ["a"] * 3, "n": 2}, "prompt", "prompt has 3 entries and n is 2, which makes 6 answers"),
+        ({"prompt": [[1]] * 5}, "prompt", "prompt has 5 entries and n is 1, which makes 5 answers"),
+        ({"n": 5}, "n", "n is 5"),
+    ],
+)
+def test_too_many_answers_of_one_request_are_400(fields, param, found):
+    client = make_client()
+    response = complete(make_app(client, max_answers_per_request=4), **fields)
+    assert_refused(response, param, f"{found} but a request may ask for at most 4; ")
+    num_answers = 6 if fields.get("n") == 2 else 5
+    assert f"--max-answers-per-request {num_answers}" in response.json()["error"]["message"]
+    assert client.submissions == []
+
+
+def test_as_many_answers_as_allowed_are_given():
+    app = make_app(max_answers_per_request=4)
+    assert len(complete(app, prompt=["a", "b"], n=2).json()["choices"]) == 4
+    assert len(chat(app, n=4).json()["choices"]) == 4
+
+
+def test_too_many_answers_of_one_conversation_are_400():
+    assert_refused(chat(make_app(max_answers_per_request=4), n=5), "n", "n is 5 but a request may ask for")
+
+
+def test_a_small_body_cannot_queue_unbounded_work():
+    client = make_client()
+    assert_refused(complete(make_app(client), prompt=["hi"] * 20_000, n=20), "prompt", "at most 1024")
+    assert client.submissions == []
+
+
+@pytest.mark.parametrize("fields", [{}, {"add_special_tokens": False, "max_tokens": 1}])
+def test_text_that_the_tokenizer_refuses_for_its_length_is_named(fields):
+    client = make_client()
+
+    async def refuse(*arguments, **options):
+        raise InvalidArgumentError("the prompt has 9 characters but max_model_len is 8; shorten it")
+
+    client.encode = client.encode_chat = refuse
+    for response, param in (
+        (complete(make_app(client), **fields), "prompt"),
+        (chat(make_app(client)), "messages"),
+    ):
+        assert_refused(response, param, "max_model_len is 8")
+        assert response.json()["error"]["code"] == "context_length_exceeded"

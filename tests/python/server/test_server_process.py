@@ -156,3 +156,45 @@ def test_death_of_the_engine_is_told_and_the_server_ends_well(arguments):
             assert answer.status_code == 500
             assert "SIGKILL" in answer.json()["error"]["message"]
         assert server.stop(signal.SIGINT) == 0
+
+
+def test_a_signal_ends_what_takes_too_long_with_an_error_that_says_so(arguments):
+    body = {**LONG, "model": "red"}
+    answers = {}
+    with ServerProcess(*arguments) as server:
+
+        def post(name, path, body):
+            with server.http() as http:
+                answers[name] = http.post(path, json=body)
+
+        def start(name, path, body):
+            asking.append(threading.Thread(target=post, args=(name, path, body)))
+            asking[-1].start()
+
+        asking = []
+        start("whole", "/v1/completions", body)
+        start("stream", "/v1/completions", {**body, "stream": True})
+        start("batch", "/v1/completions", {**body, "prompt": ["a", "b"], "stream": True})
+        with server.http() as http:
+            wait_until(lambda: activity(http)[1] == 4)
+            start("unload", "/v1/unload_lora_adapter", {"lora_name": "red"})
+            wait_until(lambda: len(http.get("/v1/models").json()["data"]) == 1)
+        with socket.create_connection(("127.0.0.1", server.port), timeout=30) as upload:
+            upload.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 99\r\n\r\n{")
+            os.kill(server.pid, signal.SIGTERM)
+            for thread in asking:
+                thread.join(30)
+            answers["upload"] = upload.recv(4096)
+        os.waitid(os.P_PID, server.pid, os.WEXITED | os.WNOWAIT)
+        log = server.log()
+        assert server.stop() == 0
+    assert "Traceback" not in log, log
+    for name in ("whole", "unload"):
+        assert answers[name].status_code == 503
+        assert answers[name].json()["error"]["code"] == "shutting_down"
+        assert "the server is shutting down" in answers[name].json()["error"]["message"]
+    for name in ("stream", "batch"):
+        error, done = answers[name].text.split("\n\n")[-3:-1]
+        assert json.loads(error.removeprefix("data: "))["error"]["code"] == "shutting_down"
+        assert done == "data: [DONE]"
+    assert answers["upload"].startswith(b"HTTP/1.1 503 ")
