@@ -30,8 +30,9 @@ void BindExecutionPlan(py::module_& module) {
 One step of work, as plain arrays.
 
 Every array is a read-only NumPy view of the plan's memory, without a copy; it keeps the plan alive.
-Axis letters: B rows (one a scheduled request), T tokens of the step, D page-table deltas. Rows are ordered:
-decodes first, then prefill chunks, both in the order of admission.
+Axis letters: B rows (one a scheduled request), T tokens of the step, D page-table deltas, C copies between the
+tiers. Rows are ordered: decodes first, then prefill chunks, both in the order of admission. The copies start
+before the rows run; until a copy is reported, no row writes its source pages or touches its destination pages.
 )doc");
   plan.def_readonly("plan_id", &ExecutionPlan::plan_id,
                     "Counts up by one from plan to plan; -1 when the plan is empty.");
@@ -70,6 +71,17 @@ decodes first, then prefill chunks, both in the order of admission.
             "int32, the slot of each generation in ``load_adapter_ids``.");
   BindArray(plan, "drained_adapter_ids", &ExecutionPlan::drained_adapter_ids,
             "int64, generations to free, before the loads.");
+  BindArray(plan, "transfer_ids", &ExecutionPlan::transfer_ids,
+            "[C] int64, copies between the tiers, in this order; ids are never reused.");
+  BindArray(plan, "transfer_kinds", &ExecutionPlan::transfer_kinds,
+            "[C] int8, 0 = write back (device to host), 1 = load back (host to device).");
+  BindArray(plan, "transfer_offsets", &ExecutionPlan::transfer_offsets,
+            "[C + 1] int32, entries ``transfer_offsets[c]:transfer_offsets[c + 1]`` of the two "
+            "page arrays belong to copy c.");
+  BindArray(plan, "transfer_source_pages", &ExecutionPlan::transfer_source_pages,
+            "[pages of all copies] int32, page ids of the tier that is read.");
+  BindArray(plan, "transfer_destination_pages", &ExecutionPlan::transfer_destination_pages,
+            "[pages of all copies] int32, page ids of the tier that is written.");
 }
 
 void BindExecutionEvent(py::module_& module) {
@@ -79,13 +91,15 @@ What the executor did with a plan.
 Parameters
 ----------
 plan_id : int
-    The plan it answers.
+    The plan it answers; -1 = none: then it only reports copies, for those that end while nothing runs.
 sampled_token_ids : array-like of int, [B], range int32
     In the plan's row order; -1 where the row did not sample.
 is_finished : array-like of int or bool, [B]
     1 = the request ends with this token. The scheduler ends it at ``max_tokens`` by itself.
 loaded_adapter_ids, failed_adapter_ids : array-like of int
     The generations of the plan's loads, each in exactly one of the two.
+completed_transfer_ids, failed_transfer_ids : array-like of int
+    Copies of this or an earlier plan that have ended; each is reported once, in one of the two.
 
 Raises
 ------
@@ -95,7 +109,9 @@ InvalidArgumentError
       .def(
           py::init([](std::int64_t plan_id, const py::object& sampled_token_ids,
                       const py::object& is_finished, const py::object& loaded_adapter_ids,
-                      const py::object& failed_adapter_ids) {
+                      const py::object& failed_adapter_ids,
+                      const py::object& completed_transfer_ids,
+                      const py::object& failed_transfer_ids) {
             return ExecutionEvent{
                 .plan_id = plan_id,
                 .sampled_token_ids = ToVector<std::int32_t>(sampled_token_ids, "sampled_token_ids"),
@@ -103,11 +119,17 @@ InvalidArgumentError
                 .loaded_adapter_ids =
                     ToVector<std::int64_t>(loaded_adapter_ids, "loaded_adapter_ids"),
                 .failed_adapter_ids =
-                    ToVector<std::int64_t>(failed_adapter_ids, "failed_adapter_ids")};
+                    ToVector<std::int64_t>(failed_adapter_ids, "failed_adapter_ids"),
+                .completed_transfer_ids =
+                    ToVector<std::int64_t>(completed_transfer_ids, "completed_transfer_ids"),
+                .failed_transfer_ids =
+                    ToVector<std::int64_t>(failed_transfer_ids, "failed_transfer_ids")};
           }),
           py::kw_only(), py::arg("plan_id"), py::arg("sampled_token_ids") = py::tuple(),
           py::arg("is_finished") = py::tuple(), py::arg("loaded_adapter_ids") = py::tuple(),
-          py::arg("failed_adapter_ids") = py::tuple())
+          py::arg("failed_adapter_ids") = py::tuple(),
+          py::arg("completed_transfer_ids") = py::tuple(),
+          py::arg("failed_transfer_ids") = py::tuple())
       .def_readonly("plan_id", &ExecutionEvent::plan_id);
 }
 

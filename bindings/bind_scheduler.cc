@@ -13,55 +13,6 @@ namespace {
 
 namespace py = pybind11;
 
-void BindOptions(py::module_& module) {
-  const SchedulerOptions defaults;
-  py::class_<SchedulerOptions>(module, "SchedulerOptions", R"doc(
-Limits of the scheduler.
-
-Parameters
-----------
-num_device_pages : int
-    KV pages; at least ``ceil(max_model_len / page_size)``, so that any request can run alone to its end.
-page_size : int
-    Tokens of one page.
-max_num_seqs : int
-    Requests that may hold a page-table row at once.
-max_num_batched_tokens : int
-    Tokens of one step, decodes and prefill chunks together; at least ``max_num_seqs``.
-max_model_len : int
-    Prompt and output tokens of one request.
-max_loras : int
-    Distinct adapters among the started requests; the base model is not counted.
-enable_prefix_caching : bool
-    False: no request starts from another's pages. Preempted requests still recover their own.
-)doc")
-      .def(py::init([](std::int32_t num_device_pages, std::int32_t page_size,
-                       std::int32_t max_num_seqs, std::int32_t max_num_batched_tokens,
-                       std::int32_t max_model_len, std::int32_t max_loras,
-                       bool enable_prefix_caching) {
-             return SchedulerOptions{.page_size = page_size,
-                                     .num_device_pages = num_device_pages,
-                                     .max_num_seqs = max_num_seqs,
-                                     .max_num_batched_tokens = max_num_batched_tokens,
-                                     .max_model_len = max_model_len,
-                                     .max_loras = max_loras,
-                                     .enable_prefix_caching = enable_prefix_caching};
-           }),
-           py::kw_only(), py::arg("num_device_pages"), py::arg("page_size") = defaults.page_size,
-           py::arg("max_num_seqs") = defaults.max_num_seqs,
-           py::arg("max_num_batched_tokens") = defaults.max_num_batched_tokens,
-           py::arg("max_model_len") = defaults.max_model_len,
-           py::arg("max_loras") = defaults.max_loras,
-           py::arg("enable_prefix_caching") = defaults.enable_prefix_caching)
-      .def_readonly("page_size", &SchedulerOptions::page_size)
-      .def_readonly("num_device_pages", &SchedulerOptions::num_device_pages)
-      .def_readonly("max_num_seqs", &SchedulerOptions::max_num_seqs)
-      .def_readonly("max_num_batched_tokens", &SchedulerOptions::max_num_batched_tokens)
-      .def_readonly("max_model_len", &SchedulerOptions::max_model_len)
-      .def_readonly("max_loras", &SchedulerOptions::max_loras)
-      .def_readonly("enable_prefix_caching", &SchedulerOptions::enable_prefix_caching);
-}
-
 void BindNewRequest(py::module_& module) {
   py::class_<NewRequest>(module, "NewRequest", R"doc(
 A request for ``Scheduler.add_request``.
@@ -120,7 +71,10 @@ void BindStats(py::module_& module) {
       .def_readonly("num_waiting_requests", &AdapterStats::num_waiting_requests)
       .def_readonly("num_running_requests", &AdapterStats::num_running_requests)
       .def_readonly("num_tree_pages", &AdapterStats::num_tree_pages)
-      .def_readonly("num_private_pages", &AdapterStats::num_private_pages);
+      .def_readonly("num_private_pages", &AdapterStats::num_private_pages)
+      .def_readonly("num_host_pages", &AdapterStats::num_host_pages)
+      .def_readonly("num_hit_tokens", &AdapterStats::num_hit_tokens)
+      .def_readonly("num_missed_tokens", &AdapterStats::num_missed_tokens);
   py::class_<SchedulerStats>(
       module, "SchedulerStats",
       "A snapshot of counts; ``total_*`` count since the scheduler was made.")
@@ -135,6 +89,13 @@ void BindStats(py::module_& module) {
       .def_readonly("total_evicted_pages", &SchedulerStats::total_evicted_pages)
       .def_readonly("total_queried_tokens", &SchedulerStats::total_queried_tokens)
       .def_readonly("total_hit_tokens", &SchedulerStats::total_hit_tokens)
+      .def_readonly("total_host_hit_tokens", &SchedulerStats::total_host_hit_tokens,
+                    "Of ``total_hit_tokens``, those loaded back from the host.")
+      .def_readonly("num_host_pages", &SchedulerStats::num_host_pages)
+      .def_readonly("num_free_host_pages", &SchedulerStats::num_free_host_pages)
+      .def_readonly("total_evicted_host_pages", &SchedulerStats::total_evicted_host_pages)
+      .def_readonly("num_transfers", &SchedulerStats::num_transfers,
+                    "Copies between the tiers that were started and not reported yet.")
       .def_readonly(
           "adapters", &SchedulerStats::adapters,
           "list of AdapterStats, ordered by adapter id; the base model (id 0) is the first.");
@@ -160,7 +121,8 @@ now_us : int
 Returns
 -------
 ExecutionPlan
-    Owned by the caller; empty when nothing can run. An empty plan takes no ``advance``.
+    Owned by the caller; empty when nothing can run, also because all that could waits for copies. An empty
+    plan takes no ``advance``.
 
 Raises
 ------
@@ -171,17 +133,19 @@ InternalError
            py::call_guard<py::gil_scoped_release>(), R"doc(
 Take the result of the outstanding plan. The interpreter lock is released meanwhile.
 
+An event with ``plan_id`` -1 only reports copies; it is taken at any time.
+
 Raises
 ------
 InvalidArgumentError
-    The event does not answer the plan (ids, lengths, loads); nothing is changed then.
+    The event does not answer the plan (ids, lengths, loads), or reports a copy that is not under way; nothing
+    is changed then.
 )doc");
 }
 
 }  // namespace
 
 void BindScheduler(py::module_& module) {
-  BindOptions(module);
   BindNewRequest(module);
   BindStats(module);
   py::class_<Scheduler> scheduler(module, "Scheduler", R"doc(
@@ -246,7 +210,8 @@ End a request wherever it is; returns False when the id is not live (a late abor
 )doc")
       .def_property_readonly(
           "has_work", &Scheduler::HasWork,
-          "Whether a request waits or runs, a load or drain is due, or a plan is outstanding.")
+          "Whether a request waits or runs, a load or drain is due, or a plan is outstanding. If "
+          "the plan is empty all the same, everything waits for copies to be reported.")
       .def("stats", &Scheduler::Stats, "A snapshot of the counts.")
       .def("check_invariants", &Scheduler::CheckInvariants,
            "Raise InternalError naming what is broken, in the scheduler or its cache; for tests.")

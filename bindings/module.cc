@@ -6,5 +6,6 @@ PYBIND11_MODULE(_core, module) {
   module.doc() = "The C++ core of lora_serve. Imported by lora_serve.scheduler only.";
   lora_serve::bindings::BindErrors(module);
   lora_serve::bindings::BindPlan(module);
+  lora_serve::bindings::BindSchedulerOptions(module);
   lora_serve::bindings::BindScheduler(module);
 }

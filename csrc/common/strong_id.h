@@ -33,6 +33,10 @@ class StrongId {
 using TokenId = std::int32_t;
 
 using PageId = StrongId<struct PageIdTag, std::int32_t>;
+/// Room for the recurrent state of one sequence, on the device or on the host.
+using StateSlot = StrongId<struct StateSlotTag, std::int32_t>;
+/// A copy between the tiers; counts up, never reused.
+using TransferId = StrongId<struct TransferIdTag, std::int64_t>;
 /// Unique in one cache, never reused. 0 is the base model's namespace.
 using NamespaceId = StrongId<struct NamespaceIdTag, std::int64_t>;
 /// Chosen by the caller, unique among the scheduler's live requests.
@@ -48,6 +52,8 @@ using PlanId = StrongId<struct PlanIdTag, std::int64_t>;
 inline constexpr NamespaceId kBaseNamespace{0};
 inline constexpr AdapterId kBaseAdapter{0};
 inline constexpr AdapterSlot kNoAdapterSlot{-1};
+inline constexpr StateSlot kNoStateSlot{-1};
+inline constexpr TransferId kNoTransfer{-1};
 
 }  // namespace lora_serve
 

@@ -24,8 +24,10 @@ class ChildMap {
   ChildMap(const ChildMap&) = delete;
   ChildMap& operator=(const ChildMap&) = delete;
 
-  [[nodiscard]] bool IsEmpty() const { return children_.empty(); }
-  [[nodiscard]] std::size_t size() const { return children_.size(); }
+  [[nodiscard]] bool IsEmpty() const { return only_child_ == nullptr && many_ == nullptr; }
+  [[nodiscard]] std::size_t size() const {
+    return many_ != nullptr ? many_->size() : (only_child_ != nullptr ? 1 : 0);
+  }
 
   /// The child whose edge starts with `page`, or null. Complexity: O(page) on average.
   [[nodiscard]] Node* Find(std::span<const TokenId> page) const;
@@ -44,14 +46,20 @@ class ChildMap {
   /// Calls `visit(Node&)` for every child, in an unspecified order.
   template <typename Visit>
   void ForEach(const Visit& visit) const {
-    for (const auto& [hash, child] : children_) visit(*child);
+    if (only_child_ != nullptr) visit(*only_child_);
+    if (many_ == nullptr) return;
+    for (const auto& [hash, child] : *many_) visit(*child);
   }
 
  private:
   using Map = std::unordered_multimap<std::uint64_t, std::unique_ptr<Node>>;
   [[nodiscard]] Map::iterator FindPosition(const Node& child, std::size_t page_size);
 
-  Map children_;
+  /// Long chains have one child a node: comparing it is cheaper than hashing, and it needs no
+  /// table.
+  std::unique_ptr<Node> only_child_;
+  /// Two children or more; null for fewer.
+  std::unique_ptr<Map> many_;
 };
 
 /// A fixed function of the tokens: no seed, so that every process builds the same tables.

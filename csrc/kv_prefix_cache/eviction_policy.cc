@@ -1,117 +1,183 @@
 #include "kv_prefix_cache/eviction_policy.h"
 
 #include <algorithm>
+#include <limits>
+#include <queue>
+#include <vector>
 
 #include "common/check.h"
 #include "kv_prefix_cache/namespace.h"
 
 namespace lora_serve {
 
+// --- Pins --------------------------------------------------------------------------------------
+
 void EvictionPolicy::Pin(Node& node) noexcept {
-  Residency& residency = node.On(tier_);
-  if (residency.num_pins++ > 0) return;
-  residency.next_pinned = first_pinned_;
-  if (first_pinned_ != nullptr) first_pinned_->On(tier_).previous_pinned = &node;
+  Residency& held = Held(node);
+  if (held.num_pins++ > 0) return;
+  held.next_pinned = first_pinned_;
+  if (first_pinned_ != nullptr) Held(*first_pinned_).previous_pinned = &node;
   first_pinned_ = &node;
   Refresh(node);
 }
 
 void EvictionPolicy::Unpin(Node& node) noexcept {
-  Residency& residency = node.On(tier_);
-  LS_FATAL(residency.num_pins > 0, "unbalanced unpin of node ", node.sequence);
-  if (--residency.num_pins > 0) return;
-  Node*& link_to_node = residency.previous_pinned == nullptr
-                            ? first_pinned_
-                            : residency.previous_pinned->On(tier_).next_pinned;
-  link_to_node = residency.next_pinned;
-  if (residency.next_pinned != nullptr) {
-    residency.next_pinned->On(tier_).previous_pinned = residency.previous_pinned;
-  }
-  residency.previous_pinned = nullptr;
-  residency.next_pinned = nullptr;
+  Residency& held = Held(node);
+  LS_FATAL(held.num_pins > 0, "unbalanced unpin of node ", node.sequence);
+  if (--held.num_pins > 0) return;
+  Node*& link_to_node =
+      held.previous_pinned == nullptr ? first_pinned_ : Held(*held.previous_pinned).next_pinned;
+  link_to_node = held.next_pinned;
+  if (held.next_pinned != nullptr) Held(*held.next_pinned).previous_pinned = held.previous_pinned;
+  held.previous_pinned = nullptr;
+  held.next_pinned = nullptr;
   Refresh(node);
 }
 
-void EvictionPolicy::Refresh(Node& node) noexcept {
-  Residency& residency = node.On(tier_);
-  const bool is_evictable = !node.IsRoot() && node.children.IsEmpty() && residency.num_pins == 0;
-  if (is_evictable == residency.leaf_hook.is_listed()) return;
-  if (!is_evictable) {
-    Unlist(node);
-    return;
-  }
-  LeafList& list = ListOf(node);
-  list.leaves_.List(residency.leaf_hook, {node.epoch, node.sequence}, &node);
-  num_listed_pages_ += residency.pages.size();
-  RerankHead(list);
-}
-
-void EvictionPolicy::ChildRemoved(Node& parent, Epoch child_epoch) noexcept {
-  Unlist(parent);
-  parent.epoch = std::max(parent.epoch, child_epoch);
-  Refresh(parent);
-}
-
-void EvictionPolicy::Unlist(Node& node) noexcept {
-  Residency& residency = node.On(tier_);
-  if (!residency.leaf_hook.is_listed()) return;
-  LeafList& list = ListOf(node);
-  list.leaves_.Unlist(residency.leaf_hook);
-  num_listed_pages_ -= residency.pages.size();
-  RerankHead(list);
-}
-
-Node* EvictionPolicy::Victim() const {
-  return heads_.IsEmpty() ? nullptr : VictimOf(*heads_.head().item);
-}
-
-Node* EvictionPolicy::VictimOf(const LeafList& list) {
-  return list.IsEmpty() ? nullptr : list.leaves_.head().item;
-}
-
-std::int64_t EvictionPolicy::CountProtectedPages(const PrefixMatch& match) const {
-  ++current_mark_;
+std::int64_t EvictionPolicy::CountProtectedPages(const PathPosition& extra) const {
+  ++visits_backptr_->last;
   std::int64_t num_pages = 0;
-  for (const Node* node = first_pinned_; node != nullptr; node = node->On(tier_).next_pinned) {
+  for (const Node* node = first_pinned_; node != nullptr; node = Held(*node).next_pinned) {
     num_pages += MarkPath(node);
   }
-  if (match.node != nullptr && match.node->visit_mark != current_mark_) {
-    num_pages += match.num_edge_pages + MarkPath(match.node->parent_backptr);
+  if (extra.node != nullptr && extra.node->visit_mark != visits_backptr_->last) {
+    num_pages += extra.num_edge_pages + MarkPath(extra.node->parent_backptr);
   }
   return num_pages;
 }
 
 std::int64_t EvictionPolicy::MarkPath(const Node* node) const {
+  const std::uint64_t mark = visits_backptr_->last;
   std::int64_t num_pages = 0;
-  for (; node != nullptr && node->visit_mark != current_mark_; node = node->parent_backptr) {
-    node->visit_mark = current_mark_;
-    num_pages += node->On(tier_).pages.size();
+  for (; node != nullptr && node->visit_mark != mark; node = node->parent_backptr) {
+    node->visit_mark = mark;
+    num_pages += Held(*node).pages.size();
   }
   return num_pages;
 }
 
-LeafList& EvictionPolicy::ListOf(const Node& node) const {
-  return node.namespace_backptr->leaf_list(tier_);
+// --- Listing -----------------------------------------------------------------------------------
+
+bool EvictionPolicy::IsEvictable(const Node& node) const {
+  const Residency& held = Held(node);
+  return !held.pages.IsEmpty() && held.num_in_flight == 0 && held.num_pins == 0 &&
+         held.num_continuations == 0;
+}
+
+bool EvictionPolicy::IsBacked(const Node& node) const {
+  return tier_ == Tier::kDevice &&
+         node.Of(component_, Tier::kHost).num_present() >= Held(node).pages.size();
+}
+
+void EvictionPolicy::Refresh(Node& node) noexcept {
+  Residency& held = Held(node);
+  const bool is_evictable = IsEvictable(node);
+  if (is_evictable == held.leaf_hook.is_listed()) return;
+  if (!is_evictable) {
+    Unlist(node);
+    return;
+  }
+  held.is_listed_as_backed = IsBacked(node);
+  LeafList& list = ListOf(node, held.is_listed_as_backed);
+  list.leaves_.List(held.leaf_hook, {held.epoch, node.sequence}, &node);
+  num_listed_pages_ += held.pages.size();
+  RerankHead(list);
+}
+
+void EvictionPolicy::Unlist(Node& node) noexcept {
+  Residency& held = Held(node);
+  if (!held.leaf_hook.is_listed()) return;
+  LeafList& list = ListOf(node, held.is_listed_as_backed);
+  list.leaves_.Unlist(held.leaf_hook);
+  num_listed_pages_ -= held.pages.size();
+  RerankHead(list);
+}
+
+void EvictionPolicy::RerankNamespace(Namespace& ns) noexcept {
+  for (const bool is_backed : {false, true}) {
+    RerankHead(ns.leaf_list(component_, tier_, is_backed));
+  }
 }
 
 void EvictionPolicy::RerankHead(LeafList& list) noexcept {
   auto& hook = list.head_hook_;
-  const bool is_ranked = hook.is_listed();
   if (list.IsEmpty()) {
-    if (is_ranked) heads_.Unlist(hook);
+    if (hook.is_listed()) heads_.Unlist(hook);
     return;
   }
-  const EvictionRank& rank = list.leaves_.head().rank;
-  if (is_ranked) {
+  const HeadRank rank = RankOf(list.leaves_.head());
+  if (hook.is_listed()) {
     if (hook.rank() == rank) return;
     heads_.Unlist(hook);
   }
   heads_.List(hook, rank, &list);
 }
 
+LeafList& EvictionPolicy::ListOf(const Node& node, bool is_backed) const {
+  return node.namespace_backptr->leaf_list(component_, tier_, is_backed);
+}
+
+HeadRank EvictionPolicy::RankOf(const LeafSet::Entry& leaf) const {
+  const Namespace& ns = *leaf.item->namespace_backptr;
+  return {.is_within_quota = ns.NumPagesOverQuota(tier_) <= 0,
+          .age_bucket = leaf.rank.epoch / kAgeBucketEpochs,
+          .is_adapter_resident = ns.is_adapter_resident(),
+          .is_unbacked = !Held(*leaf.item).is_listed_as_backed,
+          .leaf = leaf.rank};
+}
+
+// --- Who goes ----------------------------------------------------------------------------------
+
+Node* EvictionPolicy::Victim() const {
+  return heads_.IsEmpty() ? nullptr : heads_.head().item->leaves_.head().item;
+}
+
+Node* EvictionPolicy::VictimOf(const Namespace& ns) const {
+  for (const bool is_backed : {false, true}) {
+    const LeafList& list = ns.leaf_list(component_, tier_, is_backed);
+    if (!list.IsEmpty()) return list.leaves_.head().item;
+  }
+  return nullptr;
+}
+
+std::int32_t EvictionPolicy::NumVictimPages(const Node& leaf) const {
+  const Residency& held = Held(leaf);
+  std::int64_t num_pages = held.pages.size();
+  if (tier_ == Tier::kDevice && !held.is_listed_as_backed) {
+    num_pages -= leaf.Of(component_, Tier::kHost).num_present();
+  }
+  const std::int64_t num_over_quota = leaf.namespace_backptr->NumPagesOverQuota(tier_);
+  if (num_over_quota > 0) num_pages = std::min(num_pages, num_over_quota);
+  return static_cast<std::int32_t>(num_pages);
+}
+
+void EvictionPolicy::ForEachVictim(const std::function<bool(Node&)>& visit) const {
+  struct Cursor {
+    HeadRank rank;
+    LeafSet::Iterator next;
+    LeafSet::Iterator end;
+  };
+  const auto goes_later = [](const Cursor& a, const Cursor& b) { return a.rank > b.rank; };
+  std::priority_queue<Cursor, std::vector<Cursor>, decltype(goes_later)> cursors(goes_later);
+  for (const HeadSet::Entry& head : heads_) {
+    const LeafSet& leaves = head.item->leaves_;
+    cursors.push({head.rank, leaves.begin(), leaves.end()});
+  }
+  while (!cursors.empty()) {
+    Cursor cursor = cursors.top();
+    cursors.pop();
+    if (!visit(*cursor.next->item)) return;
+    if (++cursor.next == cursor.end) continue;
+    cursor.rank = RankOf(*cursor.next);
+    cursors.push(cursor);
+  }
+}
+
+// --- Checks ------------------------------------------------------------------------------------
+
 std::int64_t EvictionPolicy::CountPinnedNodes() const {
   std::int64_t num_nodes = 0;
-  for (const Node* node = first_pinned_; node != nullptr; node = node->On(tier_).next_pinned) {
+  for (const Node* node = first_pinned_; node != nullptr; node = Held(*node).next_pinned) {
     ++num_nodes;
   }
   return num_nodes;
@@ -119,24 +185,54 @@ std::int64_t EvictionPolicy::CountPinnedNodes() const {
 
 void EvictionPolicy::CheckInvariants() const {
   std::int64_t num_listed_pages = 0;
-  heads_.ForEach([&](const RankedSet<LeafList>::Entry& head) {
-    LS_CHECK(!head.item->IsEmpty() && head.rank == head.item->leaves_.head().rank,
+  for (const HeadSet::Entry& head : heads_) {
+    LS_CHECK(!head.item->IsEmpty() && head.rank == RankOf(head.item->leaves_.head()),
              "E3: a namespace is not ranked by the head of its leaf list");
-    head.item->leaves_.ForEach([&](const RankedSet<Node>::Entry& leaf) {
-      LS_CHECK((leaf.rank == EvictionRank{leaf.item->epoch, leaf.item->sequence}), "E2: node ",
-               leaf.item->sequence, " was used in epoch ", leaf.item->epoch,
-               " but is ranked by epoch ", leaf.rank.epoch);
-      num_listed_pages += leaf.item->On(tier_).pages.size();
-    });
-  });
+    for (const LeafSet::Entry& leaf : head.item->leaves_) {
+      const Residency& held = Held(*leaf.item);
+      LS_CHECK((leaf.rank == EvictionRank{held.epoch, leaf.item->sequence}), "E2: node ",
+               leaf.item->sequence, " was used in epoch ", held.epoch, " but is ranked by epoch ",
+               leaf.rank.epoch);
+      LS_CHECK(held.is_listed_as_backed == IsBacked(*leaf.item) &&
+                   &ListOf(*leaf.item, held.is_listed_as_backed) == head.item,
+               "E2: node ", leaf.item->sequence, " stands in the list of another class");
+      num_listed_pages += held.pages.size();
+    }
+  }
   LS_CHECK(num_listed_pages == num_listed_pages_, "E3: listed leaves have ", num_listed_pages,
            " pages but ", num_listed_pages_, " are counted");
   const Node* previous = nullptr;
-  for (const Node* node = first_pinned_; node != nullptr; node = node->On(tier_).next_pinned) {
-    LS_CHECK(node->On(tier_).num_pins > 0 && node->On(tier_).previous_pinned == previous,
-             "E4: node ", node->sequence, " with ", node->On(tier_).num_pins,
+  for (const Node* node = first_pinned_; node != nullptr; node = Held(*node).next_pinned) {
+    LS_CHECK(Held(*node).num_pins > 0 && Held(*node).previous_pinned == previous, "E4: node ",
+             node->sequence, " with ", Held(*node).num_pins,
              " pins is wrongly linked among the pinned nodes");
     previous = node;
+  }
+}
+
+// --- All of them -------------------------------------------------------------------------------
+
+EvictionPolicies::EvictionPolicies(VisitCounter* visits)
+    : policies_{{{{{Component::kFullAttention, Tier::kDevice, visits},
+                   {Component::kFullAttention, Tier::kHost, visits}}},
+                 {{{Component::kState, Tier::kDevice, visits},
+                   {Component::kState, Tier::kHost, visits}}}}} {}
+
+void EvictionPolicies::Unlist(Node& node) noexcept {
+  for (auto& tiers : policies_) {
+    for (EvictionPolicy& policy : tiers) policy.Unlist(node);
+  }
+}
+
+void EvictionPolicies::Refresh(Node& node) noexcept {
+  for (auto& tiers : policies_) {
+    for (EvictionPolicy& policy : tiers) policy.Refresh(node);
+  }
+}
+
+void EvictionPolicies::RerankNamespace(Namespace& ns) noexcept {
+  for (auto& tiers : policies_) {
+    for (EvictionPolicy& policy : tiers) policy.RerankNamespace(ns);
   }
 }
 

@@ -19,7 +19,12 @@ Lease& Lease::operator=(Lease&& other) noexcept {
   tail_pages_ = std::move(other.tail_pages_);
   duplicate_pages_ = std::move(other.duplicate_pages_);
   num_cached_tokens_ = std::exchange(other.num_cached_tokens_, 0);
+  num_host_cached_tokens_ = std::exchange(other.num_host_cached_tokens_, 0);
   num_published_pages_ = std::exchange(other.num_published_pages_, 0);
+  branching_tokens_ = std::exchange(other.branching_tokens_, 0);
+  state_ = std::exchange(other.state_, {});
+  loading_ = std::exchange(other.loading_, nullptr);
+  if (loading_ != nullptr) loading_->lease = this;
   return *this;
 }
 
@@ -30,7 +35,23 @@ void Lease::Reset() noexcept {
   pinned_node_ = nullptr;
   pages_.clear();
   num_cached_tokens_ = 0;
+  num_host_cached_tokens_ = 0;
   num_published_pages_ = 0;
+  branching_tokens_ = 0;
+  state_ = {};
+  loading_ = nullptr;
+}
+
+TransferId Lease::load_back_id() const { return loading_ == nullptr ? kNoTransfer : loading_->id; }
+
+StateSlot Lease::state_slot() const {
+  if (state_.working_slot.IsEmpty()) return kNoStateSlot;
+  return StateSlot{state_.working_slot.ids().front().value()};
+}
+
+StateSlot Lease::resumed_snapshot() const {
+  if (state_.resumed_node == nullptr) return kNoStateSlot;
+  return StateSlot{state_.resumed_node->Snapshot(Tier::kDevice).pages.ids().front().value()};
 }
 
 }  // namespace lora_serve

@@ -14,25 +14,44 @@ namespace lora_serve {
 
 class Namespace;
 
-/// What one tier holds of a node, and what the tier's policy notes about it.
+/// What one tier holds of one component of a node, and what its policy notes about it.
+///
+///     pages:   [ present ............ | in flight ... ]  then nothing
+///              0           num_present()         pages.size() <= num_pages of the edge
+///
+/// Full attention: one page for every page of the edge, from its start. Recurrent state: one slot
+/// for the snapshot at the end of the edge, or none.
 struct Residency {
-  /// One page for every page of the edge, or none.
   OwnedPages pages;
-  /// Leases whose deepest page in this tier is the last of this node. While it is not 0 the node
-  /// stays, and with it the whole path to the root, because only leaves are evicted.
+  /// The last of `pages`, whose bytes are on their way here.
+  std::int32_t num_in_flight = 0;
+  /// Leases and transfers whose deepest page here is the last of this node; for snapshots, those
+  /// that use this one. While it is not 0 the node stays, and with it the whole path to the root,
+  /// because only leaves are evicted.
   std::int32_t num_pins = 0;
+  /// Children that have pages here. A node without any is a leaf of this tier.
+  std::int32_t num_continuations = 0;
+  /// Which of its two lists the node stands in, while it is listed.
+  bool is_listed_as_backed = false;
+  /// Last use of this node here, or of a removed descendant.
+  Epoch epoch = 0;
   LeafHook leaf_hook;
   /// Links of the policy's list of pinned nodes; null when not pinned or at an end.
   Node* previous_pinned = nullptr;
   Node* next_pinned = nullptr;
+
+  [[nodiscard]] std::int32_t num_present() const { return pages.size() - num_in_flight; }
 };
 
 /// A node of the radix tree: the edge that leads to it, and the children behind it.
 ///
 ///     parent ──[ page start_page | ... | page end_page() - 1 ]──> this node ──> children
 ///
+/// Its edge is as long as the longest of its tiers' pages, and a child that has pages in a tier
+/// hangs below a node whose edge is full there: in each tier the pages of a path start at the root.
+///
 /// RadixTree owns nodes and writes the first group; EvictionPolicy writes pins, hooks and links;
-/// the façade writes pages and epochs. A node object never changes its address, and after a split
+/// the cache writes pages and epochs. A node object never changes its address, and after a split
 /// it is the lower half.
 struct Node {
   Node* parent_backptr = nullptr;  // null: this is a virtual root
@@ -43,14 +62,32 @@ struct Node {
   std::vector<TokenId> tokens;  // of the edge, num_pages * page_size
   ChildMap children;
 
-  Epoch epoch = 0;                             // last use of this node, or of a removed descendant
-  std::array<Residency, kNumTiers> residency;  // by tier
-  mutable std::uint64_t visit_mark = 0;        // scratch of EvictionPolicy::CountProtectedPages
+  std::array<std::array<Residency, kNumTiers>, kNumComponents> residency;  // [component][tier]
+  /// Place among the paths that wait to be written through; 0 = it does not.
+  std::int64_t write_back_note = 0;
+  /// Chained hash of the last page (see ChainHash), while somebody listens to events.
+  std::uint64_t end_hash = 0;
+  mutable std::uint64_t visit_mark = 0;  // scratch of walks that must not count a node twice
 
   [[nodiscard]] bool IsRoot() const { return parent_backptr == nullptr; }
   [[nodiscard]] std::int32_t end_page() const { return start_page + num_pages; }
-  [[nodiscard]] Residency& On(Tier tier) { return residency[IndexOf(tier)]; }
-  [[nodiscard]] const Residency& On(Tier tier) const { return residency[IndexOf(tier)]; }
+  [[nodiscard]] Residency& Of(Component component, Tier tier) {
+    return residency[IndexOf(component)][IndexOf(tier)];
+  }
+  [[nodiscard]] const Residency& Of(Component component, Tier tier) const {
+    return residency[IndexOf(component)][IndexOf(tier)];
+  }
+  /// The KV pages of the edge.
+  [[nodiscard]] Residency& On(Tier tier) { return Of(Component::kFullAttention, tier); }
+  [[nodiscard]] const Residency& On(Tier tier) const { return Of(Component::kFullAttention, tier); }
+  /// The snapshot of recurrent state at the end of the edge.
+  [[nodiscard]] Residency& Snapshot(Tier tier) { return Of(Component::kState, tier); }
+  [[nodiscard]] const Residency& Snapshot(Tier tier) const { return Of(Component::kState, tier); }
+};
+
+/// Numbers the walks that mark nodes, so that no walk takes another's marks for its own.
+struct VisitCounter {
+  std::uint64_t last = 0;
 };
 
 }  // namespace lora_serve

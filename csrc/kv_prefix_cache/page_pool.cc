@@ -1,7 +1,6 @@
 #include "kv_prefix_cache/page_pool.h"
 
 #include <algorithm>
-#include <ranges>
 
 #include "common/check.h"
 
@@ -37,7 +36,8 @@ OwnedPages PagePool::Allocate(std::int32_t num_pages) {
 }
 
 void PagePool::Return(std::span<const PageId> pages) noexcept {
-  for (const PageId page : std::ranges::reverse_view(pages)) {
+  for (auto it = pages.rbegin(); it != pages.rend(); ++it) {
+    const PageId page = *it;
     LS_FATAL(page.value() >= 0 && page.value() < num_pages(), "page ", page,
              " was returned to a pool of ", num_pages(), " pages");
     std::uint8_t& is_free = is_free_[static_cast<std::size_t>(page.value())];

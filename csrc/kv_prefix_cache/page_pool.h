@@ -30,6 +30,8 @@ class PagePool {
   [[nodiscard]] std::int32_t num_free_pages() const {
     return static_cast<std::int32_t>(free_pages_.size());
   }
+  /// The last one is handed out next.
+  [[nodiscard]] std::span<const PageId> free_pages() const { return free_pages_; }
   /// Requires: `page` is one of this pool.
   [[nodiscard]] bool IsFree(PageId page) const;
 

@@ -31,6 +31,17 @@ std::int32_t NumCommonPages(std::span<const TokenId> a, std::span<const TokenId>
   return static_cast<std::int32_t>(page);
 }
 
+/// Gives the first `num_upper_pages` pages of the edge to the new upper half; `lower` keeps the
+/// rest with its pins, its children and its place at the end of the path.
+void DivideResidency(Residency& lower, Residency& upper, std::int32_t num_upper_pages) {
+  const std::int32_t num_present = lower.num_present();
+  upper.epoch = lower.epoch;
+  upper.pages = lower.pages.TakeFront(std::min(num_upper_pages, lower.pages.size()));
+  upper.num_in_flight = std::max(0, upper.pages.size() - num_present);
+  lower.num_in_flight -= upper.num_in_flight;
+  upper.num_continuations = lower.pages.IsEmpty() ? 0 : 1;
+}
+
 }  // namespace
 
 RadixTree::RadixTree(std::int32_t page_size, NodeSequencer* sequencer, Namespace* owner)
@@ -71,13 +82,9 @@ Node& RadixTree::Split(Node& node, std::int32_t num_upper_pages) {
   const auto cut = node.tokens.begin() + static_cast<std::ptrdiff_t>(NumTokens(num_upper_pages));
   upper.tokens.assign(node.tokens.begin(), cut);
   upper.num_pages = num_upper_pages;
-  upper.epoch = node.epoch;
   // The parent's entry is looked up by the first page, so replace it before the edge changes.
   std::unique_ptr<Node> lower = parent.children.Replace(node, std::move(new_upper), page_size);
-  for (std::size_t tier = 0; tier < kNumTiers; ++tier) {
-    OwnedPages& pages = node.residency[tier].pages;
-    if (!pages.IsEmpty()) upper.residency[tier].pages = pages.TakeFront(num_upper_pages);
-  }
+  for (const Tier tier : kTiers) DivideResidency(node.On(tier), upper.On(tier), num_upper_pages);
   node.tokens.erase(node.tokens.begin(), cut);
   node.start_page += num_upper_pages;
   node.num_pages -= num_upper_pages;
@@ -112,8 +119,9 @@ void RadixTree::TruncateLeaf(Node& leaf, std::int32_t num_pages) {
   LS_CHECK(leaf.children.IsEmpty() && num_pages > 0 && num_pages < leaf.num_pages,
            "cannot cut node ", leaf.sequence, " with ", leaf.children.size(), " children from ",
            leaf.num_pages, " to ", num_pages, " pages");
-  for (Residency& residency : leaf.residency) {
-    if (!residency.pages.IsEmpty()) residency.pages.ReleaseBack(leaf.num_pages - num_pages);
+  for (const Tier tier : kTiers) {
+    LS_CHECK(leaf.On(tier).pages.size() <= num_pages, "node ", leaf.sequence, " still holds ",
+             leaf.On(tier).pages.size(), " pages; its edge cannot end after ", num_pages);
   }
   leaf.tokens.resize(NumTokens(num_pages));
   leaf.num_pages = num_pages;

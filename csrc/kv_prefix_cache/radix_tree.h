@@ -51,8 +51,8 @@ class RadixTree {
   [[nodiscard]] PrefixMatch Match(Node& from, std::span<const TokenId> tokens) const;
 
   /// Cuts `node`'s edge after `num_upper_pages` pages and returns the new upper half.
-  /// `node` becomes its only child and keeps its children, pins, epoch and sequence number; the
-  /// pages of each tier are divided.
+  /// `node` becomes its only child and keeps its children, pins, snapshot and sequence number; the
+  /// pages of each tier are divided. Requires: `node` is on no eviction list.
   /// Requires: 0 < num_upper_pages < node.num_pages.
   /// Complexity: O(pages of the edge).
   Node& Split(Node& node, std::int32_t num_upper_pages);
@@ -64,10 +64,11 @@ class RadixTree {
   /// Makes the leaf's edge longer. Requires: no children, not the root, whole pages.
   void ExtendLeaf(Node& leaf, std::span<const TokenId> tokens);
 
-  /// Makes the leaf's edge shorter. Requires: no children, 0 < num_pages < leaf.num_pages.
+  /// Makes the leaf's edge shorter. Requires: no children, 0 < num_pages < leaf.num_pages, no tier
+  /// holds more.
   void TruncateLeaf(Node& leaf, std::int32_t num_pages);
 
-  /// Destroys a leaf and its pages. Requires: no children, not the root.
+  /// Destroys a leaf and what it holds. Requires: no children, not the root.
   void RemoveLeaf(Node& leaf);
 
   /// Calls `visit(Node&)` for every node, the root included, parents first, siblings in an

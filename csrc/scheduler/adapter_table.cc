@@ -58,7 +58,10 @@ void AdapterTable::Open(AdapterId id, const AdapterOptions& options) {
   Adapter adapter;
   adapter.id = id;
   adapter.options = options;
-  adapter.namespace_id = cache_backptr_->OpenNamespace({.digest_seed = options.digest_seed});
+  NamespaceOptions namespace_options;
+  namespace_options.digest_seed = options.digest_seed;
+  adapter.namespace_id = cache_backptr_->OpenNamespace(namespace_options);
+  cache_backptr_->SetAdapterResident(adapter.namespace_id, false);
   adapters_.emplace(id, adapter);
   used_ids_.insert(id);
   registered_.push_back(id);
@@ -134,7 +137,16 @@ void AdapterTable::FinishLoad(AdapterId id, LoadState outcome) {
   Adapter& adapter = Get(id);
   LS_CHECK(adapter.load_state == LoadState::kLoading, "adapter ", id, " was not loading");
   adapter.load_state = outcome;
+  if (outcome == LoadState::kResident && cache_backptr_->HasNamespace(adapter.namespace_id)) {
+    cache_backptr_->SetAdapterResident(adapter.namespace_id, true);
+  }
   CompleteDrainIfUnused(adapter);
+}
+
+void AdapterTable::OnCopiesEnded() {
+  // A copy: the ones that complete leave the set.
+  const std::vector<AdapterId> waiting(waiting_for_copies_.begin(), waiting_for_copies_.end());
+  for (const AdapterId id : waiting) CompleteDrainIfUnused(Get(id));
 }
 
 void AdapterTable::Remove(AdapterId id) {
@@ -169,8 +181,11 @@ void AdapterTable::CompleteDrainIfUnused(Adapter& adapter) {
       adapter.HasRequests()) {
     return;
   }
-  LS_CHECK(!cache_backptr_->HasNamespace(adapter.namespace_id), "adapter ", adapter.id,
-           " is drained but its namespace ", adapter.namespace_id, " is not");
+  if (cache_backptr_->HasNamespace(adapter.namespace_id)) {
+    waiting_for_copies_.insert(adapter.id);
+    return;
+  }
+  waiting_for_copies_.erase(adapter.id);
   adapter.is_drained = true;
   std::erase(registered_, adapter.id);  // never loaded, and now never will be
   drained_.push_back(adapter.id);
@@ -194,11 +209,15 @@ void AdapterTable::CheckInvariants() const {
       LS_CHECK(slot_is_taken_.at(static_cast<std::size_t>(adapter.slot.value())), "slot ",
                adapter.slot, " of adapter ", id, " counts as free");
     }
-    const bool is_in_use = adapter.HasRequests() || adapter.load_state == LoadState::kLoading;
+    const bool waits_for_copies = waiting_for_copies_.contains(id);
+    const bool is_in_use =
+        adapter.HasRequests() || adapter.load_state == LoadState::kLoading || waits_for_copies;
     LS_CHECK(adapter.is_drained == (adapter.is_draining && !is_in_use), "adapter ", id,
              adapter.is_drained ? " is drained but in use" : " drains but waits for nothing");
+    LS_CHECK(!waits_for_copies || (adapter.is_draining && !adapter.HasRequests()), "adapter ", id,
+             " waits for copies too early");
     LS_CHECK(cache_backptr_->HasNamespace(adapter.namespace_id) ==
-                 (!adapter.is_draining || adapter.HasRequests()),
+                 (!adapter.is_draining || adapter.HasRequests() || waits_for_copies),
              "adapter ", id, " and its namespace ", adapter.namespace_id, " disagree");
   }
   const auto num_taken = std::count(slot_is_taken_.begin(), slot_is_taken_.end(), true);

@@ -2,6 +2,7 @@
 
 #include <cstdint>
 #include <map>
+#include <set>
 #include <unordered_set>
 #include <vector>
 
@@ -48,11 +49,11 @@ struct Adapter {
 ///
 ///     Registered --PlanLoads--> Loading --OnLoaded--> Resident
 ///                                       \-OnFailed--> Failed (never retried, never scheduled)
-///     any --Drain--> draining --last request and load end--> drained --PlanDrained--> reported
-///     --Remove-->
+///     any --Drain--> draining --last request, load and copy end--> drained --TakeDrained-->
+///     reported --Remove-->
 ///
-/// Owns: adapter records, slots, the cap on distinct adapters. Does not know: requests (the caller
-/// counts them in and out), rows, pages.
+/// Owns: adapter records, slots, the cap on distinct adapters; tells the cache which adapters are
+/// on the device. Does not know: requests (the caller counts them in and out), rows, pages.
 ///
 /// Invariants: two adapters never share a slot, from the plan of the load to the return of the plan
 /// that reports the drain; at most `max_loras` adapters hold a place, the base never; a drained
@@ -83,9 +84,14 @@ class AdapterTable {
   /// Gives the lowest free slot to every registered generation, in the order of Open, and makes it
   /// Loading.
   [[nodiscard]] std::vector<const Adapter*> TakeLoads();
-  [[nodiscard]] bool HasWork() const { return !registered_.empty() || !drained_.empty(); }
+  /// True when a load or a drain is due.
+  [[nodiscard]] bool HasWork() const {
+    return !registered_.empty() || !drained_.empty() || !waiting_for_copies_.empty();
+  }
   void OnLoaded(AdapterId id);
   void OnFailed(AdapterId id);
+  /// Copies between the tiers have ended: this may complete drains.
+  void OnCopiesEnded();
   /// The plan that reported `id` as drained has returned: its slot is free.
   void Remove(AdapterId id);
 
@@ -117,6 +123,8 @@ class AdapterTable {
   std::unordered_set<AdapterId> used_ids_;  // looked up only, never iterated
   std::vector<AdapterId> registered_;       // not planned yet, in the order of Open
   std::vector<AdapterId> drained_;          // not reported yet, in the order of completion
+  /// Draining, without requests or load, but copies of their pages are under way.
+  std::set<AdapterId> waiting_for_copies_;
   std::vector<bool> slot_is_taken_;
   std::int32_t num_places_taken_ = 0;
 };

@@ -1,6 +1,7 @@
 #include "scheduler/event_check.h"
 
 #include <algorithm>
+#include <set>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -69,6 +70,35 @@ void CheckEventAnswersPlan(const ExecutionEvent& event, const OutstandingPlan& p
   for (std::size_t index = 0; index < plan.rows.size(); ++index)
     CheckRow(event, plan.rows[index], index);
   CheckLoads(event, plan);
+}
+
+void CheckEventHasNoRows(const ExecutionEvent& event) {
+  const auto check_empty = [&event](std::string_view field, std::size_t found) {
+    if (found == 0) return;
+    Refuse(event, "has " + std::to_string(found) + " entries in " + std::string(field) +
+                      "; expected none, because it answers no plan and may only report copies");
+  };
+  check_empty("sampled_token_ids", event.sampled_token_ids.size());
+  check_empty("is_finished", event.is_finished.size());
+  check_empty("loaded_adapter_ids", event.loaded_adapter_ids.size());
+  check_empty("failed_adapter_ids", event.failed_adapter_ids.size());
+}
+
+void CheckTransferReports(const ExecutionEvent& event, const TransferTable& transfers) {
+  std::set<std::int64_t> reported;
+  const auto check = [&](std::string_view field, const std::vector<std::int64_t>& ids) {
+    for (const std::int64_t id : ids) {
+      const std::string found = "reports copy " + std::to_string(id) + " in " + std::string(field);
+      if (!transfers.IsUnderWay(TransferId(id))) {
+        Refuse(event, found + "; expected one of a plan that was not reported before");
+      }
+      if (!reported.insert(id).second) {
+        Refuse(event, found + " for the second time; expected each once, as completed or failed");
+      }
+    }
+  };
+  check("completed_transfer_ids", event.completed_transfer_ids);
+  check("failed_transfer_ids", event.failed_transfer_ids);
 }
 
 }  // namespace lora_serve

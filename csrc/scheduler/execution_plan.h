@@ -12,7 +12,8 @@ inline constexpr PlanId kNoPlan{-1};
 
 /// One step of work, as plain arrays: the only value that goes from the scheduler to the executor.
 ///
-/// Axis letters: B rows (one a scheduled request), T tokens of the step, D page-table deltas.
+/// Axis letters: B rows (one a scheduled request), T tokens of the step, D page-table deltas, C
+/// copies between the tiers.
 /// Rows are ordered: decodes first, then prefill chunks; both in the order in which they were
 /// admitted.
 struct ExecutionPlan {
@@ -60,14 +61,30 @@ struct ExecutionPlan {
   /// loads.
   std::vector<std::int64_t> drained_adapter_ids;
 
+  // --- Copies between the tiers [C], by id: pages
+  //     transfer_source_pages[transfer_offsets[c] : transfer_offsets[c + 1]] to the destination
+  //     pages of the same range. They start before the plan's rows run, and end whenever they end:
+  //     the event of this or of a later plan reports each. Until then neither the rows of this plan
+  //     nor those of later ones write a source page, or touch a destination page. -----------------
+  /// Count up by one; never reused.
+  std::vector<std::int64_t> transfer_ids;
+  /// 0 = write back (device page to host page), 1 = load back (host page to device page).
+  std::vector<std::int8_t> transfer_kinds;
+  std::vector<std::int32_t> transfer_offsets;  // [C + 1]
+  std::vector<std::int32_t> transfer_source_pages;
+  std::vector<std::int32_t> transfer_destination_pages;
+
   [[nodiscard]] bool HasRows() const { return !request_ids.empty(); }
   /// True when there is nothing to execute and nothing to report: no Advance is owed.
   [[nodiscard]] bool IsEmpty() const {
-    return request_ids.empty() && load_adapter_ids.empty() && drained_adapter_ids.empty();
+    return request_ids.empty() && load_adapter_ids.empty() && drained_adapter_ids.empty() &&
+           transfer_ids.empty();
   }
 };
 
 /// What the executor did with a plan: the only value that comes back.
+///
+/// With kNoPlan it answers no plan and only reports copies, for those that end while nothing runs.
 struct ExecutionEvent {
   std::int64_t plan_id = kNoPlan.value();
   /// [B], in the plan's row order; -1 where the row did not sample.
@@ -78,6 +95,10 @@ struct ExecutionEvent {
   /// Generations of the plan's loads, each in exactly one of the two.
   std::vector<std::int64_t> loaded_adapter_ids;
   std::vector<std::int64_t> failed_adapter_ids;
+  /// Copies of this or an earlier plan that have ended; each is reported once, in one of the two.
+  /// What a failed one should have written means nothing.
+  std::vector<std::int64_t> completed_transfer_ids;
+  std::vector<std::int64_t> failed_transfer_ids;
 };
 
 }  // namespace lora_serve

@@ -47,6 +47,11 @@ void ClearPlan(ExecutionPlan& plan) {
   plan.load_adapter_ids.clear();
   plan.load_adapter_slots.clear();
   plan.drained_adapter_ids.clear();
+  plan.transfer_ids.clear();
+  plan.transfer_kinds.clear();
+  plan.transfer_offsets.assign(1, 0);
+  plan.transfer_source_pages.clear();
+  plan.transfer_destination_pages.clear();
 }
 
 void WriteRows(std::span<const ScheduledRow> rows, ExecutionPlan& plan) {
@@ -73,6 +78,19 @@ void WriteAdapters(std::span<const Adapter* const> loads, std::span<const Adapte
     plan.load_adapter_slots.push_back(adapter->slot.value());
   }
   for (const AdapterId id : drained) plan.drained_adapter_ids.push_back(id.value());
+}
+
+void WriteTransfers(std::span<const TransferOrder> orders, ExecutionPlan& plan) {
+  for (const TransferOrder& order : orders) {
+    LS_DCHECK(order.states.empty(), "copy ", order.id, " of states in a model without");
+    plan.transfer_ids.push_back(order.id.value());
+    plan.transfer_kinds.push_back(order.kind == TransferKind::kWriteBack ? 0 : 1);
+    for (const PageCopy& pair : order.pages) {
+      plan.transfer_source_pages.push_back(pair.source.value());
+      plan.transfer_destination_pages.push_back(pair.destination.value());
+    }
+    plan.transfer_offsets.push_back(static_cast<std::int32_t>(plan.transfer_source_pages.size()));
+  }
 }
 
 }  // namespace lora_serve

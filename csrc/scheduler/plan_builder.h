@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "common/strong_id.h"
+#include "kv_prefix_cache/cache_options.h"
 #include "scheduler/adapter_table.h"
 #include "scheduler/execution_plan.h"
 #include "scheduler/step_policy.h"
@@ -21,5 +22,8 @@ void WriteRows(std::span<const ScheduledRow> rows, ExecutionPlan& plan);
 /// Writes the lists of adapters.
 void WriteAdapters(std::span<const Adapter* const> loads, std::span<const AdapterId> drained,
                    ExecutionPlan& plan);
+
+/// Writes the copies between the tiers.
+void WriteTransfers(std::span<const TransferOrder> orders, ExecutionPlan& plan);
 
 }  // namespace lora_serve

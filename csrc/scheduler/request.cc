@@ -35,7 +35,7 @@ Request::Request(NewRequest&& request, std::int64_t arrival_number, Adapter* ada
       token_ids_(std::move(request.prompt_token_ids)),
       state_(Queued{std::move(namespace_handle)}) {}
 
-bool Request::IsRunning() const { return Is<Prefilling>() || Is<Decoding>() || Is<Aborting>(); }
+bool Request::IsRunning() const { return FindRunning<const RunningResources>(state_) != nullptr; }
 
 RunningResources& Request::running() {
   RunningResources* resources = FindRunning<RunningResources>(state_);

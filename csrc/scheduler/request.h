@@ -54,7 +54,7 @@ class Request {
   void Take(Event&& event) {
     Apply(state_, std::forward<Event>(event));
   }
-  /// True when it holds a row and a lease: Prefilling, Decoding, Aborting.
+  /// True when it holds a row and a lease: Loading, Prefilling, Decoding, Aborting.
   [[nodiscard]] bool IsRunning() const;
   /// Throws: InternalError unless IsRunning().
   [[nodiscard]] RunningResources& running();
@@ -75,8 +75,7 @@ class Request {
   /// what it had itself before it was preempted.
   [[nodiscard]] std::int32_t MaxCachedTokens(bool enable_prefix_caching) const;
 
-  /// Of the prompt, from the cache at the first admission; -1 before that. Recoveries do not change
-  /// it.
+  /// Of the prompt, from the cache when it first ran; -1 before that. Recoveries do not change it.
   std::int32_t num_cached_prompt_tokens = -1;
   /// Newer requests admitted while this one was first in line and lacked pages, and newer requests
   /// of adapters admitted while it was first in line and lacked a place of its adapter.

@@ -11,7 +11,7 @@ namespace lora_serve {
 namespace {
 
 constexpr std::array<std::string_view, std::variant_size_v<RequestState>> kStateNames = {
-    "Queued", "Prefilling", "Decoding", "Preempted", "Aborting", "Finished", "Aborted"};
+    "Queued", "Loading", "Prefilling", "Decoding", "Preempted", "Aborting", "Finished", "Aborted"};
 
 [[noreturn]] void ThrowIllegal(const RequestState& state, std::string_view event) {
   throw InternalError("a request in state " + std::string(StateName(state)) +
@@ -42,13 +42,27 @@ void Move(RequestState& state, std::string_view event, Next next) {
 std::string_view StateName(const RequestState& state) { return kStateNames.at(state.index()); }
 
 void Apply(RequestState& state, request_event::Admit&& event) {
-  Move<Queued, Preempted>(state, "Admit", [&event](auto& current) {
-    Prefilling next;
-    next.running.namespace_handle = std::move(current.namespace_handle);
-    next.running.row = std::move(event.row);
-    next.running.lease = std::move(event.lease);
-    next.running.num_computed_tokens = next.running.lease.num_cached_tokens();
-    return next;
+  Move<Queued, Preempted>(state, "Admit", [&event](auto& current) -> RequestState {
+    RunningResources running;
+    running.namespace_handle = std::move(current.namespace_handle);
+    running.row = std::move(event.row);
+    running.lease = std::move(event.lease);
+    running.num_computed_tokens = running.lease.num_cached_tokens();
+    if (running.lease.IsLoading()) return Loading{std::move(running)};
+    return Prefilling{std::move(running)};
+  });
+}
+
+void Apply(RequestState& state, request_event::CompleteLoad) {
+  Move<Loading>(state, "CompleteLoad",
+                [](Loading& current) { return Prefilling{std::move(current.running)}; });
+}
+
+void Apply(RequestState& state, request_event::FailLoad) {
+  Move<Loading>(state, "FailLoad", [](Loading& current) {
+    // No plan has written its pages yet, so the executor has nothing to take back.
+    current.running.num_computed_tokens = current.running.lease.num_cached_tokens();
+    return Prefilling{std::move(current.running)};
   });
 }
 
@@ -58,7 +72,7 @@ void Apply(RequestState& state, request_event::CompletePrefill) {
 }
 
 void Apply(RequestState& state, request_event::Preempt) {
-  Move<Prefilling, Decoding>(state, "Preempt", [](auto& current) {
+  Move<Loading, Prefilling, Decoding>(state, "Preempt", [](auto& current) {
     return Preempted{std::move(current.running.namespace_handle)};
   });
 }
@@ -69,8 +83,8 @@ void Apply(RequestState& state, request_event::AbortInPlan) {
 }
 
 void Apply(RequestState& state, request_event::Abort) {
-  Move<Queued, Prefilling, Decoding, Preempted, Aborting>(state, "Abort",
-                                                          [](auto&) { return Aborted{}; });
+  Move<Queued, Loading, Prefilling, Decoding, Preempted, Aborting>(state, "Abort",
+                                                                   [](auto&) { return Aborted{}; });
 }
 
 void Apply(RequestState& state, request_event::Finish) {

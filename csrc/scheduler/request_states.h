@@ -32,6 +32,10 @@ struct RunningResources {
 struct Queued {
   NamespaceHandle namespace_handle;
 };
+/// Its first pages are being copied from the host: it is in no plan before that copy's event.
+struct Loading {
+  RunningResources running;
+};
 /// Computes the KV of the tokens it already has (its prompt; after a preemption, its output too).
 struct Prefilling {
   RunningResources running;
@@ -52,16 +56,20 @@ struct Finished {};
 struct Aborted {};
 
 using RequestState =
-    std::variant<Queued, Prefilling, Decoding, Preempted, Aborting, Finished, Aborted>;
+    std::variant<Queued, Loading, Prefilling, Decoding, Preempted, Aborting, Finished, Aborted>;
 
 /// Events. Those with members hand over what the next state owns.
 namespace request_event {
 
-/// A place in the batch was found.
+/// A place in the batch was found; the lease says whether pages of it are still on their way.
 struct Admit {
   OwnedRow row;
   Lease lease;
 };
+/// The copy has arrived.
+struct CompleteLoad {};
+/// The copy has failed, and the lease was cut back to what was on the device before.
+struct FailLoad {};
 /// Every known token is computed and a token was sampled.
 struct CompletePrefill {};
 struct Preempt {};
@@ -81,6 +89,8 @@ struct Finish {};
 // Throws: InternalError naming the state and the event when the pair is illegal; then neither has
 // changed.
 void Apply(RequestState& state, request_event::Admit&& event);
+void Apply(RequestState& state, request_event::CompleteLoad event);
+void Apply(RequestState& state, request_event::FailLoad event);
 void Apply(RequestState& state, request_event::CompletePrefill event);
 void Apply(RequestState& state, request_event::Preempt event);
 void Apply(RequestState& state, request_event::AbortInPlan event);

@@ -22,13 +22,23 @@ Request* RequestTable::Find(RequestId id) const {
   return it == requests_.end() ? nullptr : it->second.get();
 }
 
-Request* RequestTable::NewestRunning() const {
+Request& RequestTable::VictimFor(Request& request) const {
   Request* newest = nullptr;
-  for (Request* request : running_) {
-    if (request->Is<Aborting>()) continue;
-    if (newest == nullptr || request->arrival_number() > newest->arrival_number()) newest = request;
+  Request* newest_loading = nullptr;
+  for (Request* other : running_) {
+    if (other->Is<Aborting>() || other->arrival_number() <= request.arrival_number()) continue;
+    Request*& found = other->Is<Loading>() ? newest_loading : newest;
+    if (found == nullptr || other->arrival_number() > found->arrival_number()) found = other;
   }
-  return newest;
+  if (newest != nullptr) return *newest;
+  return newest_loading != nullptr ? *newest_loading : request;
+}
+
+Request* RequestTable::FindLoading(TransferId id) const {
+  const auto it = std::find_if(running_.begin(), running_.end(), [id](const Request* request) {
+    return request->Is<Loading>() && request->running().lease.load_back_id() == id;
+  });
+  return it == running_.end() ? nullptr : *it;
 }
 
 void RequestTable::Add(NewRequest&& request, Adapter& adapter, NamespaceHandle namespace_handle) {
@@ -48,6 +58,10 @@ void RequestTable::Admit(Request& request, OwnedRow row, Lease lease) {
   running_.push_back(&request);
   adapters_backptr_->MoveRequest(request.adapter(), from, RequestList::kRunning);
 }
+
+void RequestTable::CompleteLoad(Request& request) { request.Take(request_event::CompleteLoad{}); }
+
+void RequestTable::FailLoad(Request& request) { request.Take(request_event::FailLoad{}); }
 
 void RequestTable::Preempt(Request& request) {
   request.Take(request_event::Preempt{});

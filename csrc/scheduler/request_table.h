@@ -34,14 +34,20 @@ class RequestTable {
   [[nodiscard]] const WaitingList& queued() const { return queued_; }
   [[nodiscard]] const WaitingList& preempted() const { return preempted_; }
   [[nodiscard]] const std::vector<Request*>& running() const { return running_; }
-  /// The running request that arrived last; nullptr when none runs. Requests being aborted do not
-  /// count.
-  [[nodiscard]] Request* NewestRunning() const;
+  /// Who gives its pages to `request`: of the running requests that arrived after it the last one
+  /// that computes, else the last one whose pages are being loaded (they are not free before their
+  /// copy's event), else `request` itself. Never one that is being aborted.
+  [[nodiscard]] Request& VictimFor(Request& request) const;
+  /// The request that waits for this copy; nullptr when it has ended or was preempted meanwhile, or
+  /// when the copy goes to the host. Complexity: O(running requests).
+  [[nodiscard]] Request* FindLoading(TransferId id) const;
 
   // --- Moves: each is one event of the transition table, and throws InternalError where that says
   // so ------
   void Add(NewRequest&& request, Adapter& adapter, NamespaceHandle namespace_handle);
   void Admit(Request& request, OwnedRow row, Lease lease);
+  void CompleteLoad(Request& request);
+  void FailLoad(Request& request);
   void Preempt(Request& request);
   void AbortInPlan(Request& request);
   /// The request is destroyed, after everything it owned was given back.

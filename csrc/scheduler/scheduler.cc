@@ -1,5 +1,6 @@
 #include "scheduler/scheduler.h"
 
+#include <algorithm>
 #include <string>
 #include <string_view>
 #include <utility>
@@ -32,19 +33,43 @@ SchedulerOptions Checked(const SchedulerOptions& options) {
   CheckAtLeast("num_device_pages", options.num_device_pages, num_pages,
                " (one request of max_model_len " + std::to_string(options.max_model_len) +
                    "), or lower max_model_len");
+  CheckAtLeast("num_host_pages", options.num_host_pages, 0, "");
+  CheckAtLeast("write_back_watermark_pages", options.write_back_watermark_pages, 0, "");
   return options;
+}
+
+std::int32_t WriteBackWatermark(const SchedulerOptions& options) {
+  if (options.write_back_watermark_pages > 0) return options.write_back_watermark_pages;
+  const std::int32_t pages_of_a_step = options.max_num_batched_tokens / options.page_size;
+  const std::int32_t quarter = std::max(options.num_device_pages / 4, 1);
+  return static_cast<std::int32_t>(std::min<std::int64_t>(
+      static_cast<std::int64_t>(pages_of_a_step) + options.max_num_seqs, quarter));
+}
+
+/// Requires: the options were checked.
+KVPrefixCacheOptions CacheOptions(const SchedulerOptions& options) {
+  return {.page_size = options.page_size,
+          .num_device_pages = options.num_device_pages,
+          .num_host_pages = options.num_host_pages,
+          .write_policy = options.write_policy,
+          .write_back_watermark_pages = WriteBackWatermark(options),
+          .enable_prefix_reuse = options.enable_prefix_caching};
 }
 
 }  // namespace
 
 Scheduler::Impl::Impl(const SchedulerOptions& options)
     : options_(Checked(options)),
-      cache_({.page_size = options.page_size, .num_device_pages = options.num_device_pages}),
+      cache_(CacheOptions(options)),
+      transfers_(&cache_),
       rows_(options.max_num_seqs),
       adapters_(&cache_, options.max_loras),
       requests_(&adapters_),
-      policy_(options_,
-              {.cache = &cache_, .rows = &rows_, .adapters = &adapters_, .requests = &requests_}) {}
+      policy_(options_, {.cache = &cache_,
+                         .rows = &rows_,
+                         .adapters = &adapters_,
+                         .requests = &requests_,
+                         .transfers = &transfers_}) {}
 
 Scheduler::Scheduler(const SchedulerOptions& options) : impl_(std::make_unique<Impl>(options)) {}
 

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "common/strong_id.h"
+#include "kv_prefix_cache/cache_options.h"
 #include "scheduler/execution_plan.h"
 
 namespace lora_serve {
@@ -24,6 +25,14 @@ struct SchedulerOptions {
   std::int32_t max_loras = 64;
   /// False: no request starts from another's pages. Preempted requests still recover their own.
   bool enable_prefix_caching = true;
+  /// Pages of the host tier; 0 = there is none.
+  std::int32_t num_host_pages = 0;
+  /// When pages are copied to the host tier. Those of a preempted request are in any case.
+  WritePolicy write_policy = WritePolicy::kWriteThrough;
+  /// WritePolicy::kWriteBack: device pages to be kept free, or evictable without loss. 0 = what a
+  /// step can take, max_num_batched_tokens / page_size + max_num_seqs, but at most a quarter of the
+  /// device pages.
+  std::int32_t write_back_watermark_pages = 0;
 };
 
 struct NewRequest {
@@ -57,9 +66,14 @@ struct AdapterStats {
   std::int64_t num_waiting_requests = 0;
   /// Requests that hold a page-table row; one aborted inside a plan does until that plan's Advance.
   std::int64_t num_running_requests = 0;
-  /// Pages of its namespace: in the tree, and private to requests.
+  /// Device pages of its namespace: in the tree, and private to requests.
   std::int64_t num_tree_pages = 0;
   std::int64_t num_private_pages = 0;
+  /// Host pages of its namespace.
+  std::int64_t num_host_pages = 0;
+  /// Prompt tokens of first admissions: found in the cache, and the others.
+  std::int64_t num_hit_tokens = 0;
+  std::int64_t num_missed_tokens = 0;
 };
 
 struct SchedulerStats {
@@ -73,8 +87,14 @@ struct SchedulerStats {
   std::int64_t num_private_pages = 0;
   std::int64_t total_preemptions = 0;
   std::int64_t total_evicted_pages = 0;
-  std::int64_t total_queried_tokens = 0;  // prompt tokens of first admissions
-  std::int64_t total_hit_tokens = 0;      // of these, taken from the cache
+  std::int64_t total_queried_tokens = 0;   // prompt tokens of requests that started
+  std::int64_t total_hit_tokens = 0;       // of these, taken from the cache
+  std::int64_t total_host_hit_tokens = 0;  // of these, loaded back from the host
+  std::int64_t num_host_pages = 0;
+  std::int64_t num_free_host_pages = 0;
+  std::int64_t total_evicted_host_pages = 0;
+  /// Copies between the tiers that have started and were not reported yet.
+  std::int64_t num_transfers = 0;
   /// Ordered by adapter id; the base model (id 0) is always the first.
   std::vector<AdapterStats> adapters;
 };
@@ -87,7 +107,8 @@ struct SchedulerStats {
 ///
 ///     plan = NextPlan(now)   ->  executor runs it  ->  Advance(event of that plan)
 ///
-/// Whatever a plan touches (pages, rows, adapter slots) is reused only after that plan's Advance.
+/// Whatever a plan touches (pages, rows, adapter slots) is reused only after that plan's Advance,
+/// and both ends of a copy only after its report.
 /// At most one plan is outstanding for now (overlap widens this to two); a second NextPlan throws
 /// InternalError.
 class Scheduler {
@@ -105,9 +126,9 @@ class Scheduler {
   void OpenAdapter(AdapterId adapter_id, const AdapterOptions& options);
 
   /// Refuses new requests of the generation from now on; those it has, queued and preempted
-  /// included, run to their end. Once nothing refers to it, one plan lists it in
-  /// `drained_adapter_ids`, loaded or not; its slot is free after that plan's Advance. Draining
-  /// twice changes nothing.
+  /// included, run to their end. Once nothing refers to it, no copy of its pages either, one plan
+  /// lists it in `drained_adapter_ids`, loaded or not; its slot is free after that plan's Advance.
+  /// Draining twice changes nothing.
   /// Throws: AdapterNotFoundError (unknown, gone, or the base model).
   void DrainAdapter(AdapterId adapter_id);
 
@@ -123,8 +144,8 @@ class Scheduler {
   /// normal.
   bool Abort(RequestId request_id);
 
-  /// Plans one step. The plan stays valid until the next call. Empty when nothing can run; an empty
-  /// plan takes no Advance.
+  /// Plans one step. The plan stays valid until the next call. Empty when nothing can run (also
+  /// because all that could waits for copies); an empty plan takes no Advance.
   /// Requires: every earlier non-empty plan has been advanced; `now_us` never decreases.
   /// Throws: InternalError otherwise.
   [[nodiscard]] const ExecutionPlan& NextPlan(std::int64_t now_us);
@@ -133,11 +154,14 @@ class Scheduler {
   void NextPlan(std::int64_t now_us, ExecutionPlan& plan);
 
   /// Takes the result of the outstanding plan: publishes full pages, appends tokens, ends requests.
-  /// Throws: InvalidArgumentError when the event does not match the plan (ids, lengths, loads);
-  /// nothing is changed then.
+  /// An event without a plan (kNoPlan) only reports copies, and is taken at any time.
+  /// Throws: InvalidArgumentError when the event does not match the plan (ids, lengths, loads), or
+  /// reports a copy that is not under way; nothing is changed then.
   void Advance(const ExecutionEvent& event);
 
-  /// True when a request waits or runs, a load or drain is due, or a plan is outstanding.
+  /// True when a request waits or runs, a load or drain is due, or a plan is outstanding. When the
+  /// plan is empty nevertheless, everything waits for the reports of copies. Copies that nothing
+  /// waits for are not work.
   [[nodiscard]] bool HasWork() const;
 
   [[nodiscard]] SchedulerStats Stats() const;

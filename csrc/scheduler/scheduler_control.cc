@@ -62,7 +62,7 @@ bool Scheduler::Impl::Abort(RequestId request_id) {
   if (IsInOutstandingPlan(*request)) {
     requests_.AbortInPlan(*request);
   } else {
-    requests_.Abort(*request);
+    End(*request, &RequestTable::Abort);
   }
   return true;
 }

@@ -10,6 +10,7 @@
 #include "scheduler/request_table.h"
 #include "scheduler/scheduler.h"
 #include "scheduler/step_policy.h"
+#include "scheduler/transfer_table.h"
 
 namespace lora_serve {
 
@@ -53,18 +54,26 @@ class Scheduler::Impl {
   [[nodiscard]] bool IsInOutstandingPlan(const Request& request) const {
     return request.last_plan_id > newest_ended_plan_;
   }
+  /// Starts what the write policy wants to be copied now, and notes which pages that holds back.
+  void StartWriteBacks();
   /// Notes a plan that owes an Advance.
   void Remember(const ExecutionPlan& plan, std::vector<ScheduledRow> rows);
   void AdvanceRow(const ScheduledRow& row, TokenId sampled_token, bool is_finished);
+  /// Ends a request by one of the table's moves, and notes which of its pages copies hold back.
+  void End(Request& request, void (RequestTable::*move)(Request&));
+  void AdvanceTransfers(const ExecutionEvent& event);
+  void EndTransfer(TransferId id, bool has_failed);
   void PublishComputed(Request& request);
 
   const SchedulerOptions options_;
   KVPrefixCache cache_;
+  TransferTable transfers_;
   PageTableRows rows_;
   AdapterTable adapters_;
   RequestTable requests_;
   StepPolicy policy_;
   std::deque<OutstandingPlan> outstanding_;
+  bool has_write_back_failed_ = false;  // since the last plan
   ExecutionPlan own_plan_;
   PlanId newest_ended_plan_ = kNoPlan;
   std::int64_t next_plan_id_ = 0;

@@ -47,6 +47,11 @@ SchedulerStats Scheduler::Impl::Stats() const {
   stats.total_evicted_pages = cache.num_evicted_pages;
   stats.total_queried_tokens = counters.num_queried_tokens;
   stats.total_hit_tokens = counters.num_hit_tokens;
+  stats.total_host_hit_tokens = counters.num_host_hit_tokens;
+  stats.num_host_pages = cache.num_host_pages;
+  stats.num_free_host_pages = cache.num_free_host_pages;
+  stats.total_evicted_host_pages = cache.num_evicted_host_pages;
+  stats.num_transfers = cache.num_transfers;
   const std::vector<NamespaceStats> namespaces = cache_.NamespaceStatsList();
   for (const auto& [id, adapter] : adapters_.adapters()) {
     AdapterStats& entry = stats.adapters.emplace_back();
@@ -59,6 +64,9 @@ SchedulerStats Scheduler::Impl::Stats() const {
     if (const NamespaceStats* found = FindNamespace(namespaces, adapter.namespace_id)) {
       entry.num_tree_pages = found->num_tree_pages;
       entry.num_private_pages = found->num_private_pages;
+      entry.num_host_pages = found->num_host_pages;
+      entry.num_hit_tokens = found->num_hit_tokens;
+      entry.num_missed_tokens = found->num_missed_tokens;
     }
   }
   return stats;
@@ -66,6 +74,7 @@ SchedulerStats Scheduler::Impl::Stats() const {
 
 void Scheduler::Impl::CheckInvariants() const {
   cache_.CheckInvariants();
+  transfers_.CheckInvariants();
   rows_.CheckInvariants();
   adapters_.CheckInvariants();
   requests_.CheckInvariants();
@@ -84,6 +93,10 @@ void Scheduler::Impl::CheckInvariants() const {
         "request ", request->id(), " published pages that are not computed");
     LS_CHECK(!request->Is<Decoding>() || request->num_missing_tokens() == 1, "request ",
              request->id(), " decodes with ", request->num_missing_tokens(), " tokens missing");
+    LS_CHECK(request->Is<Loading>() == running.lease.IsLoading(), "request ", request->id(), " is ",
+             StateName(request->state()), " but its lease is not, or the reverse");
+    LS_CHECK(!request->Is<Loading>() || running.num_planned_pages == 0, "request ", request->id(),
+             " was planned before its pages arrived");
     LS_CHECK(!request->Is<Aborting>() || IsInOutstandingPlan(*request), "request ", request->id(),
              " waits for a plan that has returned");
   }

@@ -8,6 +8,7 @@
 #include "scheduler/page_table_rows.h"
 #include "scheduler/request_table.h"
 #include "scheduler/scheduler.h"
+#include "scheduler/transfer_table.h"
 
 namespace lora_serve {
 
@@ -21,8 +22,9 @@ struct ScheduledRow {
 /// Totals since the scheduler was made.
 struct PolicyCounters {
   std::int64_t num_preemptions = 0;
-  std::int64_t num_queried_tokens = 0;  // prompt tokens of first admissions
-  std::int64_t num_hit_tokens = 0;      // of these, taken from the cache
+  std::int64_t num_queried_tokens = 0;   // prompt tokens of requests that started
+  std::int64_t num_hit_tokens = 0;       // of these, taken from the cache
+  std::int64_t num_host_hit_tokens = 0;  // of these, loaded back from the host
 };
 
 /// Decides which requests run in the next step, and moves them there. The policy in prose:
@@ -42,6 +44,7 @@ class StepPolicy {
     PageTableRows* rows = nullptr;
     AdapterTable* adapters = nullptr;
     RequestTable* requests = nullptr;
+    TransferTable* transfers = nullptr;
   };
   StepPolicy(const SchedulerOptions& options, const Parts& parts);
 
@@ -52,17 +55,32 @@ class StepPolicy {
   [[nodiscard]] const PolicyCounters& counters() const { return counters_; }
 
  private:
+  void MakeRoomForRunning();
   // Each spends of `budget_` and appends to `scheduled_`.
   void ScheduleDecodes();
   void SchedulePrefillChunks();
   void AdmitWaiting();
   /// What became of one attempt to admit.
-  enum class Attempt : std::uint8_t { kAdmitted, kNotResident, kLacksPlace, kLacksPages };
+  enum class Attempt : std::uint8_t {
+    kAdmitted,
+    kNotResident,
+    kInFlight,
+    kLacksPlace,
+    kLacksPages
+  };
   [[nodiscard]] Attempt TryAdmit(Request& request, bool must_surely_fit);
-  /// Makes room for the newest token of a decode, at the cost of newer requests if it must. False
-  /// when the request itself had to go.
-  [[nodiscard]] bool MakeRoom(Request& request);
+  /// True when the lease has pages for all known tokens.
+  [[nodiscard]] bool HasRoom(const Request& request) const;
+  /// Makes room for all known tokens, at the cost of newer requests if it must. Afterwards the
+  /// request has room, or waits for copies, or had to go itself.
+  void MakeRoom(Request& request);
+  /// True when the ends of copies will free enough for the request and for those that wait already.
+  [[nodiscard]] bool AwaitsEnoughPages(const Request& request);
+  void Preempt(Request& victim);
   void SchedulePrefillChunk(Request& request);
+  /// Counts what a request that was never planned before has from the cache. Not at its admission:
+  /// its load may fail yet, or it may lose its pages before it runs.
+  void RecordStart(Request& request);
 
   [[nodiscard]] static bool MayBeOvertaken(const Request* request) {
     return request == nullptr || request->num_times_overtaken < kMaxTimesOvertaken;
@@ -76,6 +94,8 @@ class StepPolicy {
   std::vector<ScheduledRow> scheduled_;
   std::int32_t budget_ = 0;
   bool has_preempted_ = false;
+  /// Pages that running requests lack and wait for.
+  std::int64_t num_awaited_pages_ = 0;
 };
 
 }  // namespace lora_serve

@@ -23,8 +23,9 @@ class ExecutionPlan:
     One step of work, as plain arrays.
 
     Every array is a read-only NumPy view of the plan's memory, without a copy; it keeps the plan alive.
-    Axis letters: B rows (one a scheduled request), T tokens of the step, D page-table deltas. Rows are ordered:
-    decodes first, then prefill chunks, both in the order of admission.
+    Axis letters: B rows (one a scheduled request), T tokens of the step, D page-table deltas, C copies between the
+    tiers. Rows are ordered: decodes first, then prefill chunks, both in the order of admission. The copies start
+    before the rows run; until a copy is reported, no row writes its source pages or touches its destination pages.
     """
     @property
     def adapter_slots(self) -> numpy.typing.NDArray[numpy.int32]:
@@ -116,6 +117,31 @@ class ExecutionPlan:
         """
         [T] int32, input tokens, row after row.
         """
+    @property
+    def transfer_destination_pages(self) -> numpy.typing.NDArray[numpy.int32]:
+        """
+        [pages of all copies] int32, page ids of the tier that is written.
+        """
+    @property
+    def transfer_ids(self) -> numpy.typing.NDArray[numpy.int64]:
+        """
+        [C] int64, copies between the tiers, in this order; ids are never reused.
+        """
+    @property
+    def transfer_kinds(self) -> numpy.typing.NDArray[numpy.int8]:
+        """
+        [C] int8, 0 = write back (device to host), 1 = load back (host to device).
+        """
+    @property
+    def transfer_offsets(self) -> numpy.typing.NDArray[numpy.int32]:
+        """
+        [C + 1] int32, entries ``transfer_offsets[c]:transfer_offsets[c + 1]`` of the two page arrays belong to copy c.
+        """
+    @property
+    def transfer_source_pages(self) -> numpy.typing.NDArray[numpy.int32]:
+        """
+        [pages of all copies] int32, page ids of the tier that is read.
+        """
 
 class ExecutionEvent:
     """
@@ -124,13 +150,15 @@ class ExecutionEvent:
     Parameters
     ----------
     plan_id : int
-        The plan it answers.
+        The plan it answers; -1 = none: then it only reports copies, for those that end while nothing runs.
     sampled_token_ids : array-like of int, [B], range int32
         In the plan's row order; -1 where the row did not sample.
     is_finished : array-like of int or bool, [B]
         1 = the request ends with this token. The scheduler ends it at ``max_tokens`` by itself.
     loaded_adapter_ids, failed_adapter_ids : array-like of int
         The generations of the plan's loads, each in exactly one of the two.
+    completed_transfer_ids, failed_transfer_ids : array-like of int
+        Copies of this or an earlier plan that have ended; each is reported once, in one of the two.
 
     Raises
     ------
@@ -145,6 +173,8 @@ class ExecutionEvent:
         is_finished: typing.Any = (),
         loaded_adapter_ids: typing.Any = (),
         failed_adapter_ids: typing.Any = (),
+        completed_transfer_ids: typing.Any = (),
+        failed_transfer_ids: typing.Any = (),
     ) -> None: ...
     @property
     def plan_id(self) -> int: ...
@@ -169,6 +199,19 @@ class SchedulerOptions:
         Distinct adapters among the started requests; the base model is not counted.
     enable_prefix_caching : bool
         False: no request starts from another's pages. Preempted requests still recover their own.
+    num_host_pages : int
+        KV pages of the host tier; 0 = there is none.
+    write_policy : str
+        When pages are copied to the host: 'write_through' (as soon as they are published), 'write_back' (shortly
+        before they would be evicted) or 'off' (only those of preempted requests).
+    write_back_watermark_pages : int
+        For 'write_back': device pages to be kept free, or evictable without loss. 0 = what a step can take,
+        ``max_num_batched_tokens / page_size + max_num_seqs``, but at most a quarter of the device pages.
+
+    Raises
+    ------
+    InvalidArgumentError
+        ``write_policy`` is none of the three. Ranges are checked by ``Scheduler``.
     """
     def __init__(
         self,
@@ -180,6 +223,9 @@ class SchedulerOptions:
         max_model_len: typing.SupportsInt | typing.SupportsIndex = 4096,
         max_loras: typing.SupportsInt | typing.SupportsIndex = 64,
         enable_prefix_caching: bool = True,
+        num_host_pages: typing.SupportsInt | typing.SupportsIndex = 0,
+        write_policy: str = "write_through",
+        write_back_watermark_pages: typing.SupportsInt | typing.SupportsIndex = 0,
     ) -> None: ...
     @property
     def enable_prefix_caching(self) -> bool: ...
@@ -194,7 +240,13 @@ class SchedulerOptions:
     @property
     def num_device_pages(self) -> int: ...
     @property
+    def num_host_pages(self) -> int: ...
+    @property
     def page_size(self) -> int: ...
+    @property
+    def write_back_watermark_pages(self) -> int: ...
+    @property
+    def write_policy(self) -> str: ...
 
 class NewRequest:
     """
@@ -287,6 +339,12 @@ class AdapterStats:
     @property
     def load_failed(self) -> bool: ...
     @property
+    def num_hit_tokens(self) -> int: ...
+    @property
+    def num_host_pages(self) -> int: ...
+    @property
+    def num_missed_tokens(self) -> int: ...
+    @property
     def num_private_pages(self) -> int: ...
     @property
     def num_running_requests(self) -> int: ...
@@ -309,7 +367,11 @@ class SchedulerStats:
     @property
     def num_device_pages(self) -> int: ...
     @property
+    def num_free_host_pages(self) -> int: ...
+    @property
     def num_free_pages(self) -> int: ...
+    @property
+    def num_host_pages(self) -> int: ...
     @property
     def num_preempted_requests(self) -> int: ...
     @property
@@ -317,13 +379,25 @@ class SchedulerStats:
     @property
     def num_running_requests(self) -> int: ...
     @property
+    def num_transfers(self) -> int:
+        """
+        Copies between the tiers that were started and not reported yet.
+        """
+    @property
     def num_tree_pages(self) -> int: ...
     @property
     def num_waiting_requests(self) -> int: ...
     @property
+    def total_evicted_host_pages(self) -> int: ...
+    @property
     def total_evicted_pages(self) -> int: ...
     @property
     def total_hit_tokens(self) -> int: ...
+    @property
+    def total_host_hit_tokens(self) -> int:
+        """
+        Of ``total_hit_tokens``, those loaded back from the host.
+        """
     @property
     def total_preemptions(self) -> int: ...
     @property
@@ -360,10 +434,13 @@ class Scheduler:
         """
         Take the result of the outstanding plan. The interpreter lock is released meanwhile.
 
+        An event with ``plan_id`` -1 only reports copies; it is taken at any time.
+
         Raises
         ------
         InvalidArgumentError
-            The event does not answer the plan (ids, lengths, loads); nothing is changed then.
+            The event does not answer the plan (ids, lengths, loads), or reports a copy that is not under way; nothing
+            is changed then.
         """
     def check_invariants(self) -> None:
         """
@@ -390,7 +467,8 @@ class Scheduler:
         Returns
         -------
         ExecutionPlan
-            Owned by the caller; empty when nothing can run. An empty plan takes no ``advance``.
+            Owned by the caller; empty when nothing can run, also because all that could waits for copies. An empty
+            plan takes no ``advance``.
 
         Raises
         ------
@@ -418,7 +496,7 @@ class Scheduler:
     @property
     def has_work(self) -> bool:
         """
-        Whether a request waits or runs, a load or drain is due, or a plan is outstanding.
+        Whether a request waits or runs, a load or drain is due, or a plan is outstanding. If the plan is empty all the same, everything waits for copies to be reported.
         """
     @property
     def options(self) -> SchedulerOptions: ...

@@ -7,7 +7,7 @@ import logging
 import os
 from typing import TYPE_CHECKING
 
-from lora_serve.common.config import DTYPES, LOAD_FORMATS, EngineConfig
+from lora_serve.common.config import DTYPES, KV_WRITE_POLICIES, LOAD_FORMATS, EngineConfig
 from lora_serve.common.errors import InvalidArgumentError
 from lora_serve.server.settings import DEFAULT_MAX_ANSWERS_PER_REQUEST
 
@@ -124,6 +124,17 @@ def _add_engine_options(group: argparse._ArgumentGroup) -> None:
         default=_DEFAULTS.max_num_batched_tokens,
         help="tokens of one step (default: %(default)s)",
     )
+    _add_kv_options(group)
+    group.add_argument(
+        "--seed",
+        type=int,
+        metavar="N",
+        default=_DEFAULTS.seed,
+        help="for requests without a seed and for dummy weights (default: %(default)s)",
+    )
+
+
+def _add_kv_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--page-size",
         type=int,
@@ -141,14 +152,21 @@ def _add_engine_options(group: argparse._ArgumentGroup) -> None:
         help="memory of the KV pages in GiB (default: %(default)s)",
     )
     group.add_argument(
-        "--no-prefix-caching", action="store_true", help="no request starts from another's KV pages"
+        "--kv-host-memory-gb",
+        type=float,
+        metavar="GB",
+        default=_DEFAULTS.kv_host_memory_gb,
+        help="host memory in GiB for KV pages that leave the device; 0 = none (default: %(default)s)",
     )
     group.add_argument(
-        "--seed",
-        type=int,
-        metavar="N",
-        default=_DEFAULTS.seed,
-        help="for requests without a seed and for dummy weights (default: %(default)s)",
+        "--kv-write-policy",
+        choices=KV_WRITE_POLICIES,
+        default=_DEFAULTS.kv_write_policy,
+        help="when KV pages are copied to the host: as soon as they are computed, shortly before they would "
+        "be evicted, or only when their request is preempted (default: %(default)s)",
+    )
+    group.add_argument(
+        "--no-prefix-caching", action="store_true", help="no request starts from another's KV pages"
     )
 
 
@@ -227,6 +245,8 @@ def _make_config(args: argparse.Namespace) -> EngineConfig:
         page_size=args.page_size,
         num_device_pages=args.num_device_pages,
         kv_memory_gb=args.kv_memory_gb,
+        kv_host_memory_gb=args.kv_host_memory_gb,
+        kv_write_policy=args.kv_write_policy,
         max_num_seqs=args.max_num_seqs,
         max_num_batched_tokens=args.max_num_batched_tokens,
         max_model_len=args.max_model_len,

@@ -8,6 +8,7 @@ from lora_serve.common.field_checks import check_bool, check_float, check_int, r
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 LOAD_FORMATS = ("auto", "dummy")
+KV_WRITE_POLICIES = ("write_through", "write_back", "off")
 
 
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -29,6 +30,11 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
         KV pages on the device; None = as many as `kv_memory_gb` holds.
     kv_memory_gb : float
         Memory of the KV pages in GiB, above 0; ignored when `num_device_pages` is given.
+    kv_host_memory_gb : float
+        Memory of the host tier of KV pages in GiB, taken at the start; 0 = there is no host tier.
+    kv_write_policy : {'write_through', 'write_back', 'off'}
+        When device pages are copied to the host tier: as soon as they are computed, shortly before they would
+        be evicted, or only those of a request that is preempted (which the other two copy, too).
     max_num_seqs : int
         Requests that may run at once.
     max_num_batched_tokens : int
@@ -61,6 +67,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     page_size: int = 16
     num_device_pages: int | None = None
     kv_memory_gb: float = 1.0
+    kv_host_memory_gb: float = 0.0
+    kv_write_policy: str = "write_through"
     max_num_seqs: int = 128
     max_num_batched_tokens: int = 2048
     max_model_len: int | None = None
@@ -93,6 +101,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
         if self.num_device_pages is not None:
             check_int("num_device_pages", self.num_device_pages, 1)
         check_float("kv_memory_gb", self.kv_memory_gb, 0.0, above_minimum=True)
+        check_float("kv_host_memory_gb", self.kv_host_memory_gb, 0.0)
+        if self.kv_write_policy not in KV_WRITE_POLICIES:
+            refuse("kv_write_policy", self.kv_write_policy, f"one of {', '.join(KV_WRITE_POLICIES)}")
         if self.max_model_len is not None:
             check_int("max_model_len", self.max_model_len, 2)
         for field in ("max_num_seqs", "max_num_batched_tokens", "max_loras", "max_lora_rank"):

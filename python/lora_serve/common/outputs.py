@@ -83,7 +83,8 @@ class RequestOutput:
     finished : bool
         True when every answer is complete.
     num_cached_tokens : int
-        Prompt tokens that came from the prefix cache (of the first answer, where n > 1).
+        Prompt tokens that came from the prefix cache, on the device or the host (of the first answer, where
+        n > 1).
     lora_name : str or None
         The adapter's name; None = the base model.
     adapter_id : int

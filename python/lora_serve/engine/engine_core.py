@@ -94,6 +94,8 @@ class EngineCore:
                 max_model_len=self._executor.max_model_len,
                 max_loras=config.max_loras,
                 enable_prefix_caching=config.enable_prefix_caching,
+                num_host_pages=self._executor.num_host_pages,
+                write_policy=config.kv_write_policy,
             )
         )
         self._registry = AdapterRegistry()
@@ -107,6 +109,7 @@ class EngineCore:
         self._requests = LiveRequests()
         self._outputs: list[EngineOutput] = []
         self.num_steps = 0
+        self._num_recomputed_tokens = 0
         self._failure: str | None = None
 
     # --- State --------------------------------------------------------------------------------------------
@@ -121,6 +124,7 @@ class EngineCore:
             eos_token_ids=list(self._executor.eos_token_ids),
             page_size=self.config.page_size,
             num_device_pages=self._executor.num_device_pages,
+            num_host_pages=self._executor.num_host_pages,
             max_num_seqs=self.config.max_num_seqs,
             max_loras=self.config.max_loras,
         )
@@ -150,7 +154,7 @@ class EngineCore:
     def stats(self) -> EngineStats:
         """Counts over all adapters and the base model."""
         self._require_running()
-        return make_stats(self._scheduler.stats(), self.num_steps)
+        return make_stats(self._scheduler.stats(), self.num_steps, self._num_recomputed_tokens)
 
     # --- Requests -----------------------------------------------------------------------------------------
 
@@ -274,7 +278,9 @@ class EngineCore:
             try:
                 self._operations.poll()
                 plan = self._scheduler.next_plan(time.monotonic_ns() // 1000)
-                if not plan.is_empty:
+                if plan.is_empty:
+                    self._take_copies()
+                else:
                     self._run(plan)
             except Exception as error:
                 logger.exception("the engine stops: a step failed; plan: %s", describe_plan(plan))
@@ -305,21 +311,40 @@ class EngineCore:
                 is_finished=is_finished,
                 loaded_adapter_ids=result.loaded_adapter_ids,
                 failed_adapter_ids=list(result.failed_adapter_ids),
+                completed_transfer_ids=result.completed_transfer_ids,
+                failed_transfer_ids=list(result.failed_transfer_ids),
             )
         )
         self._operations.on_drained(plan.drained_adapter_ids.tolist())
         self._operations.on_loaded(result.loaded_adapter_ids)
         self._operations.on_failed(result.failed_adapter_ids)
 
+    def _take_copies(self) -> None:
+        """Report copies that have ended while there was no plan: everything may wait for them."""
+        result = self._executor.report_copies()
+        if result.completed_transfer_ids or result.failed_transfer_ids:
+            self._scheduler.advance(
+                ExecutionEvent(
+                    plan_id=result.plan_id,
+                    completed_transfer_ids=result.completed_transfer_ids,
+                    failed_transfer_ids=list(result.failed_transfer_ids),
+                )
+            )
+
     def _take_rows(
         self, plan: ExecutionPlan, result: ExecutionResult, rows: list[LiveRequest]
     ) -> np.ndarray[tuple[int], np.dtype[np.uint8]]:
         """Turn sampled tokens into outputs, end what ends; [B] uint8, 1 = ended by a stop token."""
         is_finished = np.zeros(len(rows), dtype=np.uint8)
-        num_cached_tokens = plan.num_cached_tokens.tolist()
         samples = plan.samples_token.tolist()
-        for row, live in enumerate(rows):
-            live.note_scheduled(num_cached_tokens[row])
+        progress = zip(
+            plan.num_cached_tokens.tolist(),
+            plan.num_computed_tokens.tolist(),
+            plan.num_scheduled_tokens.tolist(),
+            strict=True,
+        )
+        for row, (live, counts) in enumerate(zip(rows, progress, strict=True)):
+            self._num_recomputed_tokens += live.note_scheduled(*counts)
             if row in result.row_errors:
                 error = InternalError(f"the request failed: {result.row_errors[row]}")
                 self._end(live.request_id, error=error, tell=True)

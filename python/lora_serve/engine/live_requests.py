@@ -41,6 +41,7 @@ class LiveRequest:
         self.state = state
         self._params = request.sampling_params
         self._num_cached_tokens = 0
+        self._max_computed_tokens = 0
         self._gave_prompt_logprobs = False
 
     @classmethod
@@ -63,9 +64,28 @@ class LiveRequest:
         )
         return cls(request, adapter_id, state)
 
-    def note_scheduled(self, num_cached_tokens: int) -> None:
-        """Note the prompt tokens that came from the prefix cache at the first admission."""
+    def note_scheduled(
+        self, num_cached_tokens: int, num_computed_tokens: int, num_scheduled_tokens: int
+    ) -> int:
+        """Note a step of this request.
+
+        Parameters
+        ----------
+        num_cached_tokens : int
+            Prompt tokens that came from the prefix cache, of either tier, at the first admission.
+        num_computed_tokens, num_scheduled_tokens : int
+            The step computes the tokens [num_computed_tokens, num_computed_tokens + num_scheduled_tokens).
+
+        Returns
+        -------
+        int
+            Those of them whose KV the request had before: it was preempted and did not recover them.
+        """
         self._num_cached_tokens = num_cached_tokens
+        end = num_computed_tokens + num_scheduled_tokens
+        num_recomputed = max(0, min(end, self._max_computed_tokens) - num_computed_tokens)
+        self._max_computed_tokens = max(self._max_computed_tokens, end)
+        return num_recomputed
 
     def take_token(self, token_id: int, logprobs: TokenLogprobs | None) -> EngineOutput:
         """Give the output for a token that the executor has just appended to the state."""

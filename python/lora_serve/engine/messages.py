@@ -95,7 +95,7 @@ class EngineOutput(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
     prompt_logprobs : list of (PositionLogprobs or None), or None
         One entry a prompt token (None for the first), when asked for; given once, with the first token.
     num_cached_tokens : int
-        Prompt tokens that came from the prefix cache when the request was first admitted.
+        Prompt tokens that came from the prefix cache, of either tier, when the request was first admitted.
     finish_reason : {'stop', 'length', 'abort'} or None
         None = more will come.
     stop_reason : int or None
@@ -129,8 +129,8 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
         The model's end-of-sequence tokens.
     page_size : int
         Tokens of a KV page.
-    num_device_pages : int
-        KV pages.
+    num_device_pages, num_host_pages : int
+        KV pages of each tier; no host pages = no host tier.
     max_num_seqs : int
         Requests that may run at once.
     max_loras : int
@@ -143,6 +143,7 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     eos_token_ids: list[int]
     page_size: int
     num_device_pages: int
+    num_host_pages: int
     max_num_seqs: int
     max_loras: int
 
@@ -224,7 +225,11 @@ class AdapterInfo(msgspec.Struct, frozen=True, kw_only=True):
     num_waiting_requests, num_running_requests : int
         Its requests; preempted ones wait.
     num_tree_pages, num_private_pages : int
-        KV pages of its namespace: in the prefix tree, and held by requests only.
+        Device KV pages of its namespace: in the prefix tree, and held by requests only.
+    num_host_pages : int
+        Host KV pages of its namespace.
+    total_hit_tokens, total_missed_tokens : int
+        Tokens of its requests' first admissions: taken from the cache, of either tier, and the others.
     """
 
     name: str
@@ -242,6 +247,9 @@ class AdapterInfo(msgspec.Struct, frozen=True, kw_only=True):
     num_running_requests: int
     num_tree_pages: int
     num_private_pages: int
+    num_host_pages: int
+    total_hit_tokens: int
+    total_missed_tokens: int
 
 
 class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
@@ -252,15 +260,23 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     num_waiting_requests, num_running_requests, num_preempted_requests : int
         Requests now; preempted ones are counted as waiting too.
     num_device_pages, num_free_pages, num_tree_pages, num_private_pages : int
-        KV pages: all = free + in the tree + private to requests.
+        KV pages on the device: all = free + in the tree + private to requests.
+    num_host_pages, num_free_host_pages : int
+        KV pages of the host tier: all = free + in the tree.
+    num_transfers : int
+        Copies between the tiers that are under way.
     num_adapters : int
         Generations that exist, draining ones included.
     total_steps : int
         Plans executed since the start.
-    total_preemptions, total_evicted_pages : int
-        Since the start.
+    total_preemptions, total_evicted_pages, total_evicted_host_pages : int
+        Since the start; pages that a drain freed are not counted.
+    total_recomputed_tokens : int
+        Tokens since the start whose KV a preemption had taken away and which were computed again.
     total_queried_tokens, total_hit_tokens : int
         Prompt tokens of first admissions since the start, and those of them that came from the cache.
+    total_host_hit_tokens : int
+        Of the latter, those that came from the host tier.
     """
 
     num_waiting_requests: int
@@ -270,9 +286,15 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     num_free_pages: int
     num_tree_pages: int
     num_private_pages: int
+    num_host_pages: int
+    num_free_host_pages: int
+    num_transfers: int
     num_adapters: int
     total_steps: int
     total_preemptions: int
+    total_recomputed_tokens: int
     total_evicted_pages: int
+    total_evicted_host_pages: int
     total_queried_tokens: int
     total_hit_tokens: int
+    total_host_hit_tokens: int

@@ -40,13 +40,16 @@ def make_adapter_infos(
                 num_running_requests=count.num_running_requests,
                 num_tree_pages=count.num_tree_pages,
                 num_private_pages=count.num_private_pages,
+                num_host_pages=count.num_host_pages,
+                total_hit_tokens=count.num_hit_tokens,
+                total_missed_tokens=count.num_missed_tokens,
             )
         )
     return infos
 
 
-def make_stats(stats: SchedulerStats, total_steps: int) -> EngineStats:
-    """Give the scheduler's counts as a message."""
+def make_stats(stats: SchedulerStats, total_steps: int, total_recomputed_tokens: int) -> EngineStats:
+    """Give the scheduler's counts, and the engine's own, as a message."""
     return EngineStats(
         num_waiting_requests=stats.num_waiting_requests,
         num_running_requests=stats.num_running_requests,
@@ -55,12 +58,18 @@ def make_stats(stats: SchedulerStats, total_steps: int) -> EngineStats:
         num_free_pages=stats.num_free_pages,
         num_tree_pages=stats.num_tree_pages,
         num_private_pages=stats.num_private_pages,
+        num_host_pages=stats.num_host_pages,
+        num_free_host_pages=stats.num_free_host_pages,
+        num_transfers=stats.num_transfers,
         num_adapters=len(stats.adapters) - 1,  # The base model is the first.
         total_steps=total_steps,
         total_preemptions=stats.total_preemptions,
+        total_recomputed_tokens=total_recomputed_tokens,
         total_evicted_pages=stats.total_evicted_pages,
+        total_evicted_host_pages=stats.total_evicted_host_pages,
         total_queried_tokens=stats.total_queried_tokens,
         total_hit_tokens=stats.total_hit_tokens,
+        total_host_hit_tokens=stats.total_host_hit_tokens,
     )
 
 
@@ -77,6 +86,11 @@ def describe_plan(plan: ExecutionPlan | None) -> str:
         "load_adapter_ids",
         "load_adapter_slots",
         "drained_adapter_ids",
+        "transfer_ids",
+        "transfer_kinds",
+        "transfer_offsets",
+        "transfer_source_pages",
+        "transfer_destination_pages",
     )
     arrays = ", ".join(f"{name}={getattr(plan, name).tolist()}" for name in names)
     return f"plan_id={plan.plan_id}, {arrays}"

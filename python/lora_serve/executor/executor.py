@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from lora_serve.scheduler import ExecutionPlan
 
 
+NO_PLAN = -1
+"""`plan_id` of a result that answers no plan."""
+
+
 @dataclass(frozen=True)
 class ExecutionResult:
     """What an executor did with one plan. Axis B: the plan's rows, in the plan's order.
@@ -25,7 +29,7 @@ class ExecutionResult:
     Parameters
     ----------
     plan_id : int
-        The plan's.
+        The plan's; NO_PLAN when only copies are reported.
     sampled_token_ids : numpy.ndarray
         [B] int32; -1 where the row did not sample, and in `row_errors`.
     logprobs : list of (TokenLogprobs or None)
@@ -37,6 +41,10 @@ class ExecutionResult:
     row_errors : dict from int to str
         Row to reason, for rows that should have sampled and could not (logits that are not finite). Nothing
         was appended to their state: their request must be ended, never continued.
+    completed_transfer_ids : list of int
+        Copies between the tiers, of this plan or an earlier one, that are done since the last result.
+    failed_transfer_ids : dict from int to str
+        Such copies that did not happen, each with the reason. What they should have written means nothing.
     """
 
     plan_id: int
@@ -45,6 +53,8 @@ class ExecutionResult:
     loaded_adapter_ids: list[int]
     failed_adapter_ids: dict[int, str]
     row_errors: dict[int, str] = field(default_factory=dict)
+    completed_transfer_ids: list[int] = field(default_factory=list)
+    failed_transfer_ids: dict[int, str] = field(default_factory=dict)
 
 
 class AdapterStore(Protocol):
@@ -85,6 +95,11 @@ class Executor(Protocol):
         ...
 
     @property
+    def num_host_pages(self) -> int:
+        """KV pages of the host tier, for the scheduler's options; 0 = there is none."""
+        ...
+
+    @property
     def max_model_len(self) -> int:
         """Longest prompt plus answer in tokens; `num_device_pages` hold at least one such request."""
         ...
@@ -100,7 +115,7 @@ class Executor(Protocol):
         ...
 
     def execute(self, plan: ExecutionPlan, states: Sequence[SamplingState]) -> ExecutionResult:
-        """Do what the plan says: drop drained adapters, install loads, run the rows, sample.
+        """Do what the plan says: drop drained adapters, install loads, copy pages, run the rows, sample.
 
         Parameters
         ----------
@@ -113,12 +128,19 @@ class Executor(Protocol):
         Returns
         -------
         ExecutionResult
-            Failed loads and failed rows are values of it, not exceptions.
+            Failed loads, failed copies and failed rows are values of it, not exceptions.
 
         Raises
         ------
         InternalError
             The plan contradicts an earlier one or its states; nothing can be executed any more.
+        """
+        ...
+
+    def report_copies(self) -> ExecutionResult:
+        """Give the copies that have ended since the last result, as the result of no plan.
+
+        For a loop that has no plan to run because everything waits for copies.
         """
         ...
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from lora_serve.common.config import EngineConfig
 from lora_serve.common.errors import InvalidArgumentError
@@ -34,6 +35,24 @@ def choose_num_device_pages(config: EngineConfig, model: ModelConfig) -> int:
         raise InvalidArgumentError(
             f"kv_memory_gb is {config.kv_memory_gb} but one page of {config.page_size} tokens takes "
             f"{num_bytes / _GIB:.6f} GiB; raise --kv-memory-gb or lower --page-size"
+        )
+    return num_pages
+
+
+def choose_num_host_pages(config: EngineConfig, model: ModelConfig) -> int:
+    """Pages of the host tier: what `kv_host_memory_gb` (GiB) holds, 0 for none.
+
+    Raises
+    ------
+    InvalidArgumentError
+        `kv_host_memory_gb` is above 0 and does not hold a page.
+    """
+    num_bytes = page_num_bytes(model, config.page_size)
+    num_pages = int(config.kv_host_memory_gb * _GIB) // num_bytes
+    if config.kv_host_memory_gb > 0 and num_pages < 1:
+        raise InvalidArgumentError(
+            f"kv_host_memory_gb is {config.kv_host_memory_gb} but one page of {config.page_size} tokens "
+            f"takes {num_bytes / _GIB:.6f} GiB; raise --kv-host-memory-gb, or set it to 0 for no host tier"
         )
     return num_pages
 
@@ -88,3 +107,29 @@ def allocate_kv_layers(
         )
         for _ in range(model.num_layers)
     ]
+
+
+def allocate_host_block(model: ModelConfig, num_host_pages: int, page_size: int) -> Tensor:
+    """Zeroed memory of the host tier, one contiguous block.
+
+    Returns
+    -------
+    Tensor
+        [num_host_pages, num_layers, 2, page_size, num_kv_heads, head_dim] of the model's dtype on the CPU;
+        keys before values. Page after page, unlike the device's tensors: all of a page lies together, so that
+        a copy moves few large pieces. Zeroed, so that the memory is really there before the first request.
+
+    Raises
+    ------
+    InvalidArgumentError
+        The machine does not give that much memory.
+    """
+    shape = (num_host_pages, model.num_layers, 2, page_size, model.num_kv_heads, model.head_dim)
+    try:
+        return torch.zeros(shape, dtype=model.dtype)
+    except RuntimeError as error:
+        num_bytes = num_host_pages * page_num_bytes(model, page_size)
+        raise InvalidArgumentError(
+            f"the host tier of {num_host_pages} KV pages takes {num_bytes / _GIB:.3f} GiB, which this "
+            f"machine does not give ({error}); lower --kv-host-memory-gb"
+        ) from error

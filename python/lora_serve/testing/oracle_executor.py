@@ -1,15 +1,16 @@
-"""An executor without a model, whose tokens show any wrong page, adapter, delta or order.
+"""An executor without a model, whose tokens show any wrong page, adapter, delta, copy or order.
 
 Its KV "pages" hold, for each token, what a real page stands for: (adapter, token, position). A row's next
 token is a hash of everything that the row reads through the page table, and the page table, the slots and the
-pages are known only from the plans. `oracle_tokens` gives the same tokens for a request that runs alone, as a
-pure function, so any run can be compared with it.
+pages of both tiers are known only from the plans. `oracle_tokens` gives the same tokens for a request that
+runs alone, as a pure function, so any run can be compared with it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
+from enum import Enum
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -23,11 +24,20 @@ from lora_serve.executor.page_table import PageTable
 from lora_serve.executor.sampling_state import SamplingState
 from lora_serve.executor.uniform_stream import mix_64
 from lora_serve.testing.oracle_adapters import OracleAdapterStore
+from lora_serve.testing.oracle_pages import NEVER_WRITTEN, OraclePages
 
 if TYPE_CHECKING:
     from lora_serve.scheduler import ExecutionPlan
 
-_NEVER_WRITTEN = -1
+_NO_PLAN = -1
+
+
+class CopyOutcome(Enum):
+    """What became of a copy between the tiers in one step."""
+
+    DONE = "done"
+    UNDER_WAY = "under way"
+    FAILED = "failed"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +46,7 @@ class OracleOptions:
 
     Parameters
     ----------
-    num_device_pages, page_size, max_num_seqs, max_model_len : int
+    num_device_pages, page_size, max_num_seqs, max_model_len, num_host_pages : int
         As the scheduler's.
     vocab_size : int
         Tokens are in [0, vocab_size).
@@ -53,6 +63,7 @@ class OracleOptions:
     vocab_size: int = 1000
     eos_token_ids: tuple[int, ...] = ()
     failing_adapter_ids: Collection[int] = ()
+    num_host_pages: int = 0
 
 
 class OracleExecutor:
@@ -60,7 +71,8 @@ class OracleExecutor:
 
     Owns the pages' contents, the page table and, in `lora`, the map from slots to adapters. Knows no request:
     a token that comes out right was read from the right pages. Every step reads every row completely,
-    O(tokens in context), vectorised.
+    O(tokens in context), vectorised. `copy_outcome` is asked for each copy under way once a step, lowest id
+    first; by default each is done in the step that started it.
 
     Parameters
     ----------
@@ -73,15 +85,18 @@ class OracleExecutor:
         self.lora = OracleAdapterStore()
         max_pages = -(-options.max_model_len // options.page_size)
         self._page_table = PageTable(options.max_num_seqs, max_pages, options.num_device_pages)
-        num_entries = options.num_device_pages * options.page_size
-        self._entry_adapters = np.full(num_entries, _NEVER_WRITTEN, dtype=np.int64)
-        self._entry_tokens = np.zeros(num_entries, dtype=np.int64)
-        self._entry_positions = np.zeros(num_entries, dtype=np.int64)
+        self._pages = OraclePages(options.num_device_pages, options.num_host_pages, options.page_size)
+        self.copy_outcome: Callable[[int], CopyOutcome] = lambda transfer_id: CopyOutcome.DONE  # noqa: ARG005
 
     @property
     def num_device_pages(self) -> int:
         """KV pages."""
         return self.options.num_device_pages
+
+    @property
+    def num_host_pages(self) -> int:
+        """KV pages of the host tier."""
+        return self.options.num_host_pages
 
     @property
     def max_model_len(self) -> int:
@@ -113,12 +128,13 @@ class OracleExecutor:
         ------
         InternalError
             The plan reads an entry that was never written, or of another adapter or position, writes one
-            entry twice, or names a slot without an adapter.
+            entry twice, touches what is being copied, or names a slot without an adapter.
         """
         for adapter_id in plan.drained_adapter_ids.tolist():
             if adapter_id in self.lora:
                 self.lora.remove(adapter_id)
         loaded, failed = self._load(plan)
+        self._pages.start(plan)
         self._page_table.apply_deltas(plan)
         num_rows = len(plan.request_ids)
         tokens = np.full(num_rows, -1, dtype=np.int32)
@@ -129,10 +145,26 @@ class OracleExecutor:
             tokens[samples] = _tokens_of(hashes[samples], self.options.vocab_size)
         for row, state in enumerate(states):
             logprobs[row] = _update_state(state, plan, row, int(tokens[row]))
-        return ExecutionResult(plan.plan_id, tokens, logprobs, loaded, failed)
+        return self._with_copies(ExecutionResult(plan.plan_id, tokens, logprobs, loaded, failed))
+
+    def report_copies(self) -> ExecutionResult:
+        """Give the copies that end now, as the result of no plan (`plan_id` -1)."""
+        return self._with_copies(ExecutionResult(_NO_PLAN, np.empty(0, dtype=np.int32), [], [], {}))
 
     def close(self) -> None:
         """Nothing to free."""
+
+    def _with_copies(self, result: ExecutionResult) -> ExecutionResult:
+        for transfer_id in self._pages.copies_under_way:
+            outcome = self.copy_outcome(transfer_id)
+            if outcome is CopyOutcome.UNDER_WAY:
+                continue
+            self._pages.end(transfer_id, failed=outcome is CopyOutcome.FAILED)
+            if outcome is CopyOutcome.FAILED:
+                result.failed_transfer_ids[transfer_id] = f"copy {transfer_id} is set up to fail"
+            else:
+                result.completed_transfer_ids.append(transfer_id)
+        return result
 
     def _load(self, plan: ExecutionPlan) -> tuple[list[int], dict[int, str]]:
         loaded: list[int] = []
@@ -171,46 +203,30 @@ class OracleExecutor:
         slots = slot_mapping(row_pages, token_rows, positions, page_size)
         if len(np.unique(slots)) != len(slots):
             raise InternalError(f"plan {plan.plan_id} writes an entry twice: {sorted(slots.tolist())}")
-        self._entry_adapters[slots] = adapters[token_rows]
-        self._entry_tokens[slots] = plan.token_ids
-        self._entry_positions[slots] = positions
+        self._pages.write(slots, adapters[token_rows], plan.token_ids, positions)
 
         read_rows = np.repeat(np.arange(len(seq_lens)), seq_lens)
         row_starts = np.cumsum(seq_lens) - seq_lens
         read_positions = np.arange(len(read_rows)) - row_starts[read_rows]
         read_slots = slot_mapping(row_pages, read_rows, read_positions, page_size)
-        wrong = (self._entry_adapters[read_slots] != adapters[read_rows]) | (
-            self._entry_positions[read_slots] != read_positions
-        )
+        found_adapters, found_tokens, found_positions = self._pages.read(read_slots)
+        wrong = (found_adapters != adapters[read_rows]) | (found_positions != read_positions)
         if wrong.any():
-            self._report_wrong_entry(
-                plan, adapters, read_rows, read_positions, read_slots, int(wrong.argmax())
+            index = int(wrong.argmax())
+            row, page = int(read_rows[index]), int(read_slots[index]) // page_size
+            adapter, position = int(found_adapters[index]), int(found_positions[index])
+            found = (
+                "was never written"
+                if adapter <= NEVER_WRITTEN
+                else f"holds position {position} of adapter {adapter}"
             )
-        entries = _entry_hashes(adapters[read_rows], self._entry_tokens[read_slots], read_positions)
+            raise InternalError(
+                f"plan {plan.plan_id}, request {plan.request_ids[row]}: the entry read for position "
+                f"{read_positions[index]} of adapter {adapters[row]} (page {page}) {found}"
+            )
+        entries = _entry_hashes(adapters[read_rows], found_tokens, read_positions)
         hashes: npt.NDArray[np.uint64] = np.add.reduceat(entries, row_starts)
         return hashes
-
-    def _report_wrong_entry(
-        self,
-        plan: ExecutionPlan,
-        adapters: npt.NDArray[np.int64],
-        read_rows: npt.NDArray[np.int64],
-        read_positions: npt.NDArray[np.int64],
-        read_slots: npt.NDArray[np.int64],
-        index: int,
-    ) -> None:
-        row, slot = int(read_rows[index]), int(read_slots[index])
-        adapter = int(self._entry_adapters[slot])
-        found = (
-            "was never written"
-            if adapter == _NEVER_WRITTEN
-            else f"holds position {self._entry_positions[slot]} of adapter {adapter}"
-        )
-        raise InternalError(
-            f"plan {plan.plan_id}, request {plan.request_ids[row]}: the entry read for position "
-            f"{read_positions[index]} of adapter {adapters[row]} "
-            f"(page {slot // self.options.page_size}) {found}"
-        )
 
 
 def oracle_tokens(

@@ -20,17 +20,34 @@ class EvictionPolicyTest : public testing::Test {
     Node& node =
         parent.namespace_backptr->tree().AddChild(parent, Sequence(first, num_pages * kPageSize));
     node.On(Tier::kDevice).pages = pool_.Allocate(num_pages);
-    node.epoch = epoch;
+    node.On(Tier::kDevice).epoch = epoch;
+    policy_.Unlist(parent);
+    ++parent.On(Tier::kDevice).num_continuations;
     policy_.Refresh(parent);
     policy_.Refresh(node);
     return node;
   }
   void Remove(Node& leaf) {
     Node& parent = *leaf.parent_backptr;
-    const Epoch epoch = leaf.epoch;
     policy_.Unlist(leaf);
     leaf.namespace_backptr->tree().RemoveLeaf(leaf);
-    policy_.ChildRemoved(parent, epoch);
+    policy_.Unlist(parent);
+    --parent.On(Tier::kDevice).num_continuations;
+    policy_.Refresh(parent);
+  }
+  /// As a completed write-back of the first pages would.
+  void PutOnHost(Node& node, std::int32_t num_pages) {
+    policy_.Unlist(node);
+    node.On(Tier::kHost).pages = host_pool_.Allocate(num_pages);
+    policy_.Refresh(node);
+  }
+  std::vector<Node*> Order() {
+    std::vector<Node*> order;
+    policy_.ForEachVictim([&order](Node& node) {
+      order.push_back(&node);
+      return true;
+    });
+    return order;
   }
   void TearDown() override {
     policy_.CheckInvariants();
@@ -39,7 +56,9 @@ class EvictionPolicyTest : public testing::Test {
   }
 
   PagePool pool_{64};
-  EvictionPolicy policy_{Tier::kDevice};
+  PagePool host_pool_{64};
+  VisitCounter visits_;
+  EvictionPolicy policy_{Component::kFullAttention, Tier::kDevice, &visits_};
   NodeSequencer sequencer_;
   Namespace first_{NamespaceId{0}, {}, kPageSize, &sequencer_, nullptr};
   Namespace second_{NamespaceId{1}, {}, kPageSize, &sequencer_, nullptr};
@@ -77,7 +96,7 @@ TEST_F(EvictionPolicyTest, BreaksTiesByOrderOfCreation) {
 TEST_F(EvictionPolicyTest, VictimOfLooksAtOneNamespaceOnly) {
   Add(root_, 0, 1, 1);
   Node& leaf = Add(second_root_, 0, 1, 2);
-  EXPECT_EQ(EvictionPolicy::VictimOf(second_.leaf_list(Tier::kDevice)), &leaf);
+  EXPECT_EQ(policy_.VictimOf(second_), &leaf);
 }
 
 TEST_F(EvictionPolicyTest, ListsAParentOnlyAfterItsLastChild) {
@@ -91,15 +110,49 @@ TEST_F(EvictionPolicyTest, ListsAParentOnlyAfterItsLastChild) {
   EXPECT_EQ(policy_.Victim(), &parent);
 }
 
-TEST_F(EvictionPolicyTest, AParentIsAsYoungAsTheYoungestRemovedChild) {
-  Node& parent = Add(root_, 0, 1, 1);
-  Node& old_child = Add(parent, 10, 1, 2);
-  Node& young_child = Add(parent, 20, 1, 9);
-  Node& other = Add(root_, 30, 1, 5);
-  Remove(young_child);  // as a drain or a quota would, out of order
-  Remove(old_child);
-  EXPECT_EQ(parent.epoch, 9);
-  EXPECT_EQ(policy_.Victim(), &other);
+TEST_F(EvictionPolicyTest, InOneAgeBucketTheClassDecidesAcrossBucketsTheAge) {
+  Node& unbacked = Add(root_, 0, 1, 1);
+  Node& backed = Add(root_, 1, 1, 2);
+  Node& next_bucket = Add(root_, 2, 1, kAgeBucketEpochs);
+  PutOnHost(backed, 1);
+  PutOnHost(next_bucket, 1);
+  EXPECT_EQ(Order(), (std::vector<Node*>{&backed, &unbacked, &next_bucket}));
+  Node& absent = Add(second_root_, 0, 1, 3);
+  second_.set_is_adapter_resident(false);
+  policy_.RerankNamespace(second_);
+  EXPECT_EQ(Order(), (std::vector<Node*>{&absent, &backed, &unbacked, &next_bucket}));
+  EXPECT_EQ(policy_.Victim(), &absent);
+}
+
+TEST_F(EvictionPolicyTest, ANamespaceOverItsQuotaGoesFirstHoweverYoung) {
+  Add(root_, 0, 1, 1);
+  Node& young = Add(second_root_, 0, 3, 1000);
+  second_.counts().tree_pages[IndexOf(Tier::kDevice)] = 3;
+  second_.set_quota(Tier::kDevice, 1);
+  policy_.RerankNamespace(second_);
+  EXPECT_EQ(policy_.Victim(), &young);
+  EXPECT_EQ(policy_.NumVictimPages(young), 2);  // then it keeps its quota
+  second_.set_quota(Tier::kDevice, std::nullopt);
+  policy_.RerankNamespace(second_);
+  EXPECT_NE(policy_.Victim(), &young);
+  EXPECT_EQ(policy_.NumVictimPages(young), 3);
+}
+
+TEST_F(EvictionPolicyTest, OfAPartlyBackedLeafTheUnbackedTailGoesFirst) {
+  Node& leaf = Add(root_, 0, 5, 1);
+  PutOnHost(leaf, 2);
+  EXPECT_EQ(policy_.NumVictimPages(leaf), 3);
+}
+
+TEST_F(EvictionPolicyTest, PagesInFlightAreNotListed) {
+  Node& leaf = Add(root_, 0, 2, 1);
+  policy_.Unlist(leaf);
+  leaf.On(Tier::kDevice).num_in_flight = 1;
+  policy_.Refresh(leaf);
+  EXPECT_EQ(policy_.Victim(), nullptr);
+  leaf.On(Tier::kDevice).num_in_flight = 0;
+  policy_.Refresh(leaf);
+  EXPECT_EQ(policy_.Victim(), &leaf);
 }
 
 TEST_F(EvictionPolicyTest, APinTakesALeafOffAndTheLastUnpinBringsItBack) {
@@ -111,7 +164,7 @@ TEST_F(EvictionPolicyTest, APinTakesALeafOffAndTheLastUnpinBringsItBack) {
   EXPECT_EQ(policy_.num_listed_pages(), 0);
   policy_.Unpin(leaf);
   EXPECT_EQ(policy_.Victim(), nullptr);
-  leaf.epoch = 8;
+  leaf.On(Tier::kDevice).epoch = 8;
   policy_.Unpin(leaf);
   EXPECT_EQ(policy_.Victim(), &leaf);
   EXPECT_EQ(policy_.num_listed_pages(), 3);
@@ -149,14 +202,14 @@ TEST_F(EvictionPolicyTest, CountsEveryProtectedPageOnce) {
   EXPECT_EQ(policy_.CountProtectedPages(), 0);
 }
 
-TEST_F(EvictionPolicyTest, CountsWhatAPinAtAMatchWouldProtect) {
+TEST_F(EvictionPolicyTest, CountsWhatAPinInsideAnEdgeWouldProtect) {
   Node& parent = Add(root_, 0, 4, 1);
   Node& leaf = Add(parent, 10, 3, 2);
-  EXPECT_EQ(policy_.CountProtectedPages({.node = &leaf, .num_pages = 5, .num_edge_pages = 1}), 5);
-  EXPECT_EQ(policy_.CountProtectedPages({.node = &root_, .num_pages = 0, .num_edge_pages = 0}), 0);
+  EXPECT_EQ(policy_.CountProtectedPages({.node = &leaf, .num_edge_pages = 1}), 5);
+  EXPECT_EQ(policy_.CountProtectedPages({.node = &root_, .num_edge_pages = 0}), 0);
   policy_.Pin(leaf);
-  EXPECT_EQ(policy_.CountProtectedPages({.node = &leaf, .num_pages = 5, .num_edge_pages = 1}), 7);
-  EXPECT_EQ(policy_.CountProtectedPages({.node = &parent, .num_pages = 2, .num_edge_pages = 2}), 7);
+  EXPECT_EQ(policy_.CountProtectedPages({.node = &leaf, .num_edge_pages = 1}), 7);
+  EXPECT_EQ(policy_.CountProtectedPages({.node = &parent, .num_edge_pages = 2}), 7);
   policy_.Unpin(leaf);
 }
 
@@ -174,9 +227,9 @@ TEST_F(EvictionPolicyTest, PinsAreForgottenInAnyOrder) {
 
 TEST_F(EvictionPolicyTest, CheckInvariantsNoticesAnEpochChangedBehindItsBack) {
   Node& leaf = Add(root_, 0, 1, 1);
-  leaf.epoch = 2;
+  leaf.On(Tier::kDevice).epoch = 2;
   EXPECT_THROW(policy_.CheckInvariants(), InternalError);  // E2
-  leaf.epoch = 1;
+  leaf.On(Tier::kDevice).epoch = 1;
 }
 
 TEST_F(EvictionPolicyTest, CheckInvariantsNoticesAPinThatWentAround) {

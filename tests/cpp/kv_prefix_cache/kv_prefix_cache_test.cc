@@ -12,6 +12,22 @@ namespace {
 TEST(KVPrefixCacheOptionsTest, AreValidated) {
   EXPECT_THROW(KVPrefixCache({.page_size = 0, .num_device_pages = 1}), InvalidArgumentError);
   EXPECT_THROW(KVPrefixCache({.page_size = 16, .num_device_pages = 0}), InvalidArgumentError);
+  EXPECT_THROW(KVPrefixCache({.num_device_pages = 1, .num_host_pages = -1}), InvalidArgumentError);
+  EXPECT_THROW(KVPrefixCache({.num_device_pages = 1, .write_back_watermark_pages = -1}),
+               InvalidArgumentError);
+  EXPECT_THROW(KVPrefixCache({.num_device_pages = 1, .num_device_state_slots = -1}),
+               InvalidArgumentError);
+  EXPECT_THROW(KVPrefixCache({.num_device_pages = 1,
+                              .num_host_pages = 1,
+                              .num_device_state_slots = 1,
+                              .num_host_state_slots = -1}),
+               InvalidArgumentError);
+  EXPECT_THROW(
+      KVPrefixCache({.num_device_pages = 1, .num_host_pages = 1, .num_host_state_slots = 1}),
+      InvalidArgumentError)
+      << "host slots without device slots";
+  EXPECT_THROW(KVPrefixCache({.num_device_pages = 1, .max_snapshots_per_lease = 0}),
+               InvalidArgumentError);
   const KVPrefixCache cache({.page_size = 16, .num_device_pages = 1});
   EXPECT_EQ(cache.page_size(), 16);
   EXPECT_EQ(cache.Stats().num_free_pages, 1);
@@ -19,7 +35,11 @@ TEST(KVPrefixCacheOptionsTest, AreValidated) {
 }
 
 class KVPrefixCacheTest : public CacheScenario {};
-LS_RUN_FOR_EVERY_DOMAIN(KVPrefixCacheTest);
+LS_RUN_FOR_EVERY_SETUP(KVPrefixCacheTest);
+
+/// What counts nodes: snapshots cut edges, so only for models without state.
+using EdgeTest = KVPrefixCacheTest;
+LS_RUN_FOR_EVERY_DOMAIN(EdgeTest);
 
 TEST_P(KVPrefixCacheTest, ProbeFindsWholePublishedPages) {
   Open(8);
@@ -34,17 +54,15 @@ TEST_P(KVPrefixCacheTest, ProbeFindsWholePublishedPages) {
 
 TEST_P(KVPrefixCacheTest, ProbeChangesNothing) {
   Open(8);
-  {
-    const Lease lease = Compute(Sequence(0, 16));
-  }
+  Cache(Sequence(0, 16));
+  Cache(Sequence(100, 8));
+  const std::string before = cache_->Dump();
   EXPECT_EQ(Probe(Sequence(0, 8)), 8);  // ends inside the edge
-  EXPECT_EQ(cache_->Stats().num_nodes, 1);
-  // No touch either: what was only probed is still the oldest.
-  {
-    const Lease lease = Compute(Sequence(100, 8));
-  }
   EXPECT_EQ(Probe(Sequence(0, 16)), 16);
-  cache_->Evict(1);
+  EXPECT_EQ(Probe(Sequence(50, 16)), 0);
+  EXPECT_EQ(cache_->Dump(), before);
+  // No touch either: what was only probed is still the oldest.
+  Evict(Tier::kDevice, 1);
   EXPECT_EQ(Probe(Sequence(0, 16)), 12);
   EXPECT_EQ(Probe(Sequence(100, 8)), 8);
 }
@@ -69,9 +87,7 @@ TEST_P(KVPrefixCacheTest, AcquireTakesCachedPagesAndAddsPrivateOnes) {
 
 TEST_P(KVPrefixCacheTest, AcquireTakesNoMoreThanItIsAllowed) {
   Open(8);
-  {
-    const Lease lease = Compute(Sequence(0, 16));
-  }
+  Cache(Sequence(0, 16));
   EXPECT_EQ(Acquire(Sequence(0, 16), 15).num_cached_tokens(), 12);
   EXPECT_EQ(Acquire(Sequence(0, 16), 12).num_cached_tokens(), 12);
   EXPECT_EQ(Acquire(Sequence(0, 16), 3).num_cached_tokens(), 0);
@@ -82,47 +98,38 @@ TEST_P(KVPrefixCacheTest, AcquireTakesNoMoreThanItIsAllowed) {
 TEST_P(KVPrefixCacheTest, CapacityMayBeLessThanTheSequenceAndLessThanTheHit) {
   Open(8);
   const Tokens tokens = Sequence(0, 16);
-  {
-    const Lease lease = Compute(tokens);
-  }
-  const auto first_chunk =
-      cache_->Acquire(handle_, tokens, {.max_cached_tokens = 0, .num_capacity_tokens = 5});
-  ASSERT_TRUE(first_chunk);
-  EXPECT_EQ(first_chunk->pages().size(), 2u);
-  const auto hit =
-      cache_->Acquire(handle_, tokens, {.max_cached_tokens = 16, .num_capacity_tokens = 4});
-  ASSERT_TRUE(hit);
-  EXPECT_EQ(hit->pages().size(), 4u);
+  Cache(tokens);
+  const Lease first_chunk =
+      AcquireIn(handle_, tokens, {.max_cached_tokens = 0, .num_capacity_tokens = 5});
+  EXPECT_EQ(first_chunk.pages().size(), 2u);
+  const Lease hit = AcquireIn(handle_, tokens, {.max_cached_tokens = 16, .num_capacity_tokens = 4});
+  EXPECT_EQ(hit.pages().size(), 4u);
 }
 
 TEST_P(KVPrefixCacheTest, AcquireFailsWithoutATrace) {
   Open(6);
-  {
-    const Lease old_lease = Compute(Sequence(100, 4));
-  }
-  {
-    const Lease lease = Compute(Sequence(0, 16));
-  }
+  Cache(Sequence(100, 4));
+  Cache(Sequence(0, 16));
   const Lease running = Acquire(Sequence(50, 4), 0);
+  const std::string before = cache_->Dump();
   // 2 pages of the prefix would be pinned and 5 more are needed, but only 3 + 0 could be freed.
-  EXPECT_FALSE(TryAcquire(Sequence(0, 8 + 20), 8));
-  EXPECT_FALSE(TryAcquire(Concatenate(Sequence(0, 8), Sequence(200, 16)), 8));
+  EXPECT_EQ(TryAcquire(Sequence(0, 8 + 20), 8).outcome, AcquireOutcome::kNoRoom);
+  EXPECT_EQ(TryAcquire(Concatenate(Sequence(0, 8), Sequence(200, 16)), 8).outcome,
+            AcquireOutcome::kNoRoom);
+  EXPECT_EQ(cache_->Dump(), before);
   const CacheStats stats = cache_->Stats();
-  EXPECT_EQ(stats.num_nodes, 2) << "a failed Acquire split an edge";
   EXPECT_EQ(stats.num_evicted_pages, 0);
   EXPECT_EQ(stats.num_tree_pages, 5);
   EXPECT_EQ(StatsOf(id_).num_leases, 1);
-  cache_->Evict(1);
+  Evict(Tier::kDevice, 1);
   EXPECT_EQ(Probe(Sequence(100, 4)), 0) << "a failed Acquire changed the order of eviction";
 }
 
 TEST_P(KVPrefixCacheTest, AcquireNeverEvictsThePrefixItTakes) {
   Open(4);
-  {
-    const Lease lease = Compute(Sequence(0, 12));
-  }
+  Cache(Sequence(0, 12));
   // The prefix is the only thing that could be evicted: one page is free, two are needed.
-  EXPECT_FALSE(TryAcquire(Sequence(0, 20), 12));
+  EXPECT_EQ(TryAcquire(Sequence(0, 20), 12).outcome, AcquireOutcome::kNoRoom);
   const Lease lease = Acquire(Sequence(0, 16), 12);
   EXPECT_EQ(lease.num_cached_tokens(), 12);
   EXPECT_EQ(cache_->Stats().num_evicted_pages, 0);
@@ -130,9 +137,7 @@ TEST_P(KVPrefixCacheTest, AcquireNeverEvictsThePrefixItTakes) {
 
 TEST_P(KVPrefixCacheTest, AcquireEvictsTheUnusedRestOfTheEdgeItTakes) {
   Open(4);
-  {
-    const Lease lease = Compute(Sequence(0, 16));
-  }
+  Cache(Sequence(0, 16));
   const Lease lease = Acquire(Concatenate(Sequence(0, 4), Sequence(100, 12)), 4);
   EXPECT_EQ(lease.num_cached_tokens(), 4);
   EXPECT_EQ(cache_->Stats().num_evicted_pages, 3);
@@ -154,9 +159,7 @@ TEST_P(KVPrefixCacheTest, ExtendGrowsTheLeaseAndKeepsItsPages) {
 
 TEST_P(KVPrefixCacheTest, ExtendFailsWithoutATraceWhenLeasesHoldEverything) {
   Open(5);
-  {
-    const Lease lease = Compute(Sequence(100, 4));
-  }
+  Cache(Sequence(100, 4));
   Lease lease = Compute(Sequence(0, 8));
   const Lease other_lease = Acquire(Sequence(50, 4), 0);
   EXPECT_FALSE(cache_->Extend(lease, 20));
@@ -168,7 +171,7 @@ TEST_P(KVPrefixCacheTest, ExtendFailsWithoutATraceWhenLeasesHoldEverything) {
   cache_->CheckInvariants();
 }
 
-TEST_P(KVPrefixCacheTest, ADecodingLeaseGrowsOneEdge) {
+TEST_P(EdgeTest, ADecodingLeaseGrowsOneEdge) {
   Open(8);
   Tokens tokens = Sequence(0, 6);
   Lease lease = Compute(tokens);
@@ -182,7 +185,7 @@ TEST_P(KVPrefixCacheTest, ADecodingLeaseGrowsOneEdge) {
   EXPECT_EQ(Probe(tokens), 24);
 }
 
-TEST_P(KVPrefixCacheTest, PublishDoesNotGrowAnEdgeThatAnotherLeasePins) {
+TEST_P(EdgeTest, PublishDoesNotGrowAnEdgeThatAnotherLeasePins) {
   Open(8);
   Lease first = Compute(Sequence(0, 8));
   const Lease second = Acquire(Sequence(0, 8), 8);
@@ -191,10 +194,10 @@ TEST_P(KVPrefixCacheTest, PublishDoesNotGrowAnEdgeThatAnotherLeasePins) {
   EXPECT_EQ(cache_->Stats().num_nodes, 2);
   EXPECT_EQ(second.pages().size(), 2u);
   first = Lease();
-  EXPECT_EQ(cache_->Evict(8), 1) << "the other lease protects the first two pages only";
+  EXPECT_EQ(EvictDevice(), 1) << "the other lease protects the first two pages only";
 }
 
-TEST_P(KVPrefixCacheTest, PublishDoesNotGrowAnEdgeThatHasChildren) {
+TEST_P(EdgeTest, PublishDoesNotGrowAnEdgeThatHasChildren) {
   Open(8);
   Lease first = Compute(Sequence(0, 4));
   {
@@ -234,7 +237,7 @@ TEST_P(KVPrefixCacheTest, PublishContinuesBelowATwin) {
   EXPECT_EQ(StatsOf(id_).num_private_pages, 2);
   first = Lease();
   // The pin moved to the deepest published node: nothing of the path can go.
-  EXPECT_EQ(cache_->Evict(12), 0);
+  EXPECT_EQ(EvictDevice(), 0);
   EXPECT_EQ(Probe(Sequence(0, 16)), 16);
 }
 
@@ -245,7 +248,7 @@ TEST_P(KVPrefixCacheTest, PublishInsideATwinPinsExactlyWhatWasPublished) {
   Publish(first, Sequence(0, 16));
   Publish(second, Sequence(0, 8));  // a chunk behind
   first = Lease();
-  EXPECT_EQ(cache_->Evict(12), 2);
+  EXPECT_EQ(EvictDevice(), 2);
   EXPECT_EQ(Probe(Sequence(0, 16)), 8);
   Publish(second, Sequence(0, 16));  // its own pages replace the evicted ones
   EXPECT_EQ(Probe(Sequence(0, 16)), 16);
@@ -281,19 +284,24 @@ TEST_P(KVPrefixCacheTest, RefusesWhatItsCallersMustNotDo) {
   EXPECT_THROW(cache_->Publish(lease, Sequence(0, 12)), InternalError) << "no page for the third";
   EXPECT_EQ(lease.num_published_pages(), 0);
   EXPECT_THROW((void)cache_->Extend(lease, -1), InternalError);
-  EXPECT_THROW((void)cache_->Evict(-1), InternalError);
+  EXPECT_THROW((void)cache_->Evict(Tier::kDevice, -1), InternalError);
+  EXPECT_THROW((void)cache_->Evict(Tier::kHost, -1), InternalError);
   Lease empty;
   EXPECT_THROW(cache_->Publish(empty, tokens), InternalError);
   EXPECT_THROW((void)cache_->Extend(empty, 4), InternalError);
+  EXPECT_THROW((void)cache_->ReserveSnapshot(empty, 4), InternalError);
+  EXPECT_THROW((void)cache_->StartWriteBack(empty), InternalError);
 }
 
 TEST_P(KVPrefixCacheTest, RefusesLeasesAndHandlesOfAnotherCache) {
   Open(4);
-  KVPrefixCache other_cache({.page_size = kPageSize, .num_device_pages = 4});
+  KVPrefixCache other_cache(OptionsWith(4));
   Lease lease = Acquire(Sequence(0, 4), 0);
   EXPECT_THROW((void)other_cache.Acquire(handle_, Sequence(0, 4), {}), InternalError);
   EXPECT_THROW(other_cache.Publish(lease, Sequence(0, 4)), InternalError);
   EXPECT_THROW((void)other_cache.Extend(lease, 8), InternalError);
+  EXPECT_THROW((void)other_cache.ReserveSnapshot(lease, 4), InternalError);
+  EXPECT_THROW((void)other_cache.StartWriteBack(lease), InternalError);
 }
 
 #ifdef LS_DEBUG_CHECKS
@@ -308,13 +316,11 @@ TEST_P(KVPrefixCacheTest, PublishNoticesAnotherSequence) {
 TEST_P(KVPrefixCacheTest, AvailablePagesAreFreePlusEverythingUnpinned) {
   Open(10);
   EXPECT_EQ(cache_->NumAvailablePages(), 10);
-  {
-    const Lease lease = Compute(Sequence(0, 16));
-  }
+  Cache(Sequence(0, 16));
   EXPECT_EQ(cache_->NumAvailablePages(), 10);
   const Lease lease = Acquire(Sequence(0, 12), 8);
   EXPECT_EQ(cache_->NumAvailablePages(), 7);  // 2 pinned, 1 private
-  EXPECT_EQ(cache_->Evict(10), 2);
+  EXPECT_EQ(EvictDevice(), 2);
   EXPECT_EQ(cache_->NumAvailablePages(), 7);
   EXPECT_EQ(cache_->Stats().num_free_pages, 7);
 }

@@ -6,7 +6,7 @@
 #include "cache_scenario.h"
 #include "common/errors.h"
 
-// Ownership of leases and handles (PITFALLS 16).
+// Ownership of leases and handles.
 
 namespace lora_serve {
 namespace {
@@ -18,12 +18,18 @@ static_assert(!std::is_copy_constructible_v<NamespaceHandle>);
 static_assert(std::is_nothrow_move_assignable_v<NamespaceHandle>);
 
 class LeaseTest : public CacheScenario {};
-LS_RUN_FOR_EVERY_DOMAIN(LeaseTest);
+LS_RUN_FOR_EVERY_SETUP(LeaseTest);
 
 TEST_P(LeaseTest, ADefaultLeaseIsEmpty) {
   const Lease lease;
   EXPECT_FALSE(lease);
   EXPECT_TRUE(lease.pages().empty());
+  EXPECT_EQ(lease.num_cached_tokens(), 0);
+  EXPECT_EQ(lease.num_host_cached_tokens(), 0);
+  EXPECT_FALSE(lease.IsLoading());
+  EXPECT_EQ(lease.load_back_id(), kNoTransfer);
+  EXPECT_EQ(lease.state_slot(), kNoStateSlot);
+  EXPECT_EQ(lease.resumed_snapshot(), kNoStateSlot);
 }
 
 TEST_P(LeaseTest, MovingKeepsOneLease) {
@@ -51,7 +57,7 @@ TEST_P(LeaseTest, MoveAssignmentReleasesTheLeaseHeldBefore) {
   target = std::move(source);
   EXPECT_EQ(StatsOf(id_).num_leases, 1);
   EXPECT_EQ(StatsOf(id_).num_private_pages, 1);
-  EXPECT_EQ(cache_->Evict(8), 1) << "the pin of the lease held before is still there";
+  EXPECT_EQ(EvictDevice(), 1) << "the pin of the lease held before is still there";
   EXPECT_EQ(Probe(Sequence(0, 6)), 0);
   EXPECT_EQ(Probe(Sequence(100, 6)), 4);
   cache_->CheckInvariants();
@@ -96,7 +102,7 @@ TEST_P(LeaseTest, HandlesMoveLikeLeases) {
 }
 
 using LeaseDeathTest = LeaseTest;
-LS_RUN_FOR_EVERY_DOMAIN(LeaseDeathTest);
+LS_RUN_FOR_EVERY_SETUP(LeaseDeathTest);
 
 TEST_P(LeaseDeathTest, DestroyingTheCacheBeforeALeaseIsFatal) {
   Open(4);

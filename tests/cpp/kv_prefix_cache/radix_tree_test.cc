@@ -118,15 +118,44 @@ TEST_F(RadixTreeTest, SplitKeepsThePinOnTheLowerHalf) {
 TEST_F(RadixTreeTest, SplitKeepsChildrenEpochAndNumberOnTheLowerHalf) {
   Node& node = Add(tree_.root(), {1, 2, 3, 4});
   Node& child = Add(node, {5, 6});
-  node.epoch = 9;
+  node.On(Tier::kDevice).epoch = 9;
   const std::int64_t sequence = node.sequence;
   Node& upper = tree_.Split(node, 1);
   EXPECT_EQ(child.parent_backptr, &node);
   EXPECT_EQ(node.sequence, sequence);
   EXPECT_GT(upper.sequence, child.sequence);
-  EXPECT_EQ(node.epoch, 9);
-  EXPECT_EQ(upper.epoch, 9);
+  EXPECT_EQ(node.On(Tier::kDevice).epoch, 9);
+  EXPECT_EQ(upper.On(Tier::kDevice).epoch, 9);
   EXPECT_EQ(Match({1, 2, 3, 4, 5, 6}).node, &child);
+}
+
+TEST_F(RadixTreeTest, SplitDividesPagesInFlightAndPagesOfAPartOfTheEdge) {
+  Node& node = tree_.AddChild(tree_.root(), Tokens{1, 2, 3, 4, 5, 6, 7, 8});
+  node.On(Tier::kHost).pages = pool_.Allocate(3);
+  node.On(Tier::kHost).num_in_flight = 2;
+  node.On(Tier::kDevice).pages = pool_.Allocate(4);
+  node.On(Tier::kDevice).num_in_flight = 1;
+  Node& upper = tree_.Split(node, 2);
+  EXPECT_EQ(upper.On(Tier::kHost).pages.size(), 2);
+  EXPECT_EQ(upper.On(Tier::kHost).num_in_flight, 1);
+  EXPECT_EQ(upper.On(Tier::kHost).num_continuations, 1);
+  EXPECT_EQ(node.On(Tier::kHost).pages.size(), 1);
+  EXPECT_EQ(node.On(Tier::kHost).num_in_flight, 1);
+  EXPECT_EQ(upper.On(Tier::kDevice).num_in_flight, 0);
+  EXPECT_EQ(node.On(Tier::kDevice).num_in_flight, 1);
+  Node& lower_upper = tree_.Split(node, 1);  // the host has nothing behind this cut
+  EXPECT_EQ(lower_upper.On(Tier::kHost).pages.size(), 1);
+  EXPECT_EQ(lower_upper.On(Tier::kHost).num_continuations, 0);
+  EXPECT_EQ(lower_upper.On(Tier::kDevice).num_continuations, 1);
+  EXPECT_TRUE(node.On(Tier::kHost).pages.IsEmpty());
+}
+
+TEST_F(RadixTreeTest, SplitLeavesTheSnapshotAtTheEndOfTheEdge) {
+  Node& node = Add(tree_.root(), {1, 2, 3, 4});
+  node.Snapshot(Tier::kDevice).pages = pool_.Allocate(1);
+  Node& upper = tree_.Split(node, 1);
+  EXPECT_TRUE(upper.Snapshot(Tier::kDevice).pages.IsEmpty());
+  EXPECT_EQ(node.Snapshot(Tier::kDevice).pages.size(), 1);
 }
 
 TEST_F(RadixTreeTest, SplitRefusesTheEndsOfAnEdge) {
@@ -147,13 +176,13 @@ TEST_F(RadixTreeTest, ExtendLeafGrowsTheEdgeInPlace) {
   EXPECT_THROW(tree_.ExtendLeaf(tree_.root(), Tokens{7, 8}), InternalError);
 }
 
-TEST_F(RadixTreeTest, TruncateLeafReturnsTheSuffix) {
+TEST_F(RadixTreeTest, TruncateLeafRefusesWhileATierHoldsMore) {
   Node& node = Add(tree_.root(), {1, 2, 3, 4, 5, 6});
+  EXPECT_THROW(tree_.TruncateLeaf(node, 1), InternalError);
+  node.On(Tier::kDevice).pages.ReleaseBack(2);
   tree_.TruncateLeaf(node, 1);
   EXPECT_EQ(node.tokens, (Tokens{1, 2}));
-  EXPECT_FALSE(pool_.IsFree(PageId{0}));
-  EXPECT_TRUE(pool_.IsFree(PageId{1}));
-  EXPECT_TRUE(pool_.IsFree(PageId{2}));
+  EXPECT_EQ(node.end_page(), 1);
   EXPECT_THROW(tree_.TruncateLeaf(node, 1), InternalError);
   EXPECT_THROW(tree_.TruncateLeaf(node, 0), InternalError);
 }
@@ -197,8 +226,8 @@ TEST_F(RadixTreeTest, CheckInvariantsNamesABrokenEdge) {
   node.num_pages = 1;
   EXPECT_THROW(tree_.CheckInvariants(), InternalError);  // S2
   node.num_pages = 2;
+  Add(tree_.root(), {8, 8});  // now the first page is looked up by hash
   node.tokens[0] = 7;
-  Add(tree_.root(), {8, 8});                             // now the first page is looked up by hash
   EXPECT_THROW(tree_.CheckInvariants(), InternalError);  // S3
   node.tokens[0] = 1;
 }

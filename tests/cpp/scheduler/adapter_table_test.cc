@@ -27,7 +27,7 @@ class AdapterTableTest : public ::testing::Test {
     table_.MoveRequest(adapter, RequestList::kRunning, RequestList::kNone);
   }
 
-  KVPrefixCache cache_{{.page_size = 2, .num_device_pages = 8}};
+  KVPrefixCache cache_{{.page_size = 2, .num_device_pages = 8, .num_host_pages = 8}};
   AdapterTable table_{&cache_, /*max_loras=*/2};
 };
 
@@ -90,6 +90,33 @@ TEST_F(AdapterTableTest, ADrainWaitsForTheLoadAndForTheLastRequest) {
   handle = NamespaceHandle();
   End(adapter);
   EXPECT_EQ(table_.TakeDrained(), std::vector{AdapterId(1)});
+  table_.CheckInvariants();
+}
+
+TEST_F(AdapterTableTest, ADrainWaitsForTheCopiesOfItsPages) {
+  Adapter& adapter = OpenResident(1);
+  Queue(adapter);
+  Run(adapter);
+  const std::vector<TokenId> tokens = {1, 2};
+  TransferId copy;
+  {
+    const NamespaceHandle handle = cache_.RetainNamespace(adapter.namespace_id);
+    AcquireResult acquired = cache_.Acquire(handle, tokens, {.num_capacity_tokens = 2});
+    cache_.Publish(acquired.lease, tokens);
+    ASSERT_TRUE(cache_.StartWriteBack(acquired.lease));
+    copy = cache_.TakeTransferOrders().at(0).id;
+    table_.Drain(AdapterId(1));
+  }
+  End(adapter);
+  table_.CheckInvariants();
+  EXPECT_TRUE(table_.TakeDrained().empty());
+  EXPECT_TRUE(table_.HasWork()) << "the drain is due";
+  table_.OnCopiesEnded();  // of others
+  EXPECT_TRUE(table_.TakeDrained().empty());
+  cache_.CompleteTransfer(copy);
+  table_.OnCopiesEnded();
+  EXPECT_EQ(table_.TakeDrained(), std::vector{AdapterId(1)});
+  EXPECT_FALSE(table_.HasWork());
   table_.CheckInvariants();
 }
 

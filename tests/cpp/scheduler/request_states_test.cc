@@ -4,7 +4,9 @@
 
 #include <functional>
 #include <map>
+#include <span>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "common/errors.h"
@@ -14,32 +16,37 @@ namespace lora_serve {
 namespace {
 
 constexpr std::int32_t kNumPages = 8;
+constexpr std::int32_t kNumHostPages = 4;
 constexpr std::int32_t kNumRows = 4;
 
 /// Makes any state with real resources, and tells what is held.
 class Resources {
  public:
   explicit Resources(bool use_adapter)
-      : cache_({.page_size = 2, .num_device_pages = kNumPages}), rows_(kNumRows) {
+      : cache_({.page_size = 2, .num_device_pages = kNumPages, .num_host_pages = kNumHostPages}),
+        rows_(kNumRows) {
     namespace_ = use_adapter ? cache_.OpenNamespace({}) : kBaseNamespace;
   }
 
   NamespaceHandle Handle() { return cache_.RetainNamespace(namespace_); }
-  request_event::Admit MakeAdmit(const NamespaceHandle& handle) {
-    return {.row = rows_.Take(),
-            .lease = *cache_.Acquire(handle, tokens_,
-                                     {.max_cached_tokens = 4, .num_capacity_tokens = 5})};
+  /// A loading lease takes four tokens from the host; the other finds nothing.
+  request_event::Admit MakeAdmit(const NamespaceHandle& handle, bool is_loading = false) {
+    if (is_loading) PutOnHost(handle);
+    AcquireResult acquired = cache_.Acquire(handle, is_loading ? host_tokens_ : tokens_,
+                                            {.max_cached_tokens = 4, .num_capacity_tokens = 5});
+    return {.row = rows_.Take(), .lease = std::move(acquired.lease)};
   }
-  RunningResources Running() {
+  RunningResources Running(bool is_loading = false) {
     RunningResources running;
     running.namespace_handle = Handle();
-    request_event::Admit admit = MakeAdmit(running.namespace_handle);
+    request_event::Admit admit = MakeAdmit(running.namespace_handle, is_loading);
     running.row = std::move(admit.row);
     running.lease = std::move(admit.lease);
     return running;
   }
   RequestState Make(const std::string& name) {
     if (name == "Queued") return Queued{Handle()};
+    if (name == "Loading") return Loading{Running(/*is_loading=*/true)};
     if (name == "Prefilling") return Prefilling{Running()};
     if (name == "Decoding") return Decoding{Running()};
     if (name == "Preempted") return Preempted{Handle()};
@@ -47,6 +54,19 @@ class Resources {
     if (name == "Finished") return Finished{};
     EXPECT_EQ(name, "Aborted");
     return Aborted{};
+  }
+
+  /// Ends the copies under way.
+  void EndCopies(bool has_failed) {
+    for (const TransferOrder& order : cache_.TakeTransferOrders()) under_way_.push_back(order.id);
+    for (const TransferId id : std::exchange(under_way_, {})) {
+      has_failed ? cache_.FailTransfer(id) : cache_.CompleteTransfer(id);
+    }
+  }
+  /// Frees what only copies and the tree hold, so that what is held by states is left.
+  void Settle() {
+    EndCopies(/*has_failed=*/false);
+    cache_.Evict(Tier::kDevice, kNumPages);
   }
 
   struct Held {
@@ -68,10 +88,20 @@ class Resources {
   }
 
  private:
+  void PutOnHost(const NamespaceHandle& handle) {
+    AcquireResult acquired = cache_.Acquire(handle, host_tokens_, {.num_capacity_tokens = 4});
+    cache_.Publish(acquired.lease, std::span(host_tokens_).first(4));
+    static_cast<void>(cache_.StartWriteBack(acquired.lease));
+    acquired.lease = Lease();
+    Settle();
+  }
+
   KVPrefixCache cache_;
   PageTableRows rows_;
   NamespaceId namespace_;
   std::vector<TokenId> tokens_ = {1, 2, 3, 4, 5};
+  std::vector<TokenId> host_tokens_ = {6, 7, 8, 9, 10};
+  std::vector<TransferId> under_way_;
 };
 
 constexpr Resources::Held kNothing{};
@@ -79,14 +109,22 @@ constexpr Resources::Held kWaiting{.num_handles = 1};
 constexpr Resources::Held kRunning{
     .num_handles = 1, .num_leases = 1, .num_pages = 3, .num_rows = 1};
 
+/// A failed load takes the pages away.
+constexpr Resources::Held kCutBack{.num_handles = 1, .num_leases = 1, .num_rows = 1};
+
 const std::map<std::string, Resources::Held> kHeldIn = {
-    {"Queued", kWaiting},    {"Prefilling", kRunning}, {"Decoding", kRunning},
-    {"Preempted", kWaiting}, {"Aborting", kRunning},   {"Finished", kNothing},
-    {"Aborted", kNothing}};
+    {"Queued", kWaiting},   {"Loading", kRunning},   {"Prefilling", kRunning},
+    {"Decoding", kRunning}, {"Preempted", kWaiting}, {"Aborting", kRunning},
+    {"Finished", kNothing}, {"Aborted", kNothing}};
 
 /// The transition table of csrc/scheduler/README.md; every pair that is not here is illegal.
 const std::map<std::string, std::map<std::string, std::string>> kTransitions = {
-    {"Queued", {{"Admit", "Prefilling"}, {"Abort", "Aborted"}}},
+    {"Queued", {{"Admit", "Prefilling"}, {"AdmitLoading", "Loading"}, {"Abort", "Aborted"}}},
+    {"Loading",
+     {{"CompleteLoad", "Prefilling"},
+      {"FailLoad", "Prefilling"},
+      {"Preempt", "Preempted"},
+      {"Abort", "Aborted"}}},
     {"Prefilling",
      {{"CompletePrefill", "Decoding"},
       {"Preempt", "Preempted"},
@@ -97,7 +135,7 @@ const std::map<std::string, std::map<std::string, std::string>> kTransitions = {
       {"AbortInPlan", "Aborting"},
       {"Abort", "Aborted"},
       {"Finish", "Finished"}}},
-    {"Preempted", {{"Admit", "Prefilling"}, {"Abort", "Aborted"}}},
+    {"Preempted", {{"Admit", "Prefilling"}, {"AdmitLoading", "Loading"}, {"Abort", "Aborted"}}},
     {"Aborting", {{"Abort", "Aborted"}}},
     {"Finished", {}},
     {"Aborted", {}}};
@@ -111,6 +149,21 @@ class RequestStatesTest : public ::testing::TestWithParam<bool> {
        [this](RequestState& state) {
          const NamespaceHandle other = resources_.Handle();
          Apply(state, resources_.MakeAdmit(other));
+       }},
+      {"AdmitLoading",
+       [this](RequestState& state) {
+         const NamespaceHandle other = resources_.Handle();
+         Apply(state, resources_.MakeAdmit(other, /*is_loading=*/true));
+       }},
+      {"CompleteLoad",
+       [this](RequestState& state) {
+         resources_.EndCopies(/*has_failed=*/false);
+         Apply(state, request_event::CompleteLoad{});
+       }},
+      {"FailLoad",
+       [this](RequestState& state) {
+         resources_.EndCopies(/*has_failed=*/true);
+         Apply(state, request_event::FailLoad{});
        }},
       {"CompletePrefill",
        [](RequestState& state) { Apply(state, request_event::CompletePrefill{}); }},
@@ -132,8 +185,9 @@ TEST_P(RequestStatesTest, EveryPairOfStateAndEventMovesOrThrowsAsDocumented) {
         const auto next = transitions.find(event);
         if (next != transitions.end()) {
           apply(state);
+          resources_.Settle();
           EXPECT_EQ(StateName(state), next->second);
-          EXPECT_EQ(resources_.Count(), kHeldIn.at(next->second));
+          EXPECT_EQ(resources_.Count(), event == "FailLoad" ? kCutBack : kHeldIn.at(next->second));
         } else {
           try {
             apply(state);
@@ -141,15 +195,36 @@ TEST_P(RequestStatesTest, EveryPairOfStateAndEventMovesOrThrowsAsDocumented) {
           } catch (const InternalError& error) {
             EXPECT_NE(std::string(error.what()).find("state " + name), std::string::npos)
                 << error.what();
-            EXPECT_NE(std::string(error.what()).find("event " + event), std::string::npos)
+            const std::string event_name = event == "AdmitLoading" ? "Admit" : event;
+            EXPECT_NE(std::string(error.what()).find("event " + event_name), std::string::npos)
                 << error.what();
           }
+          resources_.Settle();
           EXPECT_EQ(StateName(state), name);
           EXPECT_EQ(resources_.Count(), kHeldIn.at(name));
         }
       }
+      resources_.Settle();
       EXPECT_EQ(resources_.Count(), kNothing) << "a destroyed state kept something";
     }
+  }
+}
+
+TEST_P(RequestStatesTest, WhatIsComputedFollowsTheLeaseWhenALoadEnds) {
+  for (const bool has_failed : {false, true}) {
+    RequestState state = Queued{resources_.Handle()};
+    const NamespaceHandle other = resources_.Handle();
+    Apply(state, resources_.MakeAdmit(other, /*is_loading=*/true));
+    EXPECT_EQ(std::get<Loading>(state).running.num_computed_tokens, 4);
+    resources_.EndCopies(has_failed);
+    if (has_failed) {
+      Apply(state, request_event::FailLoad{});
+    } else {
+      Apply(state, request_event::CompleteLoad{});
+    }
+    const RunningResources& running = std::get<Prefilling>(state).running;
+    EXPECT_EQ(running.num_computed_tokens, has_failed ? 0 : 4);
+    EXPECT_EQ(running.lease.pages().size(), has_failed ? 0U : 3U);
   }
 }
 

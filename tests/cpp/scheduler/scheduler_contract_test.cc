@@ -55,6 +55,12 @@ TEST(SchedulerContractTest, RefusesOptionsOutOfRangeWithTheirNameAndNumbers) {
             }).find("num_device_pages is 7; expected at least 8"),
             std::string::npos);
   EXPECT_EQ(refusal([](auto& o) { o.num_device_pages = 8; }), "nothing was refused");
+  EXPECT_NE(refusal([](auto& o) { o.num_host_pages = -1; }).find("num_host_pages is -1"),
+            std::string::npos);
+  EXPECT_NE(refusal([](auto& o) {
+              o.write_back_watermark_pages = -1;
+            }).find("write_back_watermark_pages is -1"),
+            std::string::npos);
 }
 
 TEST(SchedulerContractTest, RefusesBadRequestsAndChangesNothing) {

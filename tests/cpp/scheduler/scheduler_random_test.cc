@@ -4,6 +4,7 @@
 // LORA_SERVE_TEST_STEPS override the first seed and the number of steps in total.
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cstdlib>
 #include <random>
 #include <string>
@@ -15,6 +16,7 @@
 namespace lora_serve {
 namespace {
 
+using testing::CopyOutcome;
 using testing::MakePrompt;
 using testing::OracleExecutor;
 using testing::SchedulerHarness;
@@ -40,6 +42,12 @@ struct Coverage {
   std::int64_t num_drains_with_requests = 0;
   std::int64_t num_chunks = 0;
   std::int64_t num_requests = 0;
+  std::int64_t num_write_backs = 0;
+  std::int64_t num_load_backs = 0;
+  std::int64_t num_failed_copies = 0;
+  std::int64_t num_host_hit_tokens = 0;
+  std::int64_t num_waits_for_copies = 0;  // steps in which nothing could run meanwhile
+  std::int64_t num_evicted_host_pages = 0;
 };
 
 class RandomRun {
@@ -47,6 +55,16 @@ class RandomRun {
   RandomRun(std::uint64_t seed, Coverage* coverage)
       : random_(seed), coverage_(*coverage), harness_(MakeOptions()) {
     harness_.load_fails = [this](AdapterId id) { return failing_.contains(id); };
+    copy_slowness_ = Chance(40) ? 0 : Below(95);
+    copy_failures_ = Chance(50) ? 0 : Below(50);
+    harness_.executor().copy_outcome = [this](TransferId, TransferKind) {
+      return CopyOutcomeNow();
+    };
+    harness_.change_event = [this](ExecutionEvent& event) {
+      std::shuffle(event.completed_transfer_ids.begin(), event.completed_transfer_ids.end(),
+                   random_);
+      std::shuffle(event.failed_transfer_ids.begin(), event.failed_transfer_ids.end(), random_);
+    };
     for (int index = 0; index < 3; ++index) {
       shared_prefixes_.push_back(
           MakePrompt(Below(40), static_cast<TokenId>(seed % 1000) * 8 + index));
@@ -84,7 +102,21 @@ class RandomRun {
     options.max_num_batched_tokens = options.max_num_seqs + Below(Chance(50) ? 6 : 64);
     options.max_loras = 1 + Below(3);
     options.enable_prefix_caching = Chance(75);
+    if (Chance(70)) {
+      options.num_host_pages = 1 + Below((Chance(60) ? 6 : 1) * options.num_device_pages);
+      options.write_policy =
+          std::vector{WritePolicy::kOff, WritePolicy::kWriteBack,
+                      WritePolicy::kWriteThrough}[static_cast<std::size_t>(Below(3))];
+      if (Chance(50)) options.write_back_watermark_pages = 1 + Below(options.num_device_pages);
+    }
     return options;
+  }
+
+  CopyOutcome CopyOutcomeNow() {
+    if (Chance(copy_slowness_)) return CopyOutcome::kUnderWay;
+    if (!Chance(copy_failures_)) return CopyOutcome::kDone;
+    ++coverage_.num_failed_copies;
+    return CopyOutcome::kFailed;
   }
 
   void Operate() {
@@ -116,6 +148,11 @@ class RandomRun {
   }
 
   void AddRequest() {
+    ++coverage_.num_requests;
+    if (!requests_with_followers_.empty() && Chance(40)) {
+      AddFollower();
+      return;
+    }
     const std::int32_t max_model_len = harness_.scheduler().options().max_model_len;
     std::vector<TokenId> prompt;
     if (Chance(60)) prompt = shared_prefixes_[static_cast<std::size_t>(Below(3))];
@@ -127,8 +164,26 @@ class RandomRun {
     }
     const std::int32_t room = max_model_len - static_cast<std::int32_t>(prompt.size());
     const AdapterId adapter = open_.empty() || Chance(30) ? kBaseAdapter : PickOpen();
-    harness_.Add(next_request_id_++, adapter, std::move(prompt), 1 + Below(room), Chance(80));
-    ++coverage_.num_requests;
+    harness_.Add(next_request_id_, adapter, std::move(prompt), 1 + Below(room), Chance(80));
+    if (Chance(20)) requests_with_followers_.push_back(next_request_id_);
+    ++next_request_id_;
+  }
+
+  /// A request with the prompt of an earlier one, as in a conversation that is taken up again.
+  void AddFollower() {
+    // Mostly of the last few: their pages may be anywhere.
+    const auto size = static_cast<std::int32_t>(requests_with_followers_.size());
+    const std::int32_t index = std::max(0, size - 1 - Below(8));
+    const TrackedRequest& earlier =
+        harness_.request(requests_with_followers_[static_cast<std::size_t>(index)]);
+    AdapterId adapter = earlier.adapter;
+    if (adapter != kBaseAdapter && std::ranges::find(open_, adapter) == open_.end()) {
+      adapter = kBaseAdapter;
+    }
+    std::vector<TokenId> prompt = earlier.prompt;
+    const std::int32_t max_model_len = harness_.scheduler().options().max_model_len;
+    const std::int32_t room = max_model_len - static_cast<std::int32_t>(prompt.size());
+    harness_.Add(next_request_id_++, adapter, std::move(prompt), 1 + Below(room), Chance(95));
   }
 
   std::vector<std::int64_t> LiveRequests(std::optional<AdapterId> adapter = std::nullopt) const {
@@ -148,15 +203,24 @@ class RandomRun {
 
   void Step(bool with_operations) {
     const bool had_work = harness_.scheduler().HasWork();
+    const bool had_copies = harness_.scheduler().Stats().num_transfers > 0;
     const ExecutionPlan plan = harness_.Step([&] {
       if (!with_operations) return;
       is_plan_outstanding_ = true;
       if (Chance(25)) Operate();
+      if (Chance(25)) harness_.ReportCopies();
       is_plan_outstanding_ = false;
     });
     // Loads end within their step and failed adapters are cleaned up below, so something can always
-    // run.
-    EXPECT_EQ(plan.IsEmpty(), !had_work) << "work is due but the plan is empty, or the reverse";
+    // run, unless it waits for copies.
+    if (plan.IsEmpty()) {
+      EXPECT_TRUE(!had_work || had_copies) << "work is due but the plan is empty";
+      coverage_.num_waits_for_copies += had_work;
+    } else if (!had_work) {
+      EXPECT_TRUE(plan.request_ids.empty() && plan.load_adapter_ids.empty() &&
+                  plan.drained_adapter_ids.empty())
+          << "more than copies are planned although no work was due";
+    }
     for (const std::int64_t id : plan.drained_adapter_ids) {
       EXPECT_EQ(draining_.erase(AdapterId(id)), 1U) << "adapter " << id << " was never drained";
       EXPECT_TRUE(LiveRequests(AdapterId(id)).empty()) << "adapter " << id << " is still in use";
@@ -178,12 +242,13 @@ class RandomRun {
   }
 
   void FinishAll() {
-    // A step computes at least one token, so with the work that preemptions repeat this bound is
-    // generous; a request that hangs never meets it.
+    // A step computes at least one token or waits for copies, so with the work that preemptions and
+    // failed copies repeat this bound is generous; a request that hangs never meets it.
+    copy_slowness_ = std::min(copy_slowness_, 50);
     std::int64_t bound = 50;
     for (const std::int64_t id : LiveRequests()) {
       const TrackedRequest& request = harness_.request(id);
-      bound += 4 * (static_cast<std::int64_t>(request.prompt.size()) + request.max_tokens);
+      bound += 8 * (static_cast<std::int64_t>(request.prompt.size()) + request.max_tokens);
     }
     for (std::int64_t step = 0; harness_.scheduler().HasWork(); ++step) {
       ASSERT_LT(step, bound) << "requests hang";
@@ -193,6 +258,7 @@ class RandomRun {
     }
     while (!open_.empty()) DrainAdapter(PickOpen());
     while (harness_.scheduler().HasWork()) Step(/*with_operations=*/false);
+    while (harness_.scheduler().Stats().num_transfers > 0) harness_.ReportCopies();
     harness_.ExpectRightOutputs();
     harness_.ExpectNothingLeft();
     EXPECT_TRUE(draining_.empty()) << draining_.size() << " drains never completed";
@@ -202,6 +268,10 @@ class RandomRun {
     coverage_.num_preemptions += stats.total_preemptions;
     coverage_.num_evicted_pages += stats.total_evicted_pages;
     coverage_.num_hit_tokens += stats.total_hit_tokens;
+    coverage_.num_host_hit_tokens += stats.total_host_hit_tokens;
+    coverage_.num_evicted_host_pages += stats.total_evicted_host_pages;
+    coverage_.num_write_backs += harness_.num_write_backs();
+    coverage_.num_load_backs += harness_.num_load_backs();
   }
 
   void Log(const ExecutionPlan& plan) {
@@ -218,16 +288,23 @@ class RandomRun {
     append(plan.delta_pages);
     append(plan.load_adapter_slots);
     append(plan.drained_adapter_ids);
+    append(plan.transfer_ids);
+    append(plan.transfer_kinds);
+    append(plan.transfer_source_pages);
+    append(plan.transfer_destination_pages);
   }
 
   std::mt19937_64 random_;
   Coverage& coverage_;
   SchedulerHarness harness_;
   std::vector<std::vector<TokenId>> shared_prefixes_;
+  std::vector<std::int64_t> requests_with_followers_;
   std::vector<AdapterId> open_;
   std::set<AdapterId> draining_;
   std::set<AdapterId> failing_;
   std::int32_t busyness_ = 0;
+  std::int32_t copy_slowness_ = 0;  // percent of the steps that a copy stays under way
+  std::int32_t copy_failures_ = 0;  // percent of the copies
   bool is_plan_outstanding_ = false;
   std::int64_t next_adapter_id_ = 1;
   std::int64_t next_request_id_ = 0;
@@ -254,7 +331,11 @@ TEST(SchedulerRandomTest, EveryRequestGetsItsOwnTokensAndNothingIsLeft) {
             << coverage.num_aborts_in_plan << " + " << coverage.num_other_aborts << " aborts, "
             << coverage.num_drained_adapters << " adapters drained ("
             << coverage.num_drains_with_requests << " in use), " << coverage.num_failed_loads
-            << " loads failed\n";
+            << " loads failed, " << coverage.num_write_backs << " write-backs, "
+            << coverage.num_load_backs << " load-backs, " << coverage.num_failed_copies
+            << " copies failed, " << coverage.num_host_hit_tokens << " tokens from the host, "
+            << coverage.num_evicted_host_pages << " host pages evicted, "
+            << coverage.num_waits_for_copies << " waits for copies\n";
   if (num_steps < 20000) return;
   EXPECT_GT(coverage.num_preemptions, 100);
   EXPECT_GT(coverage.num_evicted_pages, 100);
@@ -265,6 +346,12 @@ TEST(SchedulerRandomTest, EveryRequestGetsItsOwnTokensAndNothingIsLeft) {
   EXPECT_GT(coverage.num_drained_adapters, 100);
   EXPECT_GT(coverage.num_drains_with_requests, 50);
   EXPECT_GT(coverage.num_chunks, 1000);
+  EXPECT_GT(coverage.num_write_backs, 1000);
+  EXPECT_GT(coverage.num_load_backs, 100);
+  EXPECT_GT(coverage.num_failed_copies, 50);
+  EXPECT_GT(coverage.num_host_hit_tokens, 500);
+  EXPECT_GT(coverage.num_evicted_host_pages, 100);
+  EXPECT_GT(coverage.num_waits_for_copies, 20);
 }
 
 TEST(SchedulerRandomTest, EqualSeedsMakeEqualPlans) {

@@ -12,14 +12,19 @@
 #include "common/strong_id.h"
 #include "scheduler/execution_plan.h"
 #include "scheduler/scheduler.h"
+#include "support/oracle_pages.h"
 
 namespace lora_serve::testing {
+
+/// What became of a copy in one step.
+enum class CopyOutcome : std::uint8_t { kDone, kUnderWay, kFailed };
 
 /// An executor without a model. Its "KV" of a token is (adapter, token, position, hash of the KV
 /// before it); the next token is a hash of everything it reads through its page table for the row's
 /// sequence. It knows only what plans told it: the page table is built from deltas, the slot table
-/// from loads and drains. Any wrong page, row, adapter, order or delta changes a token. It throws
-/// std::logic_error where a real executor would read or write out of bounds.
+/// from loads and drains, the host's pages from copies. Any wrong page, row, adapter, order, delta
+/// or copy changes a token. It throws std::logic_error where a real executor would read or write
+/// out of bounds, or something that is being copied.
 class OracleExecutor {
  public:
   static constexpr TokenId kVocabSize = 30011;
@@ -28,8 +33,7 @@ class OracleExecutor {
 
   explicit OracleExecutor(const SchedulerOptions& options)
       : page_size_(options.page_size),
-        kv_(static_cast<std::size_t>(options.num_device_pages) *
-            static_cast<std::size_t>(options.page_size)),
+        pages_(options.page_size, options.num_device_pages, options.num_host_pages),
         page_table_(static_cast<std::size_t>(options.max_num_seqs)) {}
 
   /// Runs the plan. Adapters for which `load_fails` is true are reported as failed.
@@ -39,6 +43,7 @@ class OracleExecutor {
     event.plan_id = plan.plan_id;
     for (const std::int64_t id : plan.drained_adapter_ids) Remove(AdapterId(id));
     Load(plan, load_fails, event);
+    pages_.Start(plan);
     ApplyDeltas(plan);
     std::size_t offset = 0;
     for (std::size_t index = 0; index < plan.request_ids.size(); ++index) {
@@ -47,6 +52,14 @@ class OracleExecutor {
       offset += num_tokens;
     }
     Require(offset == plan.token_ids.size(), "token_ids has tokens of no row");
+    EndCopies(event);
+    return event;
+  }
+
+  /// Reports the copies that end now, outside a plan.
+  ExecutionEvent ReportCopies() {
+    ExecutionEvent event;
+    EndCopies(event);
     return event;
   }
 
@@ -67,7 +80,7 @@ class OracleExecutor {
   /// What a request gets when it runs alone: a pure function.
   static std::vector<TokenId> RunAlone(AdapterId adapter, std::span<const TokenId> prompt,
                                        std::int32_t max_tokens) {
-    std::vector<Entry> sequence;
+    std::vector<OracleEntry> sequence;
     const auto append = [&](TokenId token) {
       sequence.push_back(MakeEntry(adapter, token, static_cast<std::int32_t>(sequence.size()),
                                    sequence.empty() ? nullptr : &sequence.back()));
@@ -76,7 +89,7 @@ class OracleExecutor {
     std::vector<TokenId> output;
     while (static_cast<std::int32_t>(output.size()) < max_tokens) {
       std::uint64_t hash = StartHash(adapter);
-      for (const Entry& entry : sequence) hash = Mix(hash, entry);
+      for (const OracleEntry& entry : sequence) hash = Mix(hash, entry);
       output.push_back(TokenOf(hash));
       if (IsStopToken(output.back())) break;
       append(output.back());
@@ -86,14 +99,10 @@ class OracleExecutor {
 
   static bool IsStopToken(TokenId token) { return token % kStopTokenDivisor == 0; }
 
- private:
-  struct Entry {
-    std::int64_t adapter_id = -7;  // never written
-    TokenId token = -7;
-    std::int32_t position = -7;
-    std::uint64_t prefix_hash = 0;
-  };
+  /// Asked for each copy under way, lowest id first, once a step; by default each is done at once.
+  std::function<CopyOutcome(TransferId, TransferKind)> copy_outcome;
 
+ private:
   static void Require(bool condition, const std::string& message) {
     if (!condition) throw std::logic_error("oracle executor: " + message);
   }
@@ -102,7 +111,7 @@ class OracleExecutor {
     hash *= 0xff51afd7ed558ccdULL;
     return hash ^ (hash >> 33);
   }
-  static std::uint64_t Mix(std::uint64_t hash, const Entry& entry) {
+  static std::uint64_t Mix(std::uint64_t hash, const OracleEntry& entry) {
     hash = Mix(hash, static_cast<std::uint64_t>(entry.adapter_id));
     hash = Mix(hash, static_cast<std::uint64_t>(entry.token));
     hash = Mix(hash, static_cast<std::uint64_t>(entry.position));
@@ -114,8 +123,8 @@ class OracleExecutor {
   static TokenId TokenOf(std::uint64_t hash) {
     return static_cast<TokenId>(hash % static_cast<std::uint64_t>(kVocabSize));
   }
-  static Entry MakeEntry(AdapterId adapter, TokenId token, std::int32_t position,
-                         const Entry* before) {
+  static OracleEntry MakeEntry(AdapterId adapter, TokenId token, std::int32_t position,
+                               const OracleEntry* before) {
     return {adapter.value(), token, position, before == nullptr ? 1 : Mix(3, *before)};
   }
 
@@ -155,10 +164,23 @@ class OracleExecutor {
     }
   }
 
-  Entry& At(std::int32_t row, std::int32_t position) {
+  void EndCopies(ExecutionEvent& event) {
+    for (const std::int64_t id : pages_.UnderWay()) {
+      const CopyOutcome outcome =
+          copy_outcome ? copy_outcome(TransferId(id), pages_.KindOf(id)) : CopyOutcome::kDone;
+      if (outcome == CopyOutcome::kUnderWay) continue;
+      const bool has_failed = outcome == CopyOutcome::kFailed;
+      pages_.End(id, has_failed);
+      (has_failed ? event.failed_transfer_ids : event.completed_transfer_ids).push_back(id);
+    }
+  }
+
+  [[nodiscard]] std::int32_t PageAt(std::int32_t row, std::int32_t position) const {
     const auto& pages = page_table_.at(static_cast<std::size_t>(row));
-    const std::int32_t page = pages.at(static_cast<std::size_t>(position / page_size_));
-    return kv_.at(static_cast<std::size_t>(page * page_size_ + position % page_size_));
+    return pages.at(static_cast<std::size_t>(position / page_size_));
+  }
+  [[nodiscard]] const OracleEntry& At(std::int32_t row, std::int32_t position) const {
+    return pages_.Read(PageAt(row, position), position % page_size_);
   }
 
   void RunRow(const ExecutionPlan& plan, std::size_t index, std::span<const TokenId> tokens,
@@ -167,8 +189,9 @@ class OracleExecutor {
     const std::int32_t row = plan.page_table_rows[index];
     std::int32_t position = plan.num_computed_tokens[index];
     for (const TokenId token : tokens) {
-      const Entry* before = position == 0 ? nullptr : &At(row, position - 1);
-      At(row, position) = MakeEntry(adapter, token, position, before);
+      const OracleEntry* before = position == 0 ? nullptr : &At(row, position - 1);
+      pages_.Write(PageAt(row, position), position % page_size_,
+                   MakeEntry(adapter, token, position, before));
       ++position;
     }
     if (plan.samples_token[index] == 0) {
@@ -183,7 +206,7 @@ class OracleExecutor {
   }
 
   std::int32_t page_size_;
-  std::vector<Entry> kv_;
+  OraclePages pages_;
   std::vector<std::vector<std::int32_t>> page_table_;
   std::map<std::int32_t, AdapterId> slots_;
   std::map<AdapterId, bool> removed_;

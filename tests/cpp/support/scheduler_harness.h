@@ -52,6 +52,8 @@ struct TrackedRequest {
   /// Of the first plan with a row of it; -1 before.
   std::int32_t num_cached_tokens = -1;
   std::int32_t num_steps = 0;
+  /// Of its newest plan.
+  std::int32_t newest_num_computed_tokens = 0;
   /// The most tokens whose KV it ever had.
   std::int32_t max_computed_tokens = 0;
   std::int64_t arrival = 0;
@@ -65,7 +67,7 @@ struct TrackedRequest {
 
 /// A scheduler, an oracle executor, and the checks that hold in every step of every test:
 /// the plan is well formed and within its limits, carries the right tokens, adapters and cached
-/// counts, invariants hold, and tree + private + free pages are all there are.
+/// counts, invariants hold, and the pages of each tier add up.
 class SchedulerHarness {
  public:
   explicit SchedulerHarness(const SchedulerOptions& options)
@@ -77,6 +79,9 @@ class SchedulerHarness {
   [[nodiscard]] const std::map<std::int64_t, TrackedRequest>& requests() const { return requests_; }
   [[nodiscard]] const std::set<AdapterId>& drained() const { return drained_; }
   [[nodiscard]] std::int32_t max_times_overtaken() const { return max_times_overtaken_; }
+  /// Copies that plans have given out.
+  [[nodiscard]] std::int64_t num_write_backs() const { return num_write_backs_; }
+  [[nodiscard]] std::int64_t num_load_backs() const { return num_load_backs_; }
 
   /// Opens `adapter` and runs the step that loads it. Nothing for the base model.
   void OpenAndLoad(AdapterId adapter) {
@@ -106,7 +111,8 @@ class SchedulerHarness {
     requests_.at(id).is_aborted = true;
   }
 
-  /// One step; `between` runs while the plan is outstanding. Returns the plan.
+  /// One step; `between` runs while the plan is outstanding. Returns the plan. After an empty plan
+  /// only copies are reported.
   ExecutionPlan Step(const std::function<void()>& between = nullptr) {
     ExecutionPlan plan = scheduler_.NextPlan(++now_us_);
     num_empty_plans_ = plan.IsEmpty() ? num_empty_plans_ + 1 : 0;
@@ -117,19 +123,32 @@ class SchedulerHarness {
     }
     CheckPlan(plan);
     CheckState();
-    EXPECT_EQ(std::ssize(plan.request_ids), scheduler_.Stats().num_running_requests)
-        << "a request holds a row but is not in the plan";
+    CheckWhoRuns(plan);
     if (plan.IsEmpty()) {
       if (between) between();
+      ReportCopies();
       return plan;
     }
-    const ExecutionEvent event = executor_.Execute(plan, load_fails);
+    ExecutionEvent event = executor_.Execute(plan, load_fails);
+    if (change_event) change_event(event);
     if (between) between();
     CheckState();
     scheduler_.Advance(event);
     Record(plan, event);
     CheckState();
     return plan;
+  }
+
+  /// Reports the copies that end now without a plan; allowed at any time. Returns how many.
+  std::int64_t ReportCopies() {
+    ExecutionEvent event = executor_.ReportCopies();
+    const std::int64_t num_copies =
+        std::ssize(event.completed_transfer_ids) + std::ssize(event.failed_transfer_ids);
+    if (num_copies == 0) return 0;
+    if (change_event) change_event(event);
+    scheduler_.Advance(event);
+    CheckState();
+    return num_copies;
   }
 
   /// Steps until nothing is left to do; fails the test when that takes more than `max_steps`.
@@ -158,6 +177,7 @@ class SchedulerHarness {
     EXPECT_EQ(stats.num_waiting_requests, 0);
     EXPECT_EQ(stats.num_running_requests, 0);
     EXPECT_EQ(stats.num_private_pages, 0);
+    EXPECT_EQ(stats.num_transfers, 0);
     for (const AdapterStats& adapter : stats.adapters) {
       EXPECT_NE(adapter.state, AdapterState::kDraining) << "adapter " << adapter.adapter_id;
     }
@@ -173,6 +193,8 @@ class SchedulerHarness {
 
   /// Whether the load of an adapter fails; by default none does.
   std::function<bool(AdapterId)> load_fails;
+  /// Applied to events that are good already: another order of the reports, for example.
+  std::function<void(ExecutionEvent&)> change_event;
 
  private:
   static constexpr std::int64_t kMaxEmptyPlans = 100;  // in a row
@@ -183,6 +205,22 @@ class SchedulerHarness {
     const SchedulerStats stats = scheduler_.Stats();
     EXPECT_EQ(stats.num_free_pages + stats.num_tree_pages + stats.num_private_pages,
               stats.num_device_pages);
+    std::int64_t num_used_host_pages = 0;
+    for (const AdapterStats& adapter : stats.adapters)
+      num_used_host_pages += adapter.num_host_pages;
+    EXPECT_EQ(stats.num_free_host_pages + num_used_host_pages, stats.num_host_pages);
+  }
+
+  /// Who holds a row is in the plan, unless it waits for copies or for tokens of the step.
+  void CheckWhoRuns(const ExecutionPlan& plan) const {
+    const SchedulerStats stats = scheduler_.Stats();
+    const auto max_tokens = static_cast<std::size_t>(scheduler_.options().max_num_batched_tokens);
+    if (stats.num_transfers > 0 || plan.token_ids.size() == max_tokens) {
+      EXPECT_LE(std::ssize(plan.request_ids), stats.num_running_requests);
+    } else {
+      EXPECT_EQ(std::ssize(plan.request_ids), stats.num_running_requests)
+          << "a request holds a row but is not in the plan";
+    }
   }
 
   void CheckPlan(const ExecutionPlan& plan) {
@@ -201,6 +239,7 @@ class SchedulerHarness {
       EXPECT_TRUE(drained_.insert(AdapterId(id)).second)
           << "adapter " << id << " was drained twice";
     }
+    CheckTransfers(plan);
     std::set<std::int32_t> rows;
     std::set<std::int32_t> slots;
     std::size_t offset = 0;
@@ -215,9 +254,37 @@ class SchedulerHarness {
     CheckOvertaking(plan);
   }
 
+  void CheckTransfers(const ExecutionPlan& plan) {
+    const SchedulerOptions& options = scheduler_.options();
+    const std::size_t num_copies = plan.transfer_ids.size();
+    ASSERT_EQ(plan.transfer_kinds.size(), num_copies);
+    ASSERT_EQ(plan.transfer_offsets.size(), num_copies + 1);
+    ASSERT_EQ(plan.transfer_source_pages.size(), plan.transfer_destination_pages.size());
+    ASSERT_EQ(plan.transfer_offsets.front(), 0);
+    ASSERT_EQ(plan.transfer_offsets.back(), std::ssize(plan.transfer_source_pages));
+    for (std::size_t index = 0; index < num_copies; ++index) {
+      EXPECT_GT(plan.transfer_ids[index], newest_transfer_) << "a copy was given out before";
+      newest_transfer_ = plan.transfer_ids[index];
+      const bool is_load_back = plan.transfer_kinds[index] == 1;
+      EXPECT_TRUE(is_load_back || plan.transfer_kinds[index] == 0);
+      num_load_backs_ += is_load_back;
+      num_write_backs_ += !is_load_back;
+      ASSERT_LT(plan.transfer_offsets[index], plan.transfer_offsets[index + 1]);
+      for (auto at = plan.transfer_offsets[index]; at < plan.transfer_offsets[index + 1]; ++at) {
+        std::int32_t device_page = plan.transfer_source_pages[static_cast<std::size_t>(at)];
+        std::int32_t host_page = plan.transfer_destination_pages[static_cast<std::size_t>(at)];
+        if (is_load_back) std::swap(device_page, host_page);
+        EXPECT_TRUE(device_page >= 0 && device_page < options.num_device_pages) << device_page;
+        EXPECT_TRUE(host_page >= 0 && host_page < options.num_host_pages) << host_page;
+      }
+    }
+  }
+
   /// Whatever the first in line waits for, newer requests of adapters pass it a bounded number of
-  /// times. A preempted request is in front of the line, so only plans without one are counted.
+  /// times. A preempted request is in front of the line, so only plans without one are counted. Nor
+  /// are steps with copies: who waits for one is passed freely.
   void CheckOvertaking(const ExecutionPlan& plan) {
+    if (scheduler_.Stats().num_transfers > 0) return;
     TrackedRequest* first = nullptr;
     for (auto& [id, request] : requests_) {
       if (request.HasEnded()) continue;
@@ -253,6 +320,7 @@ class SchedulerHarness {
       EXPECT_EQ(plan.token_ids.at(offset + static_cast<std::size_t>(token)),
                 tokens.at(static_cast<std::size_t>(num_computed + token)));
     }
+    request.newest_num_computed_tokens = num_computed;
     if (request.num_cached_tokens < 0) request.num_cached_tokens = num_computed;
     EXPECT_EQ(plan.num_cached_tokens[index], request.num_cached_tokens);
     if (!request.reuse_prefix || !scheduler_.options().enable_prefix_caching) {
@@ -285,6 +353,9 @@ class SchedulerHarness {
   std::int64_t num_empty_plans_ = 0;
   std::int64_t next_arrival_ = 0;
   std::int32_t max_times_overtaken_ = 0;
+  std::int64_t newest_transfer_ = -1;
+  std::int64_t num_write_backs_ = 0;
+  std::int64_t num_load_backs_ = 0;
 };
 
 }  // namespace lora_serve::testing

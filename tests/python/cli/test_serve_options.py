@@ -32,6 +32,7 @@ def test_every_option_reaches_the_engine():
     options = (
         "--dtype float32 --device cpu --load-format dummy --page-size 8 --num-device-pages 77 "
         "--max-num-seqs 3 --max-num-batched-tokens 64 --max-model-len 100 --max-loras 5 --max-lora-rank 6 "
+        "--kv-host-memory-gb 1.5 --kv-write-policy write_back "
         "--no-prefix-caching --lora-allowed-roots /a /b --lora-allowed-roots /c --seed 9"
     )
     assert launch_of("m", *options.split()).config == EngineConfig(
@@ -46,6 +47,8 @@ def test_every_option_reaches_the_engine():
         max_model_len=100,
         max_loras=5,
         max_lora_rank=6,
+        kv_host_memory_gb=1.5,
+        kv_write_policy="write_back",
         enable_prefix_caching=False,
         lora_allowed_roots=["/a", "/b", "/c"],
         seed=9,
@@ -91,6 +94,7 @@ def test_an_adapter_given_twice_is_refused():
         (["--max-num-seqs", "9", "--max-num-batched-tokens", "8"], "max_num_batched_tokens is 8"),
         (["--served-model-name", ""], "--served-model-name"),
         (["--api-key", ""], "--api-key"),
+        (["--kv-host-memory-gb", "-1"], "kv_host_memory_gb is -1.0"),
         (["--max-answers-per-request", "0"], "max_answers_per_request is 0"),
         (["--lora-modules", "a:b=/x"], "lora_name is 'a:b'"),
         (["--served-model-name", "base", "--lora-modules", "base=/x"], "the base model's name"),
@@ -115,7 +119,16 @@ def test_taken_port_is_named_before_the_model_is_loaded(capsys):
     assert f"port {port}" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("arguments", [[], ["nothing"], ["serve"], ["serve", "m", "--dtype", "int3"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["nothing"],
+        ["serve"],
+        ["serve", "m", "--dtype", "int3"],
+        ["serve", "m", "--kv-write-policy", "sometimes"],
+    ],
+)
 def test_bad_usage_exits_with_two(arguments):
     with pytest.raises(SystemExit) as error:
         main(arguments)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import threading
 from concurrent.futures import FIRST_COMPLETED, wait
@@ -11,7 +12,6 @@ from lora_serve.common.errors import InvalidArgumentError
 from lora_serve.common.sampling_params import SamplingParams
 from lora_serve.engine.engine_core import EngineCore
 from lora_serve.engine.messages import EngineRequest
-from lora_serve.executor.executor import ExecutionResult
 from lora_serve.lora.peft_adapter import HostAdapter
 from lora_serve.testing.oracle_adapters import OracleAdapterStore
 from lora_serve.testing.oracle_executor import OracleExecutor, OracleOptions, oracle_tokens
@@ -68,6 +68,7 @@ class TroubledExecutor(OracleExecutor):
         self.raises = None
         self.is_closed = False
         self.failing_loads = set()
+        self.transfer_kinds = {}
 
     def execute(self, plan, states=()):
         if self.raises is not None:
@@ -76,6 +77,8 @@ class TroubledExecutor(OracleExecutor):
         self.options = OracleOptions(
             **{**self.options.__dict__, "failing_adapter_ids": tuple(self.failing_loads)}
         )
+        kinds = zip(plan.transfer_ids.tolist(), plan.transfer_kinds.tolist(), strict=True)
+        self.transfer_kinds.update(kinds)
         result = super().execute(plan, states)
         errors, tokens = {}, result.sampled_token_ids.copy()
         for row, request_id in enumerate(plan.request_ids.tolist()):
@@ -83,14 +86,7 @@ class TroubledExecutor(OracleExecutor):
                 errors[row] = "logits are not finite"
                 tokens[row] = -1
                 states[row].output_token_ids.pop()
-        return ExecutionResult(
-            result.plan_id,
-            tokens,
-            result.logprobs,
-            result.loaded_adapter_ids,
-            result.failed_adapter_ids,
-            errors,
-        )
+        return dataclasses.replace(result, sampled_token_ids=tokens, row_errors=errors)
 
     def close(self):
         self.is_closed = True
@@ -100,7 +96,14 @@ class CoreDriver:
     """An engine, what it has said so far, and the answers that each request would get alone."""
 
     def __init__(
-        self, *, num_device_pages=64, max_num_seqs=4, max_num_batched_tokens=16, max_loras=2, **options
+        self,
+        *,
+        num_device_pages=64,
+        max_num_seqs=4,
+        max_num_batched_tokens=16,
+        max_loras=2,
+        kv_write_policy="write_through",
+        **options,
     ):
         self.executor = TroubledExecutor(
             OracleOptions(
@@ -118,6 +121,7 @@ class CoreDriver:
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
             max_loras=max_loras,
+            kv_write_policy=kv_write_policy,
         )
         self.core = EngineCore(config, self.executor)
         self.outputs = {}

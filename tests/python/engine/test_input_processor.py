@@ -20,6 +20,7 @@ INFO = ModelInfo(
     eos_token_ids=[1],
     page_size=4,
     num_device_pages=64,
+    num_host_pages=0,
     max_num_seqs=8,
     max_loras=4,
 )

@@ -5,6 +5,7 @@ import random
 import pytest
 
 from lora_serve.common.errors import AdapterConflictError, AdapterNotFoundError, InvalidArgumentError
+from lora_serve.testing.oracle_executor import CopyOutcome
 
 from .core_driver import CoreDriver
 
@@ -12,13 +13,23 @@ NAMES = ("a", "b", "c")
 
 
 class RandomLife:
-    """Random requests and adapter operations on a pool that is too small for them."""
+    """Random requests and adapter operations on pools that are too small for them."""
 
-    def __init__(self, seed):
+    def __init__(self, seed, **options):
         self.rng = random.Random(seed)
-        self.driver = CoreDriver(num_device_pages=18, max_num_seqs=4, max_num_batched_tokens=24, max_loras=2)
+        self.driver = CoreDriver(
+            num_device_pages=18, max_num_seqs=4, max_num_batched_tokens=24, max_loras=2, **options
+        )
+        self.num_failed_copies = 0
+        self.driver.executor.copy_outcome = self.end_copy
         self.requests = []
         self.operations = []
+
+    def end_copy(self, transfer_id):
+        """Most copies take a step or two, and some fail."""
+        outcome = self.rng.choices(list(CopyOutcome), [20, 20, 2])[0]
+        self.num_failed_copies += outcome is CopyOutcome.FAILED
+        return outcome
 
     def act(self):
         rng, core = self.rng, self.driver.core
@@ -49,9 +60,18 @@ class RandomLife:
             assert name is None or name in serving
 
 
-@pytest.mark.parametrize("seed", range(8))
-def test_every_token_is_that_of_a_run_alone_and_nothing_is_left_behind(seed):
-    life = RandomLife(seed)
+TIERS = [
+    {},
+    {"num_host_pages": 30},
+    {"num_host_pages": 30, "kv_write_policy": "write_back"},
+    {"num_host_pages": 9, "kv_write_policy": "off"},
+]
+
+
+@pytest.mark.parametrize("tiers", TIERS, ids=["device only", "write_through", "write_back", "off"])
+@pytest.mark.parametrize("seed", range(6))
+def test_every_token_is_that_of_a_run_alone_and_nothing_is_left_behind(seed, tiers):
+    life = RandomLife(seed, **tiers)
     driver = life.driver
     driver.files.contents["/bad"] = "bad"
     for _ in range(800):
@@ -82,17 +102,27 @@ def test_every_token_is_that_of_a_run_alone_and_nothing_is_left_behind(seed):
     assert driver.core.adapters() == []
     assert driver.files.snapshot() == []
     driver.assert_pages_free()
+    driver.executor.copy_outcome = lambda transfer_id: CopyOutcome.DONE
+    driver.step()  # Reports the copies that nobody waits for.
+    stats = driver.core.stats()
+    assert stats.num_transfers == 0
+    base = driver.core._scheduler.stats().adapters[0]
+    assert stats.num_free_host_pages + base.num_host_pages == stats.num_host_pages
 
 
 def test_random_lives_preempt_and_replace():
     """What the seeds above must have met, or they prove little."""
-    num_preemptions = num_generations = 0
+    num_preemptions = num_generations = num_host_hits = num_failed_copies = 0
     for seed in range(3):
-        life = RandomLife(seed)
+        life = RandomLife(seed, num_host_pages=30)
         for _ in range(800):
             life.act()
         num_preemptions += life.driver.core.stats().total_preemptions
         num_generations += life.driver.core._registry._next_adapter_id - 1
+        num_host_hits += life.driver.core.stats().total_host_hit_tokens
+        num_failed_copies += life.num_failed_copies
         life.driver.run()
     assert num_preemptions > 5
+    assert num_host_hits > 50
+    assert num_failed_copies > 5
     assert num_generations > 20

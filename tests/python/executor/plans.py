@@ -17,6 +17,8 @@ class PlanStandIn:
     deltas: list[tuple[int, int, list[int]]] = field(default_factory=list)
     loads: list[tuple[int, int]] = field(default_factory=list)
     drained: list[int] = field(default_factory=list)
+    # (id, kind, source pages, destination pages)
+    transfers: list[tuple[int, int, list[int], list[int]]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         def column(name: str, default: int = 0) -> np.ndarray:
@@ -38,6 +40,12 @@ class PlanStandIn:
         self.load_adapter_ids = np.array([adapter for adapter, _ in self.loads], dtype=np.int64)
         self.load_adapter_slots = np.array([slot for _, slot in self.loads], dtype=np.int32)
         self.drained_adapter_ids = np.array(self.drained, dtype=np.int64)
+        self.transfer_ids = np.array([one[0] for one in self.transfers], dtype=np.int64)
+        self.transfer_kinds = np.array([one[1] for one in self.transfers], dtype=np.int8)
+        lengths = [len(one[2]) for one in self.transfers]
+        self.transfer_offsets = np.array([0, *np.cumsum(lengths)], dtype=np.int32)
+        pages = [[page for one in self.transfers for page in one[side]] for side in (2, 3)]
+        self.transfer_source_pages, self.transfer_destination_pages = np.array(pages, dtype=np.int32)
         for name, value in vars(self).items():
             if isinstance(value, np.ndarray):
                 value.flags.writeable = False
@@ -49,4 +57,4 @@ class PlanStandIn:
 
     @property
     def is_empty(self) -> bool:
-        return not (self.rows or self.loads or self.drained)
+        return not (self.rows or self.loads or self.drained or self.transfers)

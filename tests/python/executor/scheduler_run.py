@@ -18,7 +18,10 @@ class SchedulerRun:
         self.executor = executor
         self.scheduler = Scheduler(
             SchedulerOptions(
-                num_device_pages=executor.num_device_pages, max_model_len=executor.max_model_len, **options
+                num_device_pages=executor.num_device_pages,
+                num_host_pages=executor.num_host_pages,
+                max_model_len=executor.max_model_len,
+                **options,
             )
         )
         self.states: dict[int, SamplingState] = {}
@@ -62,6 +65,8 @@ class SchedulerRun:
                 is_finished=np.zeros(len(request_ids), dtype=np.uint8),
                 loaded_adapter_ids=result.loaded_adapter_ids,
                 failed_adapter_ids=list(result.failed_adapter_ids),
+                completed_transfer_ids=result.completed_transfer_ids,
+                failed_transfer_ids=list(result.failed_transfer_ids),
             )
         )
         self.drained += plan.drained_adapter_ids.tolist()

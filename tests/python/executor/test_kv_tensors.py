@@ -8,9 +8,11 @@ import torch
 from lora_serve.common.config import EngineConfig
 from lora_serve.common.errors import InvalidArgumentError
 from lora_serve.executor.kv_tensors import (
+    allocate_host_block,
     allocate_kv_layers,
     choose_max_model_len,
     choose_num_device_pages,
+    choose_num_host_pages,
     page_num_bytes,
 )
 from lora_serve.models.config import ModelConfig
@@ -46,6 +48,31 @@ def test_pages_are_as_many_as_the_memory_holds(model):
     assert choose_num_device_pages(_config(kv_memory_gb=page_gb * 7.99, num_device_pages=3), model) == 3
     with pytest.raises(InvalidArgumentError, match="raise --kv-memory-gb"):
         choose_num_device_pages(_config(kv_memory_gb=page_gb * 0.9), model)
+
+
+def test_host_pages_are_as_many_as_the_host_memory_holds(model):
+    page_gb = page_num_bytes(model, 16) / 2**30
+
+    assert choose_num_host_pages(_config(), model) == 0
+    assert choose_num_host_pages(_config(kv_host_memory_gb=page_gb * 7.99), model) == 7
+    assert choose_num_host_pages(_config(kv_host_memory_gb=page_gb * 7.99, num_device_pages=3), model) == 7
+    with pytest.raises(InvalidArgumentError, match=r"kv_host_memory_gb is .* raise --kv-host-memory-gb"):
+        choose_num_host_pages(_config(kv_host_memory_gb=page_gb * 0.9), model)
+
+
+def test_host_block_is_one_piece_with_the_bytes_of_its_pages(model):
+    block = allocate_host_block(model, 5, 16)
+
+    assert block.shape == (5, 3, 2, 16, 2, 64)
+    assert block.dtype == torch.bfloat16
+    assert block.is_contiguous()
+    assert block.nbytes == 5 * page_num_bytes(model, 16)
+    assert allocate_host_block(model, 0, 16).nbytes == 0
+
+
+def test_host_memory_that_the_machine_lacks_is_refused_with_the_option(model):
+    with pytest.raises(InvalidArgumentError, match=r"1000000000000000 KV pages .* lower --kv-host-memory-gb"):
+        allocate_host_block(model, 10**15, 16)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import numpy as np
@@ -8,7 +9,9 @@ import torch
 
 from lora_serve.common.config import EngineConfig
 from lora_serve.common.errors import InternalError, InvalidArgumentError
+from lora_serve.executor.kv_tensors import page_num_bytes
 from lora_serve.executor.model_executor import ModelExecutor
+from lora_serve.executor.transfers import LOAD_BACK, WRITE_BACK
 from lora_serve.kernels.lora_weights import LoRASliceWeights
 from lora_serve.lora.peft_adapter import HostAdapter
 from lora_serve.testing.models import make_random_model
@@ -232,6 +235,56 @@ def test_drained_adapter_is_gone_before_its_slot_is_loaded(model_path, reference
     assert run.state.output_token_ids == reference.greedy(_prompt(6), 3, second)
 
 
+# --- Copies between the tiers -------------------------------------------------------------------------------
+
+
+def _executor_with_host_tier(model_path: str, num_host_pages: int, **fields) -> ModelExecutor:
+    page_gb = page_num_bytes(_executor(model_path).model_config, PAGE_SIZE) / 2**30
+    return _executor(model_path, kv_host_memory_gb=num_host_pages * page_gb, **fields)
+
+
+def test_request_goes_on_elsewhere_from_pages_that_were_on_the_host(model_path, reference):
+    executor = _executor_with_host_tier(model_path, 9)
+    run = HandMadeRun(executor, _greedy(_prompt(10)), [0, 1, 2, 3])
+    run.finish([10], 4)  # The KV of 13 tokens: three full pages and a rest.
+
+    written = executor.execute(PlanStandIn(plan_id=90, transfers=[(5, WRITE_BACK, [0, 1, 2], [7, 2, 4])]), [])
+    HandMadeRun(executor, _greedy(_prompt(15, seed=3)), [0, 1, 2, 3], row=1).finish([15], 1)
+    run.preempt([9, 0, 8, 20, 21], num_kept=12)
+    plan = dataclasses.replace(run.plan(2), transfers=[(6, LOAD_BACK, [7, 2, 4], [9, 0, 8])])
+    loaded = executor.execute(plan, [run.state])  # The plan's rows read what its copies have brought.
+
+    assert (written.completed_transfer_ids, written.failed_transfer_ids) == ([5], {})
+    assert written.sampled_token_ids.shape == (0,)
+    assert loaded.completed_transfer_ids == [6]
+    assert run.state.output_token_ids == reference.greedy(_prompt(10), 5)
+
+
+def test_failed_copy_leaves_the_rows_of_its_plan_alone(model_path, reference, monkeypatch):
+    executor = _executor_with_host_tier(model_path, 4)
+
+    def fail(device_pages, host_pages):
+        raise RuntimeError("no such luck")
+
+    monkeypatch.setattr(executor._transfers._host_pages, "write_back", fail)
+    run = HandMadeRun(executor, _greedy(_prompt(6)), [0, 1, 2])
+    plan = dataclasses.replace(run.plan(6), transfers=[(0, WRITE_BACK, [5], [0])])
+
+    result = executor.execute(plan, [run.state])
+
+    assert result.completed_transfer_ids == []
+    assert result.failed_transfer_ids == {0: "RuntimeError: no such luck"}
+    assert run.state.output_token_ids == reference.greedy(_prompt(6), 1)
+
+
+def test_copy_without_a_host_tier_is_an_internal_error(model_path):
+    executor = _executor(model_path)
+
+    assert executor.num_host_pages == 0
+    with pytest.raises(InternalError, match=r"destination pages 0 to 0 .* in \[0, 0\)"):
+        executor.execute(PlanStandIn(transfers=[(0, WRITE_BACK, [0], [0])]), [])
+
+
 # --- Rows -------------------------------------------------------------------------------------------------
 
 
@@ -303,9 +356,10 @@ def test_plan_that_does_not_fit_its_states_is_an_internal_error(model_path):
 
 
 def test_sizes_come_from_configuration_and_model(model_path):
-    executor = _executor(model_path, num_device_pages=10, max_model_len=None)
+    executor = _executor_with_host_tier(model_path, 23, num_device_pages=10, max_model_len=None)
 
     assert executor.num_device_pages == 10
+    assert executor.num_host_pages == 23
     assert executor.max_model_len == 40
     assert executor.vocab_size == VOCAB
     assert executor.eos_token_ids == (7, 9)

@@ -41,12 +41,26 @@ ARRAY_DTYPES = {
     "load_adapter_ids": np.int64,
     "load_adapter_slots": np.int32,
     "drained_adapter_ids": np.int64,
+    "transfer_ids": np.int64,
+    "transfer_kinds": np.int8,
+    "transfer_offsets": np.int32,
+    "transfer_source_pages": np.int32,
+    "transfer_destination_pages": np.int32,
 }
+OFFSETS = ("delta_offsets", "transfer_offsets")
 
 
 @pytest.fixture
 def scheduler() -> Scheduler:
     options = SchedulerOptions(num_device_pages=16, page_size=4, max_model_len=32, max_num_batched_tokens=128)
+    return Scheduler(options)
+
+
+@pytest.fixture
+def tiered_scheduler() -> Scheduler:
+    options = SchedulerOptions(
+        num_device_pages=16, page_size=4, max_model_len=32, max_num_batched_tokens=128, num_host_pages=8
+    )
     return Scheduler(options)
 
 
@@ -101,11 +115,14 @@ def test_a_request_runs_to_its_end_with_its_adapter(scheduler: Scheduler) -> Non
 
 
 @pytest.mark.parametrize("name", ARRAY_DTYPES)
-def test_plan_arrays_are_read_only_views_of_one_dtype(scheduler: Scheduler, name: str) -> None:
+def test_plan_arrays_are_read_only_views_of_one_dtype(tiered_scheduler: Scheduler, name: str) -> None:
+    scheduler = tiered_scheduler
+    scheduler.add_request(make_request(1))
+    scheduler.advance(event_of(scheduler.next_plan(0)))
     scheduler.open_adapter(adapter_id=4, digest_seed=0, size_bytes=0)
     scheduler.open_adapter(adapter_id=5, digest_seed=0, size_bytes=0)
     scheduler.drain_adapter(5)
-    scheduler.add_request(make_request(1))
+    scheduler.add_request(make_request(2))
     plan = scheduler.next_plan(0)
     array = getattr(plan, name)
     assert array.dtype == ARRAY_DTYPES[name]
@@ -146,7 +163,7 @@ def test_empty_plan_has_empty_arrays_and_takes_no_advance(scheduler: Scheduler) 
     for name, dtype in ARRAY_DTYPES.items():
         array = getattr(plan, name)
         assert array.dtype == dtype
-        assert array.tolist() == ([0] if name == "delta_offsets" else [])
+        assert array.tolist() == ([0] if name in OFFSETS else [])
     with pytest.raises(InvalidArgumentError, match="no plan is outstanding"):
         scheduler.advance(ExecutionEvent(plan_id=0))
 
@@ -267,11 +284,57 @@ def test_stats_count_pages_and_hits(scheduler: Scheduler) -> None:
     assert (stats.adapters[0].adapter_slot, stats.adapters[0].num_tree_pages) == (-1, 1)
 
 
+def test_copies_are_planned_and_reported_with_or_without_a_plan(tiered_scheduler: Scheduler) -> None:
+    scheduler = tiered_scheduler
+    scheduler.add_request(make_request(1, max_tokens=9))
+    first = scheduler.next_plan(0)
+    scheduler.advance(event_of(first))
+    plan = scheduler.next_plan(1)
+    assert plan.transfer_ids.tolist() == [0]
+    assert plan.transfer_kinds.tolist() == [0]
+    assert plan.transfer_offsets.tolist() == [0, 1]
+    assert plan.transfer_source_pages.tolist() == first.delta_pages.tolist()[:1], "its full page"
+    assert len(plan.transfer_destination_pages) == 1
+    stats = scheduler.stats()
+    assert (stats.num_transfers, stats.num_host_pages, stats.num_free_host_pages) == (1, 8, 7)
+    assert (stats.total_evicted_host_pages, stats.total_host_hit_tokens) == (0, 0)
+    adapter = stats.adapters[0]
+    assert (adapter.num_host_pages, adapter.num_hit_tokens, adapter.num_missed_tokens) == (1, 0, 6)
+    with pytest.raises(InvalidArgumentError, match="copy 1 in completed_transfer_ids"):
+        scheduler.advance(event_of(plan, completed_transfer_ids=[1]))
+    with pytest.raises(InvalidArgumentError, match="copy 0 in failed_transfer_ids for the second time"):
+        scheduler.advance(event_of(plan, completed_transfer_ids=[0], failed_transfer_ids=[0]))
+    with pytest.raises(InvalidArgumentError, match="1 entries in sampled_token_ids; expected none"):
+        scheduler.advance(event_of(plan, plan_id=-1, completed_transfer_ids=[0]))
+    scheduler.advance(ExecutionEvent(plan_id=-1, completed_transfer_ids=np.array([0])))
+    assert scheduler.stats().num_transfers == 0
+    scheduler.advance(event_of(plan))
+    scheduler.check_invariants()
+
+
+def test_write_policies_are_names(scheduler: Scheduler) -> None:
+    def options(**fields: Any) -> SchedulerOptions:
+        return SchedulerOptions(num_device_pages=16, page_size=4, max_model_len=32, **fields)
+
+    for name in ("write_through", "write_back", "off"):
+        assert options(write_policy=name).write_policy == name
+    assert scheduler.options.write_policy == "write_through"
+    with pytest.raises(InvalidArgumentError, match="write_policy is 'on'; expected one of 'write_through', "):
+        options(write_policy="on")
+    with pytest.raises(InvalidArgumentError, match="num_host_pages is -1; expected at least 0"):
+        Scheduler(options(num_host_pages=-1))
+    with pytest.raises(InvalidArgumentError, match="write_back_watermark_pages is -1"):
+        Scheduler(options(write_back_watermark_pages=-1))
+
+
 def test_options_are_read_back(scheduler: Scheduler) -> None:
     options = scheduler.options
     assert (options.page_size, options.num_device_pages, options.max_model_len) == (4, 16, 32)
     assert (options.max_num_seqs, options.max_num_batched_tokens, options.max_loras) == (128, 128, 64)
     assert options.enable_prefix_caching
+    assert (options.num_host_pages, options.write_back_watermark_pages) == (0, 0)
+    tiered = SchedulerOptions(num_device_pages=16, num_host_pages=9, write_back_watermark_pages=5)
+    assert (tiered.num_host_pages, tiered.write_back_watermark_pages) == (9, 5)
 
 
 def test_schedulers_on_two_threads_do_not_disturb_each_other() -> None:

@@ -66,6 +66,7 @@ class FakeEngineClient:
             eos_token_ids=[0],
             page_size=16,
             num_device_pages=8,
+            num_host_pages=32,
             max_num_seqs=4,
             max_loras=4,
         )
@@ -176,7 +177,10 @@ class FakeEngineClient:
         return list(self.adapters.values())
 
     async def stats(self) -> EngineStats:
-        return EngineStats(**{**dict.fromkeys(EngineStats.__struct_fields__, 0), "num_device_pages": 8})
+        pages = {"num_device_pages": 8, "num_host_pages": 32, "num_free_host_pages": 30}
+        return EngineStats(
+            **{**dict.fromkeys(EngineStats.__struct_fields__, 0), **pages, "total_host_hit_tokens": 64}
+        )
 
 
 def adapter_info(name: str, adapter_id: int, *, is_serving: bool = True) -> AdapterInfo:
@@ -196,6 +200,9 @@ def adapter_info(name: str, adapter_id: int, *, is_serving: bool = True) -> Adap
         num_running_requests=0,
         num_tree_pages=0,
         num_private_pages=0,
+        num_host_pages=0,
+        total_hit_tokens=0,
+        total_missed_tokens=0,
     )
 
 

@@ -117,7 +117,9 @@ def test_loras_lists_every_generation_with_totals():
         "device": {"num_adapters": 3, "num_bytes": 3000},
         "host": {"num_adapters": 0, "num_bytes": 0},
     }
-    assert body["stats"]["num_device_pages"] == 8
+    stats = body["stats"]
+    assert (stats["num_device_pages"], stats["num_host_pages"], stats["num_free_host_pages"]) == (8, 32, 30)
+    assert stats["total_host_hit_tokens"] == 64
 
 
 def test_health_follows_the_engine():

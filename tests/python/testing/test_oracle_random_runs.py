@@ -1,4 +1,6 @@
-"""The real scheduler against the oracle: random arrivals, aborts, adapters opened, failing and drained."""
+"""The real scheduler against the oracle: random arrivals, aborts, adapters opened, failing and drained, and
+copies between the tiers that take their time or fail.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +11,45 @@ import pytest
 
 from executor.scheduler_run import SchedulerRun
 from executor.states import make_state
-from lora_serve.testing.oracle_executor import OracleExecutor, OracleOptions, oracle_tokens
+from lora_serve.executor.executor import ExecutionResult
+from lora_serve.scheduler import ExecutionEvent
+from lora_serve.testing.oracle_executor import CopyOutcome, OracleExecutor, OracleOptions, oracle_tokens
 
 VOCAB = 1000
 PAGE_SIZE = 4
 MAX_MODEL_LEN = 48
+
+
+@dataclass(frozen=True)
+class Tiers:
+    """The host tier of a run. Slowness and failures are probabilities, per copy and step."""
+
+    num_host_pages: int = 0
+    write_policy: str = "write_through"
+    slowness: float = 0.0
+    failures: float = 0.0
+
+
+class TieredRun(SchedulerRun):
+    """Also steps when the plan is empty because everything waits for copies."""
+
+    def step(self) -> ExecutionResult | None:
+        result = super().step()
+        if result is None:
+            self.report_copies()
+        return result
+
+    def report_copies(self) -> None:
+        """Report the copies that end now, without a plan."""
+        result = self.executor.report_copies()
+        if result.completed_transfer_ids or result.failed_transfer_ids:
+            event = ExecutionEvent(
+                plan_id=-1,
+                completed_transfer_ids=result.completed_transfer_ids,
+                failed_transfer_ids=list(result.failed_transfer_ids),
+            )
+            self.scheduler.advance(event)
+            self.scheduler.check_invariants()
 
 
 @dataclass
@@ -24,6 +60,7 @@ class RandomRun:
     num_pages: int
     chunk: int
     max_loras: int
+    tiers: Tiers = Tiers()
     asked: dict[int, tuple[int, int]] = field(default_factory=dict)
     aborted: set[int] = field(default_factory=set)
     live_adapters: list[int] = field(default_factory=list)
@@ -40,9 +77,13 @@ class RandomRun:
             max_model_len=MAX_MODEL_LEN,
             vocab_size=VOCAB,
             failing_adapter_ids=self.failing,
+            num_host_pages=self.tiers.num_host_pages,
         )
-        self.run = SchedulerRun(
-            OracleExecutor(options),
+        oracle = OracleExecutor(options)
+        oracle.copy_outcome = self.copy_outcome
+        self.run = TieredRun(
+            oracle,
+            write_policy=self.tiers.write_policy,
             page_size=PAGE_SIZE,
             max_num_seqs=8,
             max_num_batched_tokens=self.chunk,
@@ -50,6 +91,11 @@ class RandomRun:
         )
         self.shared = [[self.rng.randrange(VOCAB) for _ in range(40)] for _ in range(3)]
         self.next_adapter = 1
+
+    def copy_outcome(self, transfer_id: int) -> CopyOutcome:
+        if self.rng.random() < self.tiers.slowness:
+            return CopyOutcome.UNDER_WAY
+        return CopyOutcome.FAILED if self.rng.random() < self.tiers.failures else CopyOutcome.DONE
 
     def open_adapter(self) -> None:
         self.run.scheduler.open_adapter(
@@ -88,6 +134,8 @@ class RandomRun:
         stats = self.run.scheduler.stats()
         accounted = stats.num_free_pages + stats.num_tree_pages + stats.num_private_pages
         assert accounted == stats.num_device_pages
+        used_host_pages = sum(adapter.num_host_pages for adapter in stats.adapters)
+        assert stats.num_free_host_pages + used_host_pages == self.tiers.num_host_pages
 
     def operate(self) -> None:
         """One random operation; arrivals stop while much is queued, so that the run stays about as full."""
@@ -108,6 +156,8 @@ class RandomRun:
             self.drain_adapter(adapter_id)
         while self.run.scheduler.has_work:
             self.step()
+        while self.run.scheduler.stats().num_transfers:
+            self.run.report_copies()
         for request_id, (adapter_id, max_tokens) in self.asked.items():
             state = self.run.states[request_id]
             prompt = state.prompt_token_ids.tolist()
@@ -128,7 +178,9 @@ def _run_steps(run: RandomRun, num_steps: int) -> None:
             run.operate()
         run.check()
     except BaseException as error:
-        raise AssertionError(f"{run.seed=} {run.num_pages=} {run.chunk=} {run.max_loras=}") from error
+        raise AssertionError(
+            f"{run.seed=} {run.num_pages=} {run.chunk=} {run.max_loras=} {run.tiers=}"
+        ) from error
     stats = run.run.scheduler.stats()
     assert stats.total_hit_tokens > 0
     assert run.num_pages >= 40 or stats.total_preemptions > 0
@@ -150,3 +202,21 @@ def _run_steps(run: RandomRun, num_steps: int) -> None:
 )
 def test_random_requests_get_the_tokens_that_they_get_alone(num_pages, chunk, max_loras):
     _run_steps(RandomRun(num_pages, num_pages, chunk, max_loras), num_steps=2500)
+
+
+@pytest.mark.parametrize(
+    "tiers",
+    [
+        Tiers(40),
+        Tiers(100, "off"),
+        Tiers(100, "write_back", slowness=0.5),
+        Tiers(100, slowness=0.8, failures=0.3),
+        Tiers(15, slowness=0.3, failures=0.1),
+    ],
+    ids=lambda tiers: f"{tiers.num_host_pages} pages, {tiers.write_policy}, slow {tiers.slowness}",
+)
+def test_random_requests_get_the_tokens_that_they_get_alone_with_a_host_tier(tiers):
+    run = RandomRun(7, 14, 24, 2, tiers)
+    _run_steps(run, num_steps=2000)
+
+    assert run.run.scheduler.stats().total_host_hit_tokens > 0 or tiers.write_policy == "off"
