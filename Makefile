@@ -3,8 +3,9 @@
 #   make test          C++ tests (ctest) and Python tests (pytest)
 #   make lint fmt      what CI checks; the formatters
 #   make sanitize      C++ tests under AddressSanitizer and UndefinedBehaviorSanitizer
-#   make soak          the long random tests
-#   make bench         each benchmark at its smallest size
+#   make soak          the long random tests, fuzzing, planted faults
+#   make bench         each benchmark at its smallest size; writes nothing
+#   make bench-cpp     the C++ benchmarks at full size; adds rows to benchmarks/results
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
@@ -13,14 +14,15 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 JOBS ?= $(shell nproc)
+FUZZ_SECONDS ?= 600
 # The models of the tests are tiny: more threads, or threads that spin while they wait, only get in each other's way.
 export OMP_NUM_THREADS ?= 1
 export OMP_WAIT_POLICY ?= PASSIVE
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo -n)
-CXX_FILES = $(shell find csrc bindings tests/cpp -name '*.cc' -o -name '*.h')
+CXX_FILES = $(shell find csrc bindings tests/cpp benchmarks/cpp -name '*.cc' -o -name '*.h')
 EXTENSION_SOURCES = $(shell find csrc bindings -name '*.cc' -o -name '*.h') CMakeLists.txt
 
-.PHONY: help setup demo test test-cpp test-python lint fmt stub sanitize soak bench clean
+.PHONY: help setup demo test test-cpp test-python lint fmt stub sanitize soak soak-fuzz bench bench-cpp build-bench clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -54,7 +56,7 @@ demo: setup
 test: test-cpp test-python
 
 test-cpp: $(VENV)/.packages
-	@scripts/install_googletest.sh $(SUDO)
+	@scripts/install_cpp_library.sh GTest libgtest-dev $(SUDO)
 	$(BIN)/cmake --preset release > build-configure.log || { cat build-configure.log; exit 1; }
 	@rm -f build-configure.log
 	$(BIN)/cmake --build --preset release -j $(JOBS)
@@ -64,21 +66,42 @@ test-python: setup
 	$(BIN)/python -m pytest -m 'not gpu and not multi_gpu and not slow'
 
 sanitize: $(VENV)/.packages
-	@scripts/install_googletest.sh $(SUDO)
+	@scripts/install_cpp_library.sh GTest libgtest-dev $(SUDO)
 	$(BIN)/cmake --preset asan
 	$(BIN)/cmake --build --preset asan -j $(JOBS)
 	$(BIN)/ctest --preset asan -j $(JOBS)
 
-soak: setup $(VENV)/.packages
-	@scripts/install_googletest.sh $(SUDO)
+# 22 million operations on the cache against its model, the scheduler's long runs, 10 minutes of fuzzing, planted faults.
+soak: setup soak-fuzz $(VENV)/.packages
+	@scripts/install_cpp_library.sh GTest libgtest-dev $(SUDO)
 	$(BIN)/cmake --preset asan
 	$(BIN)/cmake --build --preset asan -j $(JOBS)
 	LORA_SERVE_TEST_OPERATIONS=2000000 LORA_SERVE_TEST_STEPS=200000 \
-	  $(BIN)/ctest --preset asan -R Random --timeout 3600
+	  $(BIN)/ctest --preset asan -j $(JOBS) -R Random --timeout 7200
+	$(BIN)/python scripts/mutate_cache.py
 	$(BIN)/python -m pytest -m slow --timeout 3600
 
-bench: setup
-	$(BIN)/python benchmarks/run_smallest.py
+# libFuzzer comes with Clang (Debian, Ubuntu: apt-get install clang). Inputs that failed before are tried first.
+soak-fuzz: $(VENV)/.packages
+	@command -v clang++ > /dev/null || { echo "make soak needs clang++ for libFuzzer: apt-get install clang"; exit 1; }
+	@scripts/install_cpp_library.sh GTest libgtest-dev $(SUDO)
+	$(BIN)/cmake --preset fuzz
+	$(BIN)/cmake --build --preset fuzz -j $(JOBS) --target kv_prefix_cache_fuzz
+	mkdir -p build/fuzz/corpus
+	build/fuzz/tests/cpp/kv_prefix_cache_fuzz -max_total_time=$(FUZZ_SECONDS) -max_len=4096 \
+	  -artifact_prefix=build/fuzz/ build/fuzz/corpus
+
+bench: setup build-bench
+	$(BIN)/python benchmarks/run_smallest.py build/bench/benchmarks/cpp
+
+bench-cpp: setup build-bench
+	$(BIN)/python benchmarks/cpp/append_results.py build/bench/benchmarks/cpp/kv_prefix_cache_bench
+
+build-bench: $(VENV)/.packages
+	@scripts/install_cpp_library.sh benchmark libbenchmark-dev $(SUDO)
+	$(BIN)/cmake --preset bench > build-configure.log || { cat build-configure.log; exit 1; }
+	@rm -f build-configure.log
+	$(BIN)/cmake --build --preset bench -j $(JOBS)
 
 # --- Lint --------------------------------------------------------------------------------------------------
 lint: setup

@@ -38,3 +38,11 @@ def test_tests_without_googletest_name_the_package_to_install(tmp_path: Path) ->
     configured = subprocess.run(command, capture_output=True, text=True, check=False)
     assert configured.returncode != 0
     assert "apt-get install libgtest-dev" in " ".join(configured.stderr.split())
+
+
+def test_benchmarks_without_google_benchmark_name_the_package_to_install(tmp_path: Path) -> None:
+    options = ["-DLORA_SERVE_BUILD_BENCHMARKS=ON", "-DCMAKE_DISABLE_FIND_PACKAGE_benchmark=ON"]
+    command = [cmake(), "-S", str(ROOT), "-B", str(tmp_path), *options]
+    configured = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert configured.returncode != 0
+    assert "apt-get install libbenchmark-dev" in " ".join(configured.stderr.split())
