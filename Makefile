@@ -81,7 +81,8 @@ soak: setup soak-fuzz $(VENV)/.packages
 	$(BIN)/python scripts/mutate_cache.py
 	$(BIN)/python -m pytest -m slow --timeout 3600
 
-# libFuzzer comes with Clang (Debian, Ubuntu: apt-get install clang). Inputs that failed before are tried first.
+# libFuzzer comes with Clang (Debian, Ubuntu: apt-get install clang). It goes on from the inputs that the last
+# run found; one that fails is kept in build/fuzz.
 soak-fuzz: $(VENV)/.packages
 	@command -v clang++ > /dev/null || { echo "make soak needs clang++ for libFuzzer: apt-get install clang"; exit 1; }
 	@scripts/install_cpp_library.sh GTest libgtest-dev $(SUDO)

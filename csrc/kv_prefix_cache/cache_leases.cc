@@ -116,10 +116,9 @@ bool KVPrefixCache::Impl::HasRoomFor(const ResumePoint& point, std::int32_t num_
     const std::int64_t num_slots = point.NeedsSnapshotCopy() ? 2 : 1;
     if (num_slots > NumAvailableSlots(Tier::kDevice, point.snapshot_node)) return false;
   }
-  const Node* kept = point.path.match.node;
-  while (kept->start_page >= point.num_device_pages && !kept->IsRoot()) kept = kept->parent_backptr;
+  const Node& kept = NodeReaching(*point.path.match.node, point.num_device_pages);
   return CanAllocate(num_new_pages,
-                     {.node = kept, .num_edge_pages = point.num_device_pages - kept->start_page});
+                     {.node = &kept, .num_edge_pages = point.num_device_pages - kept.start_page});
 }
 
 bool KVPrefixCache::Impl::Extend(Lease& lease, std::int32_t num_capacity_tokens) {
@@ -251,12 +250,11 @@ void KVPrefixCache::Impl::ReleaseLease(Lease& lease) noexcept {
 // --- Paths -------------------------------------------------------------------------------------
 
 Node& KVPrefixCache::Impl::NodeEndingAt(Node& node, std::int32_t num_pages) {
-  Node* found = &node;
-  while (found->start_page >= num_pages && !found->IsRoot()) found = found->parent_backptr;
-  if (found->end_page() == num_pages) return *found;
-  policies_.Unlist(*found);
-  Node& upper = found->namespace_backptr->tree().Split(*found, num_pages - found->start_page);
-  policies_.Refresh(*found);
+  Node& found = NodeReaching(node, num_pages);
+  if (found.end_page() == num_pages) return found;
+  policies_.Unlist(found);
+  Node& upper = found.namespace_backptr->tree().Split(found, num_pages - found.start_page);
+  policies_.Refresh(found);
   policies_.Refresh(upper);  // a leaf of a tier that holds nothing of the lower half
   events_.EdgeChanged(upper);
   return upper;

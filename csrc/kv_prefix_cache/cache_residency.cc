@@ -141,9 +141,7 @@ void KVPrefixCache::Impl::Touch(Node& node, Component component, Tier tier, Epoc
 }
 
 void KVPrefixCache::Impl::TouchPath(Node& end, Tier tier, Epoch epoch) noexcept {
-  Node* node = &end;
-  while (node->On(tier).pages.IsEmpty() && !node->IsRoot()) node = node->parent_backptr;
-  Touch(*node, Component::kFullAttention, tier, epoch);
+  Touch(DeepestNodeOn(tier, end), Component::kFullAttention, tier, epoch);
 }
 
 void KVPrefixCache::Impl::CountTreePages(Namespace& ns, Tier tier, std::int64_t delta) noexcept {

@@ -16,8 +16,7 @@ namespace lora_serve {
 KVPrefixCache::Impl::WriteBackStart KVPrefixCache::Impl::TryWriteBack(Node& end) {
   Namespace& ns = *end.namespace_backptr;
   if (!HasHostTier() || ns.IsDraining() || end.IsRoot()) return WriteBackStart::kNothingToCopy;
-  const MatchedPath path =
-      Cover({.node = &end, .num_pages = end.end_page(), .num_edge_pages = end.num_pages}, true);
+  const MatchedPath path = CoverPathTo(end);
   const TierCoverage& host = path.On(Tier::kHost);
   const std::int32_t num_device_pages = path.On(Tier::kDevice).num_present;
   if (host.num_covered > host.num_present) return WriteBackStart::kBlocked;
@@ -26,11 +25,8 @@ KVPrefixCache::Impl::WriteBackStart KVPrefixCache::Impl::TryWriteBack(Node& end)
   //                      0         begin              end_page          num_device_pages
   const std::int32_t begin = std::min(host.num_covered, num_device_pages);
   const std::int32_t num_wanted = num_device_pages - begin;
-  Node* covered_end = &end;  // the deepest node that the host has pages of, or the root
-  while (covered_end->On(Tier::kHost).pages.IsEmpty() && !covered_end->IsRoot()) {
-    covered_end = covered_end->parent_backptr;
-  }
-  const std::int32_t num_pages = num_wanted == 0 ? 0 : MakeHostRoom(*covered_end, num_wanted);
+  Node& covered_end = DeepestNodeOn(Tier::kHost, end);
+  const std::int32_t num_pages = num_wanted == 0 ? 0 : MakeHostRoom(covered_end, num_wanted);
   const std::int32_t end_page = begin + num_pages;
   NodePath snapshots = SnapshotsToWriteBack(end, end_page);
   const std::size_t num_wanted_snapshots = snapshots.size();
@@ -40,7 +36,7 @@ KVPrefixCache::Impl::WriteBackStart KVPrefixCache::Impl::TryWriteBack(Node& end)
     return is_complete ? WriteBackStart::kNothingToCopy : WriteBackStart::kNoRoom;
   }
 
-  const Node& above = covered_end->IsRoot() ? *covered_end : *covered_end->parent_backptr;
+  const Node& above = covered_end.IsRoot() ? covered_end : *covered_end.parent_backptr;
   Node& copy_end = NodeEndingAt(end, end_page);  // may put a node between the two
   OwnedPages pages = Allocate(Component::kFullAttention, Tier::kHost, num_pages);
   for (Node* const node : PathBetween(above, copy_end)) {

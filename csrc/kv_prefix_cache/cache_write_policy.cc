@@ -57,8 +57,7 @@ void KVPrefixCache::Impl::WriteBackAhead() {
       num_safe_pages += CountRunPages(leaf);
       return true;
     }
-    const MatchedPath path = Cover(
-        {.node = &leaf, .num_pages = leaf.end_page(), .num_edge_pages = leaf.num_pages}, true);
+    const MatchedPath path = CoverPathTo(leaf);
     const TierCoverage& host = path.On(Tier::kHost);
     if (host.num_covered > host.num_present) return true;
     num_safe_pages += path.On(Tier::kDevice).num_present - host.num_covered;

@@ -36,6 +36,11 @@ MatchedPath Cover(const PrefixMatch& match, bool has_host_tier) {
   return path;
 }
 
+MatchedPath CoverPathTo(Node& node) {
+  return Cover({.node = &node, .num_pages = node.end_page(), .num_edge_pages = node.num_pages},
+               /*has_host_tier=*/true);
+}
+
 std::int32_t AttentionMatcher::DeepestBoundary(const MatchedPath& path, std::int32_t limit) const {
   return std::min(limit,
                   std::max(path.On(Tier::kDevice).num_present, path.On(Tier::kHost).num_present));
@@ -80,12 +85,23 @@ std::int32_t Matchers::DeepestBoundary(const MatchedPath& path, std::int32_t lim
   return boundary;
 }
 
-Node* FindNodeEndingAt(Node& node, std::int32_t num_pages) {
+Node& NodeReaching(Node& node, std::int32_t num_pages) {
   LS_CHECK(num_pages <= node.end_page(), "node ", node.sequence, " ends after ", node.end_page(),
            " pages, before ", num_pages);
   Node* found = &node;
   while (found->start_page >= num_pages && !found->IsRoot()) found = found->parent_backptr;
-  return found->end_page() == num_pages ? found : nullptr;
+  return *found;
+}
+
+Node* FindNodeEndingAt(Node& node, std::int32_t num_pages) {
+  Node& found = NodeReaching(node, num_pages);
+  return found.end_page() == num_pages ? &found : nullptr;
+}
+
+Node& DeepestNodeOn(Tier tier, Node& node) {
+  Node* deepest = &node;
+  while (deepest->On(tier).pages.IsEmpty() && !deepest->IsRoot()) deepest = deepest->parent_backptr;
+  return *deepest;
 }
 
 }  // namespace lora_serve

@@ -30,6 +30,9 @@ struct MatchedPath {
 /// Complexity: O(nodes of the path that a tier lacks).
 [[nodiscard]] MatchedPath Cover(const PrefixMatch& match, bool has_host_tier);
 
+/// The same for the whole path to the end of `node`, on both tiers.
+[[nodiscard]] MatchedPath CoverPathTo(Node& node);
+
 /// Says for one kind of layer state from which page boundaries a request can resume.
 class Matcher {
  public:
@@ -75,8 +78,13 @@ class Matchers {
   std::vector<std::unique_ptr<Matcher>> matchers_;
 };
 
+/// The node of the path to `node` in whose edge the first `num_pages` pages of the path end, there
+/// or at its end; the root for 0. Requires: num_pages <= node.end_page().
+[[nodiscard]] Node& NodeReaching(Node& node, std::int32_t num_pages);
 /// The node of the path to `node` whose edge ends after `num_pages` pages, or null when that is
 /// inside an edge. The root for 0. Requires: num_pages <= node.end_page().
 [[nodiscard]] Node* FindNodeEndingAt(Node& node, std::int32_t num_pages);
+/// The deepest node of the path to `node` of which the tier holds pages, or the root.
+[[nodiscard]] Node& DeepestNodeOn(Tier tier, Node& node);
 
 }  // namespace lora_serve
