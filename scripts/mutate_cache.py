@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-SOURCES = ("csrc", "tests/cpp", "CMakeLists.txt", "CMakePresets.json")
+SOURCES = ("csrc", "tests/cpp", "benchmarks/scheduler_sim", "CMakeLists.txt", "CMakePresets.json")
 CACHE = Path("csrc/kv_prefix_cache")
 TARGET = "kv_prefix_cache_test"
 
@@ -132,6 +132,15 @@ FAULTS = (
         "if (num_over_quota > 0) num_pages = std::min(num_pages, num_over_quota);",
         "",
     ),
+    Fault("child_map.cc", "if (distance < ((next - index) & mask())) continue;", ""),
+    Fault("child_map.cc", "if (distance < ((next - index) & mask())) continue;", "break;"),
+    # pages on pinned paths
+    Fault("pinned_paths.h", "if (IsOnCountedPath(node)) num_pages_ += delta;", ""),
+    Fault("pinned_paths.cc", "++Held(*at).num_counted_children;", ""),
+    Fault("pinned_paths.cc", "if (!Held(node).is_pin_counted) return;", "return;"),
+    Fault("pinned_paths.cc", "if (Held(noted).is_pin_counted) continue;", ""),
+    Fault("radix_tree.cc", "upper.num_counted_children = lower.IsOnCountedPath() ? 1 : 0;", ""),
+    Fault("kv_prefix_cache_impl.cc", "policies_.Forget(ns.tree().root());", ""),
     Fault("leaf_list.h", "kAgeBucketEpochs = 64;", "kAgeBucketEpochs = 32;"),
     Fault(
         "matcher.cc",

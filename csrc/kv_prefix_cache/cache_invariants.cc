@@ -186,11 +186,12 @@ void KVPrefixCache::Impl::CheckPins() const {
           num_pinned_nodes += node.Of(component, tier).num_pins > 0 ? 1 : 0;
         });
       }
-      LS_CHECK(num_pinned_nodes == policy.CountPinnedNodes(), "E4: ", num_pinned_nodes,
-               " nodes have pins but ", policy.CountPinnedNodes(), " are linked as pinned");
+      const std::int64_t num_linked = policy.pinned_paths().CountPinnedNodes();
+      LS_CHECK(num_pinned_nodes == num_linked, "E4: ", num_pinned_nodes, " nodes have pins but ",
+               num_linked, " are linked as pinned");
       if (component == Component::kState) continue;
       const std::int64_t num_evictable =
-          num_tree_pages_[IndexOf(tier)] - policy.CountProtectedPages();
+          num_tree_pages_[IndexOf(tier)] - policy.pinned_paths().CountPagesAfresh();
       LS_CHECK(num_evictable >= policy.num_listed_pages(), "E5: ", policy.num_listed_pages(), " ",
                NameOf(tier), " pages are listed but only ", num_evictable, " are unprotected");
     }

@@ -89,12 +89,7 @@ void KVPrefixCache::Impl::ShrinkEdge(Node& node) noexcept {
     events_.EdgeChanged(node);
     return;
   }
-  for (const Component component : kComponents) {
-    for (const Tier tier : kTiers) {
-      LS_FATAL(node.Of(component, tier).num_pins == 0, "node ", node.sequence,
-               " holds nothing any more but is pinned");
-    }
-  }
+  policies_.Forget(node);
   tree.RemoveLeaf(node);
 }
 

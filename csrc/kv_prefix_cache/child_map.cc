@@ -1,5 +1,6 @@
 #include "kv_prefix_cache/child_map.h"
 
+#include <algorithm>
 #include <cstring>
 #include <utility>
 
@@ -12,6 +13,8 @@ namespace {
 bool StartsWith(const Node& child, std::span<const TokenId> page) {
   return std::memcmp(child.tokens.data(), page.data(), page.size_bytes()) == 0;
 }
+
+constexpr std::size_t kMinSlots = 4;
 
 std::uint64_t HashFirstPage(const Node& child, std::size_t page_size) {
   return HashPage(std::span(child.tokens).first(page_size));
@@ -26,11 +29,12 @@ Node* ChildMap::Find(std::span<const TokenId> page) const {
   if (many_ == nullptr) {
     return only_child_ != nullptr && StartsWith(*only_child_, page) ? only_child_.get() : nullptr;
   }
-  const auto [begin, end] = many_->equal_range(HashPage(page));
-  for (auto it = begin; it != end; ++it) {
-    if (StartsWith(*it->second, page)) return it->second.get();
+  const std::uint64_t hash = HashPage(page);
+  for (std::size_t index = hash & many_->mask();; index = (index + 1) & many_->mask()) {
+    const Slot& slot = many_->slots[index];
+    if (slot.child == nullptr) return nullptr;
+    if (slot.hash == hash && StartsWith(*slot.child, page)) return slot.child.get();
   }
-  return nullptr;
 }
 
 void ChildMap::Insert(std::unique_ptr<Node> child, std::size_t page_size) {
@@ -39,20 +43,22 @@ void ChildMap::Insert(std::unique_ptr<Node> child, std::size_t page_size) {
     return;
   }
   if (many_ == nullptr) {
-    many_ = std::make_unique<Map>();
+    many_ = std::make_unique<Table>();
+    many_->Resize(kMinSlots);
     const std::uint64_t hash = HashFirstPage(*only_child_, page_size);
-    many_->emplace(hash, std::move(only_child_));
+    many_->Insert(hash, std::move(only_child_));
   }
   const std::uint64_t hash = HashFirstPage(*child, page_size);
-  many_->emplace(hash, std::move(child));
+  many_->Insert(hash, std::move(child));
 }
 
 std::unique_ptr<Node> ChildMap::Remove(const Node& child, std::size_t page_size) {
   if (only_child_.get() == &child) return std::move(only_child_);
-  const Map::iterator position = FindPosition(child, page_size);
-  std::unique_ptr<Node> removed = std::move(many_->extract(position).mapped());
-  if (many_->size() == 1) {
-    only_child_ = std::move(many_->begin()->second);
+  std::unique_ptr<Node> removed = many_->Remove(FindSlot(child, page_size));
+  if (many_->num_children == 1) {
+    only_child_ = std::move(std::ranges::find_if(many_->slots, [](const Slot& slot) {
+                              return slot.child != nullptr;
+                            })->child);
     many_.reset();
   }
   return removed;
@@ -61,18 +67,49 @@ std::unique_ptr<Node> ChildMap::Remove(const Node& child, std::size_t page_size)
 std::unique_ptr<Node> ChildMap::Replace(const Node& child, std::unique_ptr<Node> replacement,
                                         std::size_t page_size) {
   if (only_child_.get() == &child) return std::exchange(only_child_, std::move(replacement));
-  return std::exchange(FindPosition(child, page_size)->second, std::move(replacement));
+  return std::exchange(many_->slots[FindSlot(child, page_size)].child, std::move(replacement));
 }
 
-ChildMap::Map::iterator ChildMap::FindPosition(const Node& child, std::size_t page_size) {
+std::size_t ChildMap::FindSlot(const Node& child, std::size_t page_size) const {
   LS_CHECK(many_ != nullptr, "node ", child.sequence, " is not its parent's only child");
-  const auto [begin, end] = many_->equal_range(HashFirstPage(child, page_size));
-  for (auto it = begin; it != end; ++it) {
-    if (it->second.get() == &child) return it;
+  std::size_t index = HashFirstPage(child, page_size) & many_->mask();
+  while (many_->slots[index].child.get() != &child) {
+    LS_CHECK(many_->slots[index].child != nullptr, "node ", child.sequence,
+             " is not among its parent's ", many_->num_children, " children");
+    index = (index + 1) & many_->mask();
   }
-  LS_CHECK(false, "node ", child.sequence, " is not among its parent's ", many_->size(),
-           " children");
-  return many_->end();
+  return index;
+}
+
+void ChildMap::Table::Insert(std::uint64_t hash, std::unique_ptr<Node> child) {
+  if (4 * (num_children + 1) > 3 * slots.size()) Resize(2 * slots.size());
+  std::size_t index = hash & mask();
+  while (slots[index].child != nullptr) index = (index + 1) & mask();
+  slots[index] = {hash, std::move(child)};
+  ++num_children;
+}
+
+std::unique_ptr<Node> ChildMap::Table::Remove(std::size_t index) {
+  std::unique_ptr<Node> removed = std::move(slots[index].child);
+  // Later ones that had to pass the gap move up, so that none stands behind an empty slot.
+  for (std::size_t next = (index + 1) & mask(); slots[next].child != nullptr;
+       next = (next + 1) & mask()) {
+    const std::size_t distance = (next - slots[next].hash) & mask();
+    if (distance < ((next - index) & mask())) continue;
+    slots[index] = std::move(slots[next]);
+    index = next;
+  }
+  --num_children;
+  if (slots.size() > kMinSlots && 8 * num_children < slots.size()) Resize(slots.size() / 2);
+  return removed;
+}
+
+void ChildMap::Table::Resize(std::size_t num_slots) {
+  std::vector<Slot> old = std::exchange(slots, std::vector<Slot>(num_slots));
+  num_children = 0;
+  for (Slot& slot : old) {
+    if (slot.child != nullptr) Insert(slot.hash, std::move(slot.child));
+  }
 }
 
 // A test compiles this file again with another seed: no decision may depend on it.

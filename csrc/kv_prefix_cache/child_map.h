@@ -4,7 +4,7 @@
 #include <cstdint>
 #include <memory>
 #include <span>
-#include <unordered_map>
+#include <vector>
 
 #include "common/strong_id.h"
 
@@ -26,7 +26,7 @@ class ChildMap {
 
   [[nodiscard]] bool IsEmpty() const { return only_child_ == nullptr && many_ == nullptr; }
   [[nodiscard]] std::size_t size() const {
-    return many_ != nullptr ? many_->size() : (only_child_ != nullptr ? 1 : 0);
+    return many_ != nullptr ? many_->num_children : (only_child_ != nullptr ? 1 : 0);
   }
 
   /// The child whose edge starts with `page`, or null. Complexity: O(page) on average.
@@ -48,18 +48,35 @@ class ChildMap {
   void ForEach(const Visit& visit) const {
     if (only_child_ != nullptr) visit(*only_child_);
     if (many_ == nullptr) return;
-    for (const auto& [hash, child] : *many_) visit(*child);
+    for (const Slot& slot : many_->slots) {
+      if (slot.child != nullptr) visit(*slot.child);
+    }
   }
 
  private:
-  using Map = std::unordered_multimap<std::uint64_t, std::unique_ptr<Node>>;
-  [[nodiscard]] Map::iterator FindPosition(const Node& child, std::size_t page_size);
+  struct Slot {
+    std::uint64_t hash = 0;
+    std::unique_ptr<Node> child;
+  };
+  /// Open addressing: a child stands at the first free slot from `hash` on, modulo the number of
+  /// slots (a power of two, at least a quarter of them free); no slot between is empty.
+  struct Table {
+    std::vector<Slot> slots;
+    std::size_t num_children = 0;
+
+    [[nodiscard]] std::size_t mask() const { return slots.size() - 1; }
+    void Insert(std::uint64_t hash, std::unique_ptr<Node> child);
+    [[nodiscard]] std::unique_ptr<Node> Remove(std::size_t index);
+    void Resize(std::size_t num_slots);
+  };
+  /// The index of `child` in the table. Throws: InternalError when it is not there.
+  [[nodiscard]] std::size_t FindSlot(const Node& child, std::size_t page_size) const;
 
   /// Long chains have one child a node: comparing it is cheaper than hashing, and it needs no
   /// table.
   std::unique_ptr<Node> only_child_;
   /// Two children or more; null for fewer.
-  std::unique_ptr<Map> many_;
+  std::unique_ptr<Table> many_;
 };
 
 /// A fixed function of the tokens: no seed, so that every process builds the same tables.

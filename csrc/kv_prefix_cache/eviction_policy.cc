@@ -13,11 +13,8 @@ namespace lora_serve {
 // --- Pins --------------------------------------------------------------------------------------
 
 void EvictionPolicy::Pin(Node& node) noexcept {
-  Residency& held = Held(node);
-  if (held.num_pins++ > 0) return;
-  held.next_pinned = first_pinned_;
-  if (first_pinned_ != nullptr) Held(*first_pinned_).previous_pinned = &node;
-  first_pinned_ = &node;
+  if (Held(node).num_pins++ > 0) return;
+  pinned_paths_.Add(node);
   Refresh(node);
 }
 
@@ -25,35 +22,8 @@ void EvictionPolicy::Unpin(Node& node) noexcept {
   Residency& held = Held(node);
   LS_FATAL(held.num_pins > 0, "unbalanced unpin of node ", node.sequence);
   if (--held.num_pins > 0) return;
-  Node*& link_to_node =
-      held.previous_pinned == nullptr ? first_pinned_ : Held(*held.previous_pinned).next_pinned;
-  link_to_node = held.next_pinned;
-  if (held.next_pinned != nullptr) Held(*held.next_pinned).previous_pinned = held.previous_pinned;
-  held.previous_pinned = nullptr;
-  held.next_pinned = nullptr;
+  pinned_paths_.Remove(node);
   Refresh(node);
-}
-
-std::int64_t EvictionPolicy::CountProtectedPages(const PathPosition& extra) const {
-  ++visits_backptr_->last;
-  std::int64_t num_pages = 0;
-  for (const Node* node = first_pinned_; node != nullptr; node = Held(*node).next_pinned) {
-    num_pages += MarkPath(node);
-  }
-  if (extra.node != nullptr && extra.node->visit_mark != visits_backptr_->last) {
-    num_pages += extra.num_edge_pages + MarkPath(extra.node->parent_backptr);
-  }
-  return num_pages;
-}
-
-std::int64_t EvictionPolicy::MarkPath(const Node* node) const {
-  const std::uint64_t mark = visits_backptr_->last;
-  std::int64_t num_pages = 0;
-  for (; node != nullptr && node->visit_mark != mark; node = node->parent_backptr) {
-    node->visit_mark = mark;
-    num_pages += Held(*node).pages.size();
-  }
-  return num_pages;
 }
 
 // --- Listing -----------------------------------------------------------------------------------
@@ -175,14 +145,6 @@ void EvictionPolicy::ForEachVictim(const std::function<bool(Node&)>& visit) cons
 
 // --- Checks ------------------------------------------------------------------------------------
 
-std::int64_t EvictionPolicy::CountPinnedNodes() const {
-  std::int64_t num_nodes = 0;
-  for (const Node* node = first_pinned_; node != nullptr; node = Held(*node).next_pinned) {
-    ++num_nodes;
-  }
-  return num_nodes;
-}
-
 void EvictionPolicy::CheckInvariants() const {
   std::int64_t num_listed_pages = 0;
   for (const HeadSet::Entry& head : heads_) {
@@ -201,22 +163,15 @@ void EvictionPolicy::CheckInvariants() const {
   }
   LS_CHECK(num_listed_pages == num_listed_pages_, "E3: listed leaves have ", num_listed_pages,
            " pages but ", num_listed_pages_, " are counted");
-  const Node* previous = nullptr;
-  for (const Node* node = first_pinned_; node != nullptr; node = Held(*node).next_pinned) {
-    LS_CHECK(Held(*node).num_pins > 0 && Held(*node).previous_pinned == previous, "E4: node ",
-             node->sequence, " with ", Held(*node).num_pins,
-             " pins is wrongly linked among the pinned nodes");
-    previous = node;
-  }
+  pinned_paths_.CheckInvariants();
 }
 
 // --- All of them -------------------------------------------------------------------------------
 
-EvictionPolicies::EvictionPolicies(VisitCounter* visits)
-    : policies_{{{{{Component::kFullAttention, Tier::kDevice, visits},
-                   {Component::kFullAttention, Tier::kHost, visits}}},
-                 {{{Component::kState, Tier::kDevice, visits},
-                   {Component::kState, Tier::kHost, visits}}}}} {}
+EvictionPolicies::EvictionPolicies()
+    : policies_{
+          {{{{Component::kFullAttention, Tier::kDevice}, {Component::kFullAttention, Tier::kHost}}},
+           {{{Component::kState, Tier::kDevice}, {Component::kState, Tier::kHost}}}}} {}
 
 void EvictionPolicies::Unlist(Node& node) noexcept {
   for (auto& tiers : policies_) {
@@ -233,6 +188,12 @@ void EvictionPolicies::Refresh(Node& node) noexcept {
 void EvictionPolicies::RerankNamespace(Namespace& ns) noexcept {
   for (auto& tiers : policies_) {
     for (EvictionPolicy& policy : tiers) policy.RerankNamespace(ns);
+  }
+}
+
+void EvictionPolicies::Forget(Node& node) noexcept {
+  for (auto& tiers : policies_) {
+    for (EvictionPolicy& policy : tiers) policy.Forget(node);
   }
 }
 

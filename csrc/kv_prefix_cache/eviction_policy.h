@@ -6,20 +6,15 @@
 
 #include "kv_prefix_cache/leaf_list.h"
 #include "kv_prefix_cache/node.h"
+#include "kv_prefix_cache/pinned_paths.h"
 #include "kv_prefix_cache/tier.h"
 
 namespace lora_serve {
 
-/// A place on a path: after the first `num_edge_pages` pages of `node`'s edge.
-struct PathPosition {
-  const Node* node = nullptr;
-  std::int32_t num_edge_pages = 0;
-};
-
 /// Says which leaf of one component and tier goes first, and which nodes are protected.
 ///
-/// Owns: the ranking of the namespaces' leaf lists, and the list of pinned nodes. Does not know:
-/// pages' ids, tokens, requests; it never removes anything.
+/// Owns: the ranking of the namespaces' leaf lists, and what is known of pinned paths. Does not
+/// know: pages' ids, tokens, requests; it never removes anything.
 ///
 /// A node is listed, so evictable, exactly while it is not a root, has pages here, all of them
 /// present, and neither pins nor (for KV pages) children with pages here (E1). Refresh() is the
@@ -28,8 +23,8 @@ struct PathPosition {
 /// change, then Refresh (ResidencyChange does both).
 class EvictionPolicy {
  public:
-  EvictionPolicy(Component component, Tier tier, VisitCounter* visits)
-      : component_(component), tier_(tier), visits_backptr_(visits) {}
+  EvictionPolicy(Component component, Tier tier)
+      : component_(component), tier_(tier), pinned_paths_(component, tier) {}
   EvictionPolicy(const EvictionPolicy&) = delete;
   EvictionPolicy& operator=(const EvictionPolicy&) = delete;
 
@@ -63,17 +58,25 @@ class EvictionPolicy {
   [[nodiscard]] std::int64_t num_listed_pages() const { return num_listed_pages_; }
 
   /// Pages that eviction must not touch: those on the path of a pin, and those that a pin at
-  /// `extra` would protect. All others can be evicted, suffix first. Complexity: O(protected
-  /// nodes). Called only when free and listed pages are not enough.
-  [[nodiscard]] std::int64_t CountProtectedPages(const PathPosition& extra = {}) const;
+  /// `extra` would protect. All others can be evicted, suffix first. For KV pages only.
+  /// Complexity: amortised over pins O(1), see PinnedPaths.
+  [[nodiscard]] std::int64_t CountProtectedPages(const PathPosition& extra = {}) const {
+    return pinned_paths_.CountPages(extra);
+  }
+  /// The tier holds `delta` pages more of the node.
+  void PagesChanged(const Node& node, std::int32_t delta) noexcept {
+    pinned_paths_.PagesChanged(node, delta);
+  }
+  /// The node is about to be destroyed. Requires: neither pins nor children.
+  void Forget(Node& node) noexcept { pinned_paths_.Forget(node); }
 
   /// Would Refresh list the node?
   [[nodiscard]] bool IsEvictable(const Node& node) const;
 
-  /// Throws: InternalError naming the broken invariant (E2, E3, E4).
+  /// Throws: InternalError naming the broken invariant (E2, E3, E4, E6). Changes nothing.
   void CheckInvariants() const;
-  /// For checks. Complexity: O(pinned nodes).
-  [[nodiscard]] std::int64_t CountPinnedNodes() const;
+  /// For checks.
+  [[nodiscard]] const PinnedPaths& pinned_paths() const { return pinned_paths_; }
 
  private:
   [[nodiscard]] const Residency& Held(const Node& node) const { return node.Of(component_, tier_); }
@@ -83,22 +86,19 @@ class EvictionPolicy {
   [[nodiscard]] LeafList& ListOf(const Node& node, bool is_backed) const;
   /// The rank of an entry of `list`, which belongs to the namespace of `leaf`.
   [[nodiscard]] HeadRank RankOf(const LeafSet::Entry& leaf) const;
-  /// Pages of `node` and its ancestors that carry no current mark; marks them.
-  [[nodiscard]] std::int64_t MarkPath(const Node* node) const;
   void RerankHead(LeafList& list) noexcept;
 
   const Component component_;
   const Tier tier_;
-  VisitCounter* const visits_backptr_;
   HeadSet heads_;
-  Node* first_pinned_ = nullptr;
+  mutable PinnedPaths pinned_paths_;  // counts when it is asked
   std::int64_t num_listed_pages_ = 0;
 };
 
 /// The policies of all components and tiers.
 class EvictionPolicies {
  public:
-  explicit EvictionPolicies(VisitCounter* visits);
+  EvictionPolicies();
 
   [[nodiscard]] EvictionPolicy& Of(Component component, Tier tier) {
     return policies_[IndexOf(component)][IndexOf(tier)];
@@ -109,25 +109,32 @@ class EvictionPolicies {
   void Unlist(Node& node) noexcept;
   void Refresh(Node& node) noexcept;
   void RerankNamespace(Namespace& ns) noexcept;
+  /// The node is about to be destroyed. Fatal when it is pinned anywhere.
+  void Forget(Node& node) noexcept;
 
  private:
   std::array<std::array<EvictionPolicy, kNumTiers>, kNumComponents> policies_;
 };
 
 /// Keeps a node off the lists that its ranking by what a tier holds of it concerns, while that
-/// changes: the tier's own, and for the host also the device's, where it decides who is backed. Not
-/// to be nested for one node: the inner end would list it too early.
+/// changes: the tier's own, and for the host also the device's, where it decides who is backed; and
+/// keeps the count of protected pages right. Not to be nested for one node: the inner end would
+/// list it too early.
 class ResidencyChange {
  public:
   ResidencyChange(EvictionPolicies& policies, Node& node, Component component, Tier tier)
       : device_policy_(policies.Of(component, Tier::kDevice)),
         host_policy_(policies.Of(component, Tier::kHost)),
         node_(node),
-        tier_(tier) {
+        held_(node.Of(component, tier)),
+        tier_(tier),
+        num_pages_before_(held_.pages.size()) {
     device_policy_.Unlist(node_);
     if (tier_ == Tier::kHost) host_policy_.Unlist(node_);
   }
   ~ResidencyChange() {
+    EvictionPolicy& policy = tier_ == Tier::kHost ? host_policy_ : device_policy_;
+    policy.PagesChanged(node_, held_.pages.size() - num_pages_before_);
     device_policy_.Refresh(node_);
     if (tier_ == Tier::kHost) host_policy_.Refresh(node_);
   }
@@ -138,7 +145,9 @@ class ResidencyChange {
   EvictionPolicy& device_policy_;
   EvictionPolicy& host_policy_;
   Node& node_;
+  const Residency& held_;
   const Tier tier_;
+  const std::int32_t num_pages_before_;
 };
 
 }  // namespace lora_serve

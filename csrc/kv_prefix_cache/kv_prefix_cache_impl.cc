@@ -97,6 +97,7 @@ void KVPrefixCache::Impl::ContinueDrain(Namespace& ns) noexcept {
   LS_FATAL(ns.tree().num_nodes() == 0 && ns.counts().private_pages == 0, "namespace ", ns.id(),
            " ends with ", ns.tree().num_nodes(), " nodes and ", ns.counts().private_pages,
            " private pages");
+  policies_.Forget(ns.tree().root());
   namespaces_.erase(ns.id());
 }
 

@@ -231,8 +231,7 @@ class KVPrefixCache::Impl {
   const Matchers matchers_;
   /// [component][tier]; null where there is no such room. Outlive everything that owns pages.
   std::array<std::array<std::unique_ptr<PagePool>, kNumTiers>, kNumComponents> pools_;
-  mutable VisitCounter visits_;
-  EvictionPolicies policies_{&visits_};
+  EvictionPolicies policies_;
   EventLog events_;
   NodeSequencer sequencer_;
   Epoch clock_ = 0;

@@ -31,16 +31,20 @@ struct Residency {
   std::int32_t num_pins = 0;
   /// Children that have pages here. A node without any is a leaf of this tier.
   std::int32_t num_continuations = 0;
+  /// Children on counted paths, and whether the path to this node is counted for a pin here.
+  std::int32_t num_counted_children = 0;
+  bool is_pin_counted = false;
   /// Which of its two lists the node stands in, while it is listed.
   bool is_listed_as_backed = false;
   /// Last use of this node here, or of a removed descendant.
   Epoch epoch = 0;
   LeafHook leaf_hook;
-  /// Links of the policy's list of pinned nodes; null when not pinned or at an end.
+  /// Links between pinned nodes, and those that were when they were last counted.
   Node* previous_pinned = nullptr;
   Node* next_pinned = nullptr;
 
   [[nodiscard]] std::int32_t num_present() const { return pages.size() - num_in_flight; }
+  [[nodiscard]] bool IsOnCountedPath() const { return is_pin_counted || num_counted_children > 0; }
 };
 
 /// A node of the radix tree: the edge that leads to it, and the children behind it.
@@ -50,9 +54,9 @@ struct Residency {
 /// Its edge is as long as the longest of its tiers' pages, and a child that has pages in a tier
 /// hangs below a node whose edge is full there: in each tier the pages of a path start at the root.
 ///
-/// RadixTree owns nodes and writes the first group; EvictionPolicy writes pins, hooks and links;
-/// the cache writes pages and epochs. A node object never changes its address, and after a split
-/// it is the lower half.
+/// RadixTree owns nodes and writes the first group; EvictionPolicy writes pins and hooks,
+/// PinnedPaths links and counts of paths; the cache writes pages and epochs. A node object never
+/// changes its address, and after a split it is the lower half.
 struct Node {
   Node* parent_backptr = nullptr;  // null: this is a virtual root
   Namespace* namespace_backptr = nullptr;
@@ -67,7 +71,6 @@ struct Node {
   std::int64_t write_back_note = 0;
   /// Chained hash of the last page (see ChainHash), while somebody listens to events.
   std::uint64_t end_hash = 0;
-  mutable std::uint64_t visit_mark = 0;  // scratch of walks that must not count a node twice
 
   [[nodiscard]] bool IsRoot() const { return parent_backptr == nullptr; }
   [[nodiscard]] std::int32_t end_page() const { return start_page + num_pages; }
@@ -83,11 +86,6 @@ struct Node {
   /// The snapshot of recurrent state at the end of the edge.
   [[nodiscard]] Residency& Snapshot(Tier tier) { return Of(Component::kState, tier); }
   [[nodiscard]] const Residency& Snapshot(Tier tier) const { return Of(Component::kState, tier); }
-};
-
-/// Numbers the walks that mark nodes, so that no walk takes another's marks for its own.
-struct VisitCounter {
-  std::uint64_t last = 0;
 };
 
 }  // namespace lora_serve

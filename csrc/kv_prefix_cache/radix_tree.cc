@@ -40,6 +40,7 @@ void DivideResidency(Residency& lower, Residency& upper, std::int32_t num_upper_
   upper.num_in_flight = std::max(0, upper.pages.size() - num_present);
   lower.num_in_flight -= upper.num_in_flight;
   upper.num_continuations = lower.pages.IsEmpty() ? 0 : 1;
+  upper.num_counted_children = lower.IsOnCountedPath() ? 1 : 0;
 }
 
 }  // namespace

@@ -50,6 +50,9 @@ class CacheComparison {
   CacheComparison(KVPrefixCache* cache, NaiveCache* model) : cache_(*cache), model_(*model) {}
 
   void CompareStats() const;
+  /// Apart from the others, because the question brings the cache's count up to date: asked every
+  /// time, what changes between two questions would never be more than one operation.
+  void CompareNumAvailablePages() const;
   void CompareLease(int number, const Lease& lease) const;
   void CompareProbe(NamespaceId id, std::span<const TokenId> tokens) const;
   /// Probes every sequence that is in some tier.

@@ -109,6 +109,7 @@ void CacheOperations::Compare() {
   if (chooser_.Chance(70)) comparison_.TakeEvents();
   if (num_operations_ % config_.comparison_interval != 0) return;
   comparison_.CompareStats();
+  if (chooser_.Chance(25)) comparison_.CompareNumAvailablePages();
   for (const auto& [number, request] : requests_) comparison_.CompareLease(number, request.lease);
   const NamespaceId id = AnyNamespace();
   comparison_.CompareProbe(id, AnySequence(id));

@@ -3,7 +3,11 @@
 #include <gtest/gtest.h>
 
 #include <array>
+#include <map>
+#include <memory>
+#include <random>
 #include <set>
+#include <utility>
 #include <vector>
 
 #include "common/errors.h"
@@ -80,6 +84,43 @@ TEST(ChildMapTest, ReplacePutsAnotherNodeBehindTheSamePage) {
   EXPECT_EQ(replaced.get(), old_node);
   EXPECT_EQ(Find(children, 1, 2), new_node);
   EXPECT_EQ(children.size(), 1u);
+}
+
+TEST(ChildMapTest, EqualsAnOrderedMapWhileChildrenComeAndGo) {
+  ChildMap children;
+  std::map<TokenId, Node*> expected;
+  std::mt19937 random(3);
+  const auto draw = [&random](int end) {
+    return std::uniform_int_distribution<int>(0, end - 1)(random);
+  };
+  for (int step = 0; step < 40'000; ++step) {
+    // Grows to some hundreds and shrinks to nothing again, several times.
+    const bool is_growing = step / 4'000 % 2 == 0;
+    const TokenId token = draw(600);
+    const auto it = expected.find(token);
+    if (it == expected.end() && draw(10) < (is_growing ? 9 : 1)) {
+      auto node = NodeWith({token, 7});
+      expected.emplace(token, node.get());
+      children.Insert(std::move(node), kPageSize);
+    } else if (it != expected.end() && draw(10) < (is_growing ? 2 : 9)) {
+      ASSERT_EQ(children.Remove(*it->second, kPageSize).get(), it->second);
+      expected.erase(it);
+    } else if (it != expected.end()) {
+      auto node = NodeWith({token, 7, 8, 9});
+      Node* const replacement = node.get();
+      ASSERT_EQ(children.Replace(*it->second, std::move(node), kPageSize).get(), it->second);
+      it->second = replacement;
+    }
+    ASSERT_EQ(children.size(), expected.size());
+    const TokenId probed = draw(600);
+    const auto found = expected.find(probed);
+    ASSERT_EQ(Find(children, probed, 7), found == expected.end() ? nullptr : found->second);
+    if (step % 100 != 0) continue;
+    for (const auto& [key, node] : expected) ASSERT_EQ(Find(children, key, 7), node);
+    std::set<const Node*> visited;
+    children.ForEach([&visited](const Node& node) { visited.insert(&node); });
+    ASSERT_EQ(visited.size(), expected.size());
+  }
 }
 
 TEST(HashPageTest, DependsOnEveryTokenAndItsPlace) {

@@ -30,6 +30,7 @@ class EvictionPolicyTest : public testing::Test {
   void Remove(Node& leaf) {
     Node& parent = *leaf.parent_backptr;
     policy_.Unlist(leaf);
+    policy_.Forget(leaf);
     leaf.namespace_backptr->tree().RemoveLeaf(leaf);
     policy_.Unlist(parent);
     --parent.On(Tier::kDevice).num_continuations;
@@ -57,8 +58,8 @@ class EvictionPolicyTest : public testing::Test {
 
   PagePool pool_{64};
   PagePool host_pool_{64};
-  VisitCounter visits_;
-  EvictionPolicy policy_{Component::kFullAttention, Tier::kDevice, &visits_};
+
+  EvictionPolicy policy_{Component::kFullAttention, Tier::kDevice};
   NodeSequencer sequencer_;
   Namespace first_{NamespaceId{0}, {}, kPageSize, &sequencer_, nullptr};
   Namespace second_{NamespaceId{1}, {}, kPageSize, &sequencer_, nullptr};
