@@ -6,6 +6,7 @@
 #   make soak          the long random tests, fuzzing, planted faults
 #   make bench         each benchmark at its smallest size; writes nothing
 #   make bench-cpp     the C++ benchmarks at full size; adds rows to benchmarks/results
+#   make sim           the scheduler's simulator: rows, tables and plots of docs/scheduling.md
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
@@ -19,10 +20,10 @@ FUZZ_SECONDS ?= 600
 export OMP_NUM_THREADS ?= 1
 export OMP_WAIT_POLICY ?= PASSIVE
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo -n)
-CXX_FILES = $(shell find csrc bindings tests/cpp benchmarks/cpp -name '*.cc' -o -name '*.h')
+CXX_FILES = $(shell find csrc bindings tests/cpp benchmarks/cpp benchmarks/scheduler_sim -name '*.cc' -o -name '*.h')
 EXTENSION_SOURCES = $(shell find csrc bindings -name '*.cc' -o -name '*.h') CMakeLists.txt
 
-.PHONY: help setup demo test test-cpp test-python lint fmt stub sanitize soak soak-fuzz bench bench-cpp build-bench clean
+.PHONY: help setup demo test test-cpp test-python lint fmt stub sanitize soak soak-fuzz bench bench-cpp build-bench sim clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -97,6 +98,12 @@ bench: setup build-bench
 
 bench-cpp: setup build-bench
 	$(BIN)/python benchmarks/cpp/append_results.py build/bench/benchmarks/cpp/kv_prefix_cache_bench
+	$(BIN)/python benchmarks/cpp/append_results.py build/bench/benchmarks/cpp/scheduler_bench \
+	  --subject scheduler_step
+
+sim: setup build-bench
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt matplotlib
+	$(BIN)/python benchmarks/scheduler_sim/bench_scheduler_sim.py
 
 build-bench: $(VENV)/.packages
 	@scripts/install_cpp_library.sh benchmark libbenchmark-dev $(SUDO)

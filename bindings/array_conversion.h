@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <limits>
+#include <span>
 #include <string>
 #include <utility>
 #include <vector>
@@ -56,12 +57,27 @@ std::vector<T> ToVector(const pybind11::handle& values, const std::string& field
 /// A read-only NumPy view of `values`, without a copy; `owner` is the Python object that holds
 /// them, and stays alive as long as the view.
 template <typename T>
-pybind11::array ViewOf(const std::vector<T>& values, const pybind11::handle& owner) {
+pybind11::array ViewOf(std::span<const T> values, const pybind11::handle& owner) {
   namespace py = pybind11;
   py::array view(py::dtype::of<T>(), {static_cast<py::ssize_t>(values.size())}, {}, values.data(),
                  owner);
   py::detail::array_proxy(view.ptr())->flags &= ~py::detail::npy_api::NPY_ARRAY_WRITEABLE_;
   return view;
+}
+
+/// The entries of an array that the core is to write into; nothing is converted.
+/// Throws: InvalidArgumentError naming `field`.
+inline std::span<std::int32_t> WritableEntries(pybind11::array& array, const std::string& field) {
+  namespace py = pybind11;
+  const bool is_flat_int32 =
+      array.ndim() == 1 && py::isinstance<py::array_t<std::int32_t, py::array::c_style>>(array);
+  if (!is_flat_int32 || !array.writeable()) {
+    throw InvalidArgumentError(field + " has " + std::to_string(array.ndim()) +
+                               " dimensions and the dtype " + std::string(py::str(array.dtype())) +
+                               (array.writeable() ? "" : ", and is read-only") +
+                               "; expected a contiguous, writable, flat array of int32");
+  }
+  return {static_cast<std::int32_t*>(array.mutable_data()), static_cast<std::size_t>(array.size())};
 }
 
 }  // namespace lora_serve::bindings

@@ -2,10 +2,12 @@
 #include <pybind11/stl.h>
 
 #include <memory>
+#include <optional>
 #include <utility>
 
 #include "array_conversion.h"
 #include "bindings.h"
+#include "python_plan.h"
 #include "scheduler/scheduler.h"
 
 namespace lora_serve::bindings {
@@ -29,6 +31,12 @@ max_tokens : int
     Output tokens, at least 1; prompt and output together at most ``max_model_len``.
 reuse_prefix : bool
     False when every prompt position must be computed (prompt logprobs).
+priority : int
+    Class of priority; lower goes first.
+arrival_us : int or None
+    When it arrived, on the clock of ``next_plan``; None = at the last ``next_plan``.
+deadline_us : int or None
+    If it has not run by then, on the same clock, it fails; None = it waits as long as it must.
 
 Raises
 ------
@@ -37,108 +45,77 @@ InvalidArgumentError
 )doc")
       .def(py::init([](std::int64_t request_id, std::int64_t adapter_id,
                        const py::object& prompt_token_ids, std::int32_t max_tokens,
-                       bool reuse_prefix) {
+                       bool reuse_prefix, std::int32_t priority,
+                       std::optional<std::int64_t> arrival_us,
+                       std::optional<std::int64_t> deadline_us) {
              return NewRequest{
                  .request_id = RequestId(request_id),
                  .adapter_id = AdapterId(adapter_id),
                  .prompt_token_ids = ToVector<TokenId>(prompt_token_ids, "prompt_token_ids"),
                  .max_tokens = max_tokens,
-                 .reuse_prefix = reuse_prefix};
+                 .reuse_prefix = reuse_prefix,
+                 .priority = priority,
+                 .arrival_us = arrival_us.value_or(-1),
+                 .deadline_us = deadline_us.value_or(kNoDeadline)};
            }),
            py::kw_only(), py::arg("request_id"), py::arg("adapter_id"), py::arg("prompt_token_ids"),
-           py::arg("max_tokens"), py::arg("reuse_prefix") = true)
+           py::arg("max_tokens"), py::arg("reuse_prefix") = true, py::arg("priority") = 0,
+           py::arg("arrival_us") = py::none(), py::arg("deadline_us") = py::none())
       .def_property_readonly("request_id",
                              [](const NewRequest& self) { return self.request_id.value(); })
       .def_property_readonly("adapter_id",
                              [](const NewRequest& self) { return self.adapter_id.value(); });
 }
 
-void BindStats(py::module_& module) {
-  py::enum_<AdapterState>(module, "AdapterState",
-                          "Where an adapter's generation stands; compare with ==.")
-      .value("REGISTERED", AdapterState::kRegistered)
-      .value("LOADING", AdapterState::kLoading)
-      .value("RESIDENT", AdapterState::kResident)
-      .value("DRAINING", AdapterState::kDraining);
-  py::class_<AdapterStats>(module, "AdapterStats", "Requests and pages of one adapter generation.")
-      .def_property_readonly("adapter_id",
-                             [](const AdapterStats& self) { return self.adapter_id.value(); })
-      .def_readonly("state", &AdapterStats::state)
-      .def_property_readonly(
-          "adapter_slot", [](const AdapterStats& self) { return self.adapter_slot.value(); },
-          "-1 for the base model, and before the load was planned.")
-      .def_readonly("load_failed", &AdapterStats::load_failed)
-      .def_readonly("num_waiting_requests", &AdapterStats::num_waiting_requests)
-      .def_readonly("num_running_requests", &AdapterStats::num_running_requests)
-      .def_readonly("num_tree_pages", &AdapterStats::num_tree_pages)
-      .def_readonly("num_private_pages", &AdapterStats::num_private_pages)
-      .def_readonly("num_host_pages", &AdapterStats::num_host_pages)
-      .def_readonly("num_hit_tokens", &AdapterStats::num_hit_tokens)
-      .def_readonly("num_missed_tokens", &AdapterStats::num_missed_tokens);
-  py::class_<SchedulerStats>(
-      module, "SchedulerStats",
-      "A snapshot of counts; ``total_*`` count since the scheduler was made.")
-      .def_readonly("num_waiting_requests", &SchedulerStats::num_waiting_requests)
-      .def_readonly("num_running_requests", &SchedulerStats::num_running_requests)
-      .def_readonly("num_preempted_requests", &SchedulerStats::num_preempted_requests)
-      .def_readonly("num_device_pages", &SchedulerStats::num_device_pages)
-      .def_readonly("num_free_pages", &SchedulerStats::num_free_pages)
-      .def_readonly("num_tree_pages", &SchedulerStats::num_tree_pages)
-      .def_readonly("num_private_pages", &SchedulerStats::num_private_pages)
-      .def_readonly("total_preemptions", &SchedulerStats::total_preemptions)
-      .def_readonly("total_evicted_pages", &SchedulerStats::total_evicted_pages)
-      .def_readonly("total_queried_tokens", &SchedulerStats::total_queried_tokens)
-      .def_readonly("total_hit_tokens", &SchedulerStats::total_hit_tokens)
-      .def_readonly("total_host_hit_tokens", &SchedulerStats::total_host_hit_tokens,
-                    "Of ``total_hit_tokens``, those loaded back from the host.")
-      .def_readonly("num_host_pages", &SchedulerStats::num_host_pages)
-      .def_readonly("num_free_host_pages", &SchedulerStats::num_free_host_pages)
-      .def_readonly("total_evicted_host_pages", &SchedulerStats::total_evicted_host_pages)
-      .def_readonly("num_transfers", &SchedulerStats::num_transfers,
-                    "Copies between the tiers that were started and not reported yet.")
-      .def_readonly(
-          "adapters", &SchedulerStats::adapters,
-          "list of AdapterStats, ordered by adapter id; the base model (id 0) is the first.");
-}
-
 void BindStep(py::class_<Scheduler>& scheduler) {
   scheduler
       .def(
           "next_plan",
-          [](Scheduler& self, std::int64_t now_us) {
-            auto plan = std::make_unique<ExecutionPlan>();
+          [](Scheduler& self, std::int64_t now_us, std::optional<py::array> block) {
+            auto plan = std::make_unique<PythonPlan>();
+            if (block.has_value()) {
+              plan->memory = WritableEntries(*block, "block");
+              plan->block_owner = *std::move(block);
+            }
+            const py::gil_scoped_release release;
             self.NextPlan(now_us, *plan);
             return plan;
           },
-          py::arg("now_us"), py::call_guard<py::gil_scoped_release>(), R"doc(
+          py::arg("now_us"), py::arg("block") = py::none(), R"doc(
 Plan one step. The interpreter lock is released meanwhile.
 
 Parameters
 ----------
 now_us : int
     Microseconds of any clock that never goes back.
+block : numpy.ndarray, [plan_block_size or more] int32, contiguous and writable, optional
+    Where the plan's ``block`` is written, such as pinned memory; it starts at a multiple of 16 bytes. It must not
+    be written again while the plan is read: take one more than plans outstanding, in turn. The plan keeps it
+    alive. None: the plan has memory of its own.
 
 Returns
 -------
 ExecutionPlan
-    Owned by the caller; empty when nothing can run, also because all that could waits for copies. An empty
-    plan takes no ``advance``.
+    Owned by the caller; empty when nothing can run, also because all that could waits for the outstanding plan,
+    for loads or for copies. An empty plan takes no ``advance``, but may list requests that expired.
 
 Raises
 ------
 InternalError
-    An earlier non-empty plan was not advanced, or the clock went back.
+    Two earlier non-empty plans were not advanced, or the clock went back.
+InvalidArgumentError
+    ``block`` is not such an array; nothing is changed then.
 )doc")
       .def("advance", &Scheduler::Advance, py::arg("event"),
            py::call_guard<py::gil_scoped_release>(), R"doc(
-Take the result of the outstanding plan. The interpreter lock is released meanwhile.
+Take the result of the oldest outstanding plan. The interpreter lock is released meanwhile.
 
-An event with ``plan_id`` -1 only reports copies; it is taken at any time.
+An event with ``plan_id`` -1 only reports loads and copies; it is taken at any time.
 
 Raises
 ------
 InvalidArgumentError
-    The event does not answer the plan (ids, lengths, loads), or reports a copy that is not under way; nothing
+    The event does not answer the plan (ids, lengths), or reports a load or a copy that is not under way; nothing
     is changed then.
 )doc");
 }
@@ -147,11 +124,11 @@ InvalidArgumentError
 
 void BindScheduler(py::module_& module) {
   BindNewRequest(module);
-  BindStats(module);
   py::class_<Scheduler> scheduler(module, "Scheduler", R"doc(
 Decides what runs next: continuous batching over the KV prefix cache, with adapters.
 
-Not thread-safe. A step is ``plan = next_plan(now)``, then ``advance(event of that plan)``.
+Not thread-safe. A step is ``plan = next_plan(now)``, then ``advance(event of that plan)``. One more plan may be
+made while one is outstanding; its rows may have input tokens that only the executor will know.
 
 Parameters
 ----------
@@ -162,17 +139,91 @@ options : SchedulerOptions
       .def(
           "open_adapter",
           [](Scheduler& self, std::int64_t adapter_id, std::uint64_t digest_seed,
-             std::int64_t size_bytes) {
-            self.OpenAdapter(AdapterId(adapter_id),
-                             {.digest_seed = digest_seed, .size_bytes = size_bytes});
+             std::int64_t size_bytes, double weight, bool is_pinned, bool is_staged) {
+            return self.OpenAdapter(AdapterId(adapter_id), {.digest_seed = digest_seed,
+                                                            .size_bytes = size_bytes,
+                                                            .weight = weight,
+                                                            .is_pinned = is_pinned,
+                                                            .is_staged = is_staged});
           },
-          py::arg("adapter_id"), py::arg("digest_seed"), py::arg("size_bytes"), R"doc(
-Open a generation: a namespace of its own, and a load in the next plan.
+          py::arg("adapter_id"), py::kw_only(), py::arg("digest_seed"), py::arg("size_bytes"),
+          py::arg("weight") = 1.0, py::arg("is_pinned") = false, py::arg("is_staged") = false,
+          R"doc(
+Open a generation with a namespace of its own.
+
+Parameters
+----------
+adapter_id : int
+    1 or higher, never used before.
+digest_seed : int
+    64 bits that seed the hashes of its KV pages.
+size_bytes : int
+    Bytes on the device.
+weight : float
+    Its share under the policy 'fair', beside that of others; above 0, at most 1000.
+is_pinned : bool
+    Never taken off the device; it is brought in although no request waits for it.
+is_staged : bool
+    Its weights lie in host memory; see ``set_adapter_staged``.
+
+Returns
+-------
+bool
+    True when there is room for it without taking another off the device: then the next plan loads it. Else it is
+    loaded when requests wait for it, or when it is pinned.
 
 Raises
 ------
 InvalidArgumentError
-    The id was used before, or is not 1 or higher.
+    The id was used before or is not 1 or higher, or a field is out of range.
+CapacityError
+    It can never fit beside the pinned ones.
+)doc")
+      .def(
+          "set_adapter_pinned",
+          [](Scheduler& self, std::int64_t adapter_id, bool is_pinned) {
+            self.SetAdapterPinned(AdapterId(adapter_id), is_pinned);
+          },
+          py::arg("adapter_id"), py::arg("is_pinned"), R"doc(
+Pin a generation to the device, or end that.
+
+Raises
+------
+AdapterNotFoundError
+    The generation is not open, is draining, has failed to load, or is the base model.
+CapacityError
+    With it the pinned ones take so much that another open one could never run.
+)doc")
+      .def(
+          "set_adapter_staged",
+          [](Scheduler& self, std::int64_t adapter_id, bool is_staged) {
+            self.SetAdapterStaged(AdapterId(adapter_id), is_staged);
+          },
+          py::arg("adapter_id"), py::arg("is_staged"), R"doc(
+Say whether a generation's weights lie in host memory: then a load takes effect with its plan.
+
+The rows of the plan that loads it may use it already, and the event of that plan reports the load. If it fails,
+the tokens of these rows mean nothing, and their requests are aborted before the event.
+
+Raises
+------
+AdapterNotFoundError
+    The generation is not open.
+)doc")
+      .def(
+          "set_adapter_weight",
+          [](Scheduler& self, std::int64_t adapter_id, double weight) {
+            self.SetAdapterWeight(AdapterId(adapter_id), weight);
+          },
+          py::arg("adapter_id"), py::arg("weight"), R"doc(
+Set a generation's share under the policy 'fair'.
+
+Raises
+------
+AdapterNotFoundError
+    The generation is not open, or is draining.
+InvalidArgumentError
+    The weight is not above 0 and at most 1000.
 )doc")
       .def(
           "drain_adapter",
@@ -199,6 +250,8 @@ InvalidArgumentError
     A field is out of range, or the id is live.
 AdapterNotFoundError
     The generation is not open, is draining, or its load failed.
+CapacityError
+    A limit on what waits is reached.
 )doc")
       .def(
           "abort",
@@ -211,10 +264,17 @@ End a request wherever it is; returns False when the id is not live (a late abor
       .def_property_readonly(
           "has_work", &Scheduler::HasWork,
           "Whether a request waits or runs, a load or drain is due, or a plan is outstanding. If "
-          "the plan is empty all the same, everything waits for copies to be reported.")
-      .def("stats", &Scheduler::Stats, "A snapshot of the counts.")
+          "the plan is empty all the same, and none is outstanding, everything waits for loads and "
+          "copies to be reported.")
+      .def("counters", &Scheduler::Counters,
+           "The counts that cost the same however many adapters and requests there are.")
+      .def("stats", &Scheduler::Stats, "All counts; costs in proportion to the adapters.")
       .def("check_invariants", &Scheduler::CheckInvariants,
            "Raise InternalError naming what is broken, in the scheduler or its cache; for tests.")
+      .def_property_readonly(
+          "plan_block_size",
+          [](const Scheduler& self) { return PlanBlockCapacity(self.options()); },
+          "Entries of a ``block`` that holds any plan of this scheduler.")
       .def_property_readonly("options", &Scheduler::options);
   BindStep(scheduler);
 }

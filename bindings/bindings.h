@@ -8,6 +8,7 @@ namespace lora_serve::bindings {
 void BindErrors(pybind11::module_& module);
 void BindPlan(pybind11::module_& module);
 void BindSchedulerOptions(pybind11::module_& module);
+void BindStats(pybind11::module_& module);
 void BindScheduler(pybind11::module_& module);
 
 }  // namespace lora_serve::bindings

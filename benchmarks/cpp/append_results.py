@@ -55,37 +55,49 @@ def nanoseconds(run: dict[str, Any]) -> float:
     return float(run["real_time" if measured_itself else "cpu_time"]) * NANOSECONDS[run["time_unit"]]
 
 
-def row_of(name: str, runs: list[dict[str, Any]], compiler: str) -> dict[str, object]:
+def cache_columns(first: dict[str, Any], p50: float) -> dict[str, object]:
+    """Columns of the KV prefix cache's rows only."""
+    return {
+        "p50_ns_per_token": round(p50 / first["tokens"], 3) if "tokens" in first else "",
+        "p50_ns_per_page": round(p50 / first["pages"], 2) if "pages" in first else "",
+        "p50_requests_per_s": round(1e9 / p50) if "items_per_second" in first else "",
+        "tree_bytes_per_page": round(first["bytes_per_page"], 1) if "bytes_per_page" in first else "",
+    }
+
+
+def step_columns(first: dict[str, Any], p50: float) -> dict[str, object]:
+    """Columns of the scheduler's rows only."""
+    return {"p50_us_per_request": round(p50 / first["requests"] / 1e3, 4) if "requests" in first else ""}
+
+
+def row_of(name: str, runs: list[dict[str, Any]], compiler: str, subject: str) -> dict[str, object]:
     """One row for all repetitions of one benchmark."""
     first = runs[0]
     times = [nanoseconds(run) for run in runs]
     p50 = percentile(times, 50)
+    columns = step_columns if subject == "scheduler_step" else cache_columns
     row: dict[str, object] = {
         "benchmark": name,
         "p20_us": round(percentile(times, 20) / 1e3, 4),
         "p50_us": round(p50 / 1e3, 4),
         "p80_us": round(percentile(times, 80) / 1e3, 4),
-        "p50_ns_per_token": round(p50 / first["tokens"], 3) if "tokens" in first else "",
-        "p50_ns_per_page": round(p50 / first["pages"], 2) if "pages" in first else "",
-        "p50_requests_per_s": round(1e9 / p50) if "items_per_second" in first else "",
-        "tree_bytes_per_page": "",
+        **columns(first, p50),
         "repetitions": len(runs),
         "compiler": compiler,
     }
     if "bytes_per_page" in first:  # how long it took to fill the cache says nothing
         row |= {"p20_us": "", "p50_us": "", "p80_us": ""}
-        row["tree_bytes_per_page"] = round(first["bytes_per_page"], 1)
     return row
 
 
-def rows_of(output: dict[str, Any]) -> list[dict[str, object]]:
+def rows_of(output: dict[str, Any], subject: str) -> list[dict[str, object]]:
     """Gather the repetitions of each benchmark, in the order of the program."""
     runs_by_name: dict[str, list[dict[str, Any]]] = {}
     for run in output["benchmarks"]:
         if run["run_type"] == "iteration":
             runs_by_name.setdefault(RUN_SUFFIX.sub("", run["run_name"]), []).append(run)
     compiler = output["context"]["compiler"]
-    return [row_of(name, runs, compiler) for name, runs in runs_by_name.items()]
+    return [row_of(name, runs, compiler, subject) for name, runs in runs_by_name.items()]
 
 
 def main() -> int:
@@ -94,9 +106,11 @@ def main() -> int:
     parser.add_argument("--min-time", type=float, default=0.1, help="seconds of a repetition (default: 0.1)")
     parser.add_argument("--repetitions", type=int, default=15)
     parser.add_argument("--filter", default=".", help="regular expression of the benchmarks to run")
+    parser.add_argument("--subject", help="name of the result file (default: the program's, without _bench)")
     parser.add_argument("--dry-run", action="store_true", help="print the rows, write nothing")
     args = parser.parse_args()
-    rows = rows_of(run(args.program, args.min_time, args.repetitions, args.filter))
+    subject = args.subject or args.program.name.removesuffix("_bench")
+    rows = rows_of(run(args.program, args.min_time, args.repetitions, args.filter), subject)
     if not rows:
         print(f"no benchmark matches {args.filter!r}", file=sys.stderr)
         return 1
@@ -104,7 +118,6 @@ def main() -> int:
         for row in rows:
             print(row)
         return 0
-    subject = args.program.name.removesuffix("_bench")
     print(f"appended to {append_rows(subject, rows)}")
     return 0
 

@@ -1,45 +1,51 @@
 #include "scheduler/adapter_table.h"
 
 #include <algorithm>
-#include <set>
+#include <cmath>
+#include <limits>
 #include <string>
 #include <utility>
 
 #include "common/check.h"
 
+// The life of generations: opened, loaded, evicted, drained. Their lists: adapter_lists.cc.
+
 namespace lora_serve {
 namespace {
 
+/// Of an adapter of weight 1.
+constexpr double kServiceUnit = 1 << 20;
+constexpr double kMaxWeight = 1000.0;
+constexpr double kMinWeight = 0.001;
+
 std::string Subject(AdapterId id) { return "adapter " + std::to_string(id.value()); }
 
-std::int64_t* CountOf(Adapter& adapter, RequestList list) {
-  switch (list) {
-    case RequestList::kNone:
-      return nullptr;
-    case RequestList::kQueued:
-      return &adapter.num_queued_requests;
-    case RequestList::kPreempted:
-      return &adapter.num_preempted_requests;
-    case RequestList::kRunning:
-      return &adapter.num_running_requests;
+std::int64_t ServicePerToken(AdapterId id, double weight) {
+  if (!(weight >= kMinWeight && weight <= kMaxWeight)) {
+    throw InvalidArgumentError(Subject(id) + " has weight " + std::to_string(weight) +
+                               "; expected 0.001 to 1000");
   }
-  LS_CHECK(false, "list ", static_cast<int>(list));
-  return nullptr;
+  return std::llround(kServiceUnit / weight);
 }
 
 }  // namespace
 
-AdapterTable::AdapterTable(KVPrefixCache* cache, std::int32_t max_loras)
-    : cache_backptr_(cache), max_loras_(max_loras) {
-  Adapter base;
-  base.id = kBaseAdapter;
-  base.namespace_id = kBaseNamespace;
-  base.load_state = LoadState::kResident;
-  adapters_.emplace(kBaseAdapter, base);
+AdapterTable::AdapterTable(KVPrefixCache* cache, const SchedulerOptions& options)
+    : cache_backptr_(cache),
+      max_loras_(options.max_loras),
+      max_num_seqs_(options.max_num_seqs),
+      max_bytes_(options.adapter_memory_bytes > 0 ? options.adapter_memory_bytes
+                                                  : std::numeric_limits<std::int64_t>::max()),
+      priority_ageing_us_(options.priority_ageing_us),
+      base_(adapters_[kBaseAdapter]) {
+  base_.id = kBaseAdapter;
+  base_.namespace_id = kBaseNamespace;
+  base_.load_state = LoadState::kResident;
+  base_.service_per_token = ServicePerToken(kBaseAdapter, base_.options.weight);
   used_ids_.insert(kBaseAdapter);
 }
 
-void AdapterTable::Open(AdapterId id, const AdapterOptions& options) {
+bool AdapterTable::Open(AdapterId id, const AdapterOptions& options) {
   if (id <= kBaseAdapter) {
     throw InvalidArgumentError(Subject(id) +
                                " cannot be opened: ids of adapters are 1 or higher, " +
@@ -55,16 +61,85 @@ void AdapterTable::Open(AdapterId id, const AdapterOptions& options) {
         " was opened before; every generation needs an id of its own, also after "
         "it was drained");
   }
-  Adapter adapter;
-  adapter.id = id;
-  adapter.options = options;
+  const std::int64_t service_per_token = ServicePerToken(id, options.weight);
+  CheckFits(id, options.size_bytes, options.is_pinned);
   NamespaceOptions namespace_options;
   namespace_options.digest_seed = options.digest_seed;
+  Adapter& adapter = adapters_[id];
+  adapter.id = id;
+  adapter.options = options;
+  adapter.service_per_token = service_per_token;
   adapter.namespace_id = cache_backptr_->OpenNamespace(namespace_options);
   cache_backptr_->SetAdapterResident(adapter.namespace_id, false);
-  adapters_.emplace(id, adapter);
   used_ids_.insert(id);
-  registered_.push_back(id);
+  CountSize(adapter);
+  // Those in line were here before, and wait for more than is free.
+  const bool is_due = line_.empty() && options.size_bytes <= NumFreeBytes();
+  if (is_due) ReserveBytes(adapter);
+  Relist(adapter);
+  return is_due;
+}
+
+void AdapterTable::CheckFits(AdapterId id, std::int64_t size_bytes, bool is_pinned) const {
+  const std::int64_t largest = unpinned_sizes_.empty() ? 0 : *unpinned_sizes_.rbegin();
+  const std::int64_t pinned = num_pinned_bytes_ + (is_pinned ? size_bytes : 0);
+  const std::int64_t other = is_pinned ? largest : std::max(largest, size_bytes);
+  if (pinned <= max_bytes_ && other <= max_bytes_ - pinned) return;
+  throw CapacityError(Subject(id) + " takes " + std::to_string(size_bytes) + " bytes; with " +
+                      std::to_string(num_pinned_bytes_) + " bytes of pinned adapters and " +
+                      std::to_string(largest) + " of the largest other one, the " +
+                      std::to_string(max_bytes_) + " bytes for adapters could not hold " +
+                      (is_pinned ? "every adapter that may be needed; do not pin it, unpin another"
+                                 : "it; unpin another") +
+                      ", or raise the memory for adapters");
+}
+
+void AdapterTable::CountSize(const Adapter& adapter) {
+  if (adapter.options.is_pinned) {
+    num_pinned_bytes_ += adapter.options.size_bytes;
+  } else {
+    unpinned_sizes_.insert(adapter.options.size_bytes);
+  }
+}
+
+void AdapterTable::UncountSize(const Adapter& adapter) {
+  if (adapter.options.is_pinned) {
+    num_pinned_bytes_ -= adapter.options.size_bytes;
+  } else {
+    unpinned_sizes_.erase(unpinned_sizes_.find(adapter.options.size_bytes));
+  }
+}
+
+void AdapterTable::SetPinned(AdapterId id, bool is_pinned) {
+  Adapter& adapter = GetOpen(id);
+  if (adapter.IsBase()) {
+    throw AdapterNotFoundError("adapter 0 cannot be pinned: it is the base model, always there");
+  }
+  if (adapter.options.is_pinned == is_pinned) return;
+  UncountSize(adapter);
+  try {
+    CheckFits(id, adapter.options.size_bytes, is_pinned);
+  } catch (const CapacityError&) {
+    CountSize(adapter);
+    throw;
+  }
+  adapter.options.is_pinned = is_pinned;
+  CountSize(adapter);
+  Relist(adapter);
+}
+
+void AdapterTable::SetStaged(AdapterId id, bool is_staged) {
+  const auto it = adapters_.find(id);
+  if (it == adapters_.end() || it->second.IsBase()) {
+    throw AdapterNotFoundError(Subject(id) + " cannot be staged: it is not open");
+  }
+  it->second.options.is_staged = is_staged;
+}
+
+void AdapterTable::SetWeight(AdapterId id, double weight) {
+  Adapter& adapter = GetOpen(id);
+  adapter.service_per_token = ServicePerToken(id, weight);
+  adapter.options.weight = weight;
 }
 
 void AdapterTable::Drain(AdapterId id) {
@@ -80,6 +155,7 @@ void AdapterTable::Drain(AdapterId id) {
   if (adapter.is_draining) return;
   cache_backptr_->DrainNamespace(adapter.namespace_id);
   adapter.is_draining = true;
+  Relist(adapter);
   CompleteDrainIfUnused(adapter);
 }
 
@@ -105,15 +181,35 @@ Adapter& AdapterTable::Get(AdapterId id) {
   return it->second;
 }
 
-std::vector<AdapterId> AdapterTable::TakeDrained() { return std::exchange(drained_, {}); }
+// --- To the device and back --------------------------------------------------------------------
 
-std::vector<const Adapter*> AdapterTable::TakeLoads() {
+std::vector<AdapterId> AdapterTable::TakeDrained() {
+  for (const AdapterId id : drained_) {
+    Adapter& adapter = Get(id);
+    if (adapter.HoldsBytes()) SetLoadState(adapter, LoadState::kRegistered);
+  }
+  return std::exchange(drained_, {});
+}
+
+void AdapterTable::ReserveBytes(Adapter& adapter) {
+  LS_CHECK(adapter.load_state == LoadState::kRegistered, "adapter ", adapter.id,
+           " has its bytes already");
+  LS_CHECK(adapter.options.size_bytes <= NumFreeBytes(), "adapter ", adapter.id, " takes ",
+           adapter.options.size_bytes, " bytes of ", NumFreeBytes());
+  SetLoadState(adapter, LoadState::kDue);
+  due_.push_back(adapter.id);
+  Relist(adapter);
+}
+
+std::vector<const Adapter*> AdapterTable::TakeDue() {
   std::vector<const Adapter*> loads;
-  for (const AdapterId id : std::exchange(registered_, {})) {
+  for (const AdapterId id : std::exchange(due_, {})) {
     Adapter& adapter = Get(id);
     adapter.slot = TakeLowestFreeSlot();
-    adapter.load_state = LoadState::kLoading;
+    SetLoadState(adapter, LoadState::kLoading);
+    ++adapter.num_loads;
     loads.push_back(&adapter);
+    if (adapter.options.is_staged) OnLoaded(id);
   }
   return loads;
 }
@@ -129,24 +225,93 @@ AdapterSlot AdapterTable::TakeLowestFreeSlot() {
   return AdapterSlot(slot);
 }
 
+void AdapterTable::Evict(Adapter& adapter) {
+  LS_CHECK(adapter.load_state == LoadState::kResident && !adapter.options.is_pinned &&
+               !adapter.is_in_place,
+           "adapter ", adapter.id, " cannot leave the device");
+  slot_is_taken_[static_cast<std::size_t>(adapter.slot.value())] = false;
+  adapter.slot = kNoAdapterSlot;
+  SetLoadState(adapter, LoadState::kRegistered);
+  ++adapter.num_evictions;
+  cache_backptr_->SetAdapterResident(adapter.namespace_id, false);
+  Relist(adapter);
+}
+
+void AdapterTable::SetLoadState(Adapter& adapter, LoadState state) {
+  const auto count = [&](std::int32_t sign) {
+    num_bytes_ += adapter.HoldsBytes() ? sign * adapter.options.size_bytes : 0;
+    num_loading_ += adapter.load_state == LoadState::kLoading ? sign : 0;
+    num_resident_ += adapter.load_state == LoadState::kResident ? sign : 0;
+  };
+  count(-1);
+  adapter.load_state = state;
+  count(+1);
+}
+
+bool AdapterTable::IsLoading(AdapterId id) const {
+  const auto it = adapters_.find(id);
+  return it != adapters_.end() && it->second.load_state == LoadState::kLoading;
+}
+
 void AdapterTable::OnLoaded(AdapterId id) { FinishLoad(id, LoadState::kResident); }
 
-void AdapterTable::OnFailed(AdapterId id) { FinishLoad(id, LoadState::kFailed); }
+void AdapterTable::OnFailed(AdapterId id) {
+  UncountSize(Get(id));
+  FinishLoad(id, LoadState::kFailed);
+}
+
+void AdapterTable::OnStagedFailed(AdapterId id) {
+  const auto it = adapters_.find(id);
+  if (it == adapters_.end() || it->second.is_drained) return;
+  Adapter& adapter = it->second;
+  // Evicted since, or about to be loaded once more: that load will tell.
+  if (adapter.load_state != LoadState::kResident) return;
+  UncountSize(adapter);
+  if (adapter.is_in_place) LeavePlace(adapter);
+  SetLoadState(adapter, LoadState::kFailed);
+  if (cache_backptr_->HasNamespace(adapter.namespace_id)) {
+    cache_backptr_->SetAdapterResident(adapter.namespace_id, false);
+  }
+  Relist(adapter);
+}
 
 void AdapterTable::FinishLoad(AdapterId id, LoadState outcome) {
   Adapter& adapter = Get(id);
   LS_CHECK(adapter.load_state == LoadState::kLoading, "adapter ", id, " was not loading");
-  adapter.load_state = outcome;
+  SetLoadState(adapter, outcome);
+  adapter.last_used = next_use_number_++;
   if (outcome == LoadState::kResident && cache_backptr_->HasNamespace(adapter.namespace_id)) {
     cache_backptr_->SetAdapterResident(adapter.namespace_id, true);
   }
+  Relist(adapter);
   CompleteDrainIfUnused(adapter);
 }
+
+// --- The end -----------------------------------------------------------------------------------
 
 void AdapterTable::OnCopiesEnded() {
   // A copy: the ones that complete leave the set.
   const std::vector<AdapterId> waiting(waiting_for_copies_.begin(), waiting_for_copies_.end());
   for (const AdapterId id : waiting) CompleteDrainIfUnused(Get(id));
+}
+
+void AdapterTable::CompleteDrainIfUnused(Adapter& adapter) {
+  if (!adapter.is_draining || adapter.is_drained || adapter.load_state == LoadState::kLoading ||
+      adapter.num_requests() > 0) {
+    return;
+  }
+  if (cache_backptr_->HasNamespace(adapter.namespace_id)) {
+    waiting_for_copies_.insert(adapter.id);
+    return;
+  }
+  waiting_for_copies_.erase(adapter.id);
+  adapter.is_drained = true;
+  if (adapter.load_state == LoadState::kDue) {  // never loaded, and now never will be
+    std::erase(due_, adapter.id);
+    SetLoadState(adapter, LoadState::kRegistered);
+  }
+  if (adapter.load_state != LoadState::kFailed) UncountSize(adapter);
+  drained_.push_back(adapter.id);
 }
 
 void AdapterTable::Remove(AdapterId id) {
@@ -156,77 +321,6 @@ void AdapterTable::Remove(AdapterId id) {
     slot_is_taken_[static_cast<std::size_t>(adapter.slot.value())] = false;
   }
   adapters_.erase(id);
-}
-
-bool AdapterTable::MayRun(const Adapter& adapter) const {
-  if (adapter.IsBase()) return true;
-  if (adapter.load_state != LoadState::kResident) return false;
-  return adapter.HoldsPlace() || num_places_taken_ < max_loras_;
-}
-
-void AdapterTable::MoveRequest(Adapter& adapter, RequestList from, RequestList to) {
-  const bool held_place = adapter.HoldsPlace();
-  if (std::int64_t* count = CountOf(adapter, from)) {
-    LS_CHECK(*count > 0, "adapter ", adapter.id);
-    --*count;
-  }
-  if (std::int64_t* count = CountOf(adapter, to)) ++*count;
-  num_places_taken_ +=
-      static_cast<std::int32_t>(adapter.HoldsPlace()) - static_cast<std::int32_t>(held_place);
-  CompleteDrainIfUnused(adapter);
-}
-
-void AdapterTable::CompleteDrainIfUnused(Adapter& adapter) {
-  if (!adapter.is_draining || adapter.is_drained || adapter.load_state == LoadState::kLoading ||
-      adapter.HasRequests()) {
-    return;
-  }
-  if (cache_backptr_->HasNamespace(adapter.namespace_id)) {
-    waiting_for_copies_.insert(adapter.id);
-    return;
-  }
-  waiting_for_copies_.erase(adapter.id);
-  adapter.is_drained = true;
-  std::erase(registered_, adapter.id);  // never loaded, and now never will be
-  drained_.push_back(adapter.id);
-}
-
-void AdapterTable::CheckInvariants() const {
-  std::int32_t num_places = 0;
-  std::set<AdapterSlot> slots;
-  for (const auto& [id, adapter] : adapters_) {
-    if (adapter.IsBase()) continue;
-    if (adapter.HoldsPlace()) {
-      ++num_places;
-      LS_CHECK(adapter.load_state == LoadState::kResident, "adapter ", id,
-               " runs but is not resident");
-    }
-    const bool needs_slot = adapter.load_state != LoadState::kRegistered;
-    LS_CHECK((adapter.slot != kNoAdapterSlot) == needs_slot, "adapter ", id, " has slot ",
-             adapter.slot);
-    if (needs_slot) {
-      LS_CHECK(slots.insert(adapter.slot).second, "two adapters in slot ", adapter.slot);
-      LS_CHECK(slot_is_taken_.at(static_cast<std::size_t>(adapter.slot.value())), "slot ",
-               adapter.slot, " of adapter ", id, " counts as free");
-    }
-    const bool waits_for_copies = waiting_for_copies_.contains(id);
-    const bool is_in_use =
-        adapter.HasRequests() || adapter.load_state == LoadState::kLoading || waits_for_copies;
-    LS_CHECK(adapter.is_drained == (adapter.is_draining && !is_in_use), "adapter ", id,
-             adapter.is_drained ? " is drained but in use" : " drains but waits for nothing");
-    LS_CHECK(!waits_for_copies || (adapter.is_draining && !adapter.HasRequests()), "adapter ", id,
-             " waits for copies too early");
-    LS_CHECK(cache_backptr_->HasNamespace(adapter.namespace_id) ==
-                 (!adapter.is_draining || adapter.HasRequests() || waits_for_copies),
-             "adapter ", id, " and its namespace ", adapter.namespace_id, " disagree");
-  }
-  const auto num_taken = std::count(slot_is_taken_.begin(), slot_is_taken_.end(), true);
-  LS_CHECK(std::cmp_equal(num_taken, slots.size()), num_taken, " slots taken by ", slots.size(),
-           " adapters");
-  LS_CHECK(num_places == num_places_taken_, num_places, " places taken, counted ",
-           num_places_taken_);
-  LS_CHECK(num_places_taken_ <= max_loras_, num_places_taken_, " places taken, max_loras is ",
-           max_loras_);
 }
 
 }  // namespace lora_serve

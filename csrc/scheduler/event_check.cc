@@ -1,10 +1,11 @@
 #include "scheduler/event_check.h"
 
 #include <algorithm>
+#include <array>
 #include <set>
+#include <span>
 #include <string>
 #include <string_view>
-#include <vector>
 
 #include "common/errors.h"
 
@@ -40,22 +41,28 @@ void CheckRow(const ExecutionEvent& event, const ScheduledRow& row, std::size_t 
   }
 }
 
-void CheckLoads(const ExecutionEvent& event, const OutstandingPlan& plan) {
-  std::vector<std::int64_t> reported = event.loaded_adapter_ids;
-  reported.insert(reported.end(), event.failed_adapter_ids.begin(), event.failed_adapter_ids.end());
-  std::sort(reported.begin(), reported.end());
-  std::vector<std::int64_t> planned;
-  for (const AdapterId id : plan.loads) planned.push_back(id.value());
-  std::sort(planned.begin(), planned.end());
-  if (reported == planned) return;
-  const auto list = [](const std::vector<std::int64_t>& ids) {
-    std::string text = "[";
-    for (const std::int64_t id : ids) text += (text.size() > 1 ? ", " : "") + std::to_string(id);
-    return text + "]";
-  };
-  Refuse(event, "reports the loads of adapters " + list(reported) +
-                    "; expected those of the plan, each " +
-                    "as loaded or as failed: " + list(planned));
+/// One of the two lists in which something that goes on beside the plans is reported.
+struct Reports {
+  std::string_view field;
+  std::span<const std::int64_t> ids;
+};
+
+template <typename IsUnderWay>
+void CheckReports(const ExecutionEvent& event, std::string_view what,
+                  const IsUnderWay& is_under_way, const std::array<Reports, 2>& lists) {
+  std::set<std::int64_t> reported;
+  for (const Reports& list : lists) {
+    for (const std::int64_t id : list.ids) {
+      const std::string found = "reports " + std::string(what) + " " + std::to_string(id) + " in " +
+                                std::string(list.field);
+      if (!is_under_way(id)) {
+        Refuse(event, found + "; expected one of a plan that was not reported before");
+      }
+      if (!reported.insert(id).second) {
+        Refuse(event, found + " for the second time; expected each once, as done or failed");
+      }
+    }
+  }
 }
 
 }  // namespace
@@ -69,36 +76,39 @@ void CheckEventAnswersPlan(const ExecutionEvent& event, const OutstandingPlan& p
   CheckLength(event, "is_finished", event.is_finished.size(), plan.rows.size());
   for (std::size_t index = 0; index < plan.rows.size(); ++index)
     CheckRow(event, plan.rows[index], index);
-  CheckLoads(event, plan);
+}
+
+bool ReportsAnything(const ExecutionEvent& event) {
+  return !event.loaded_adapter_ids.empty() || !event.failed_adapter_ids.empty() ||
+         !event.completed_transfer_ids.empty() || !event.failed_transfer_ids.empty();
 }
 
 void CheckEventHasNoRows(const ExecutionEvent& event) {
   const auto check_empty = [&event](std::string_view field, std::size_t found) {
     if (found == 0) return;
     Refuse(event, "has " + std::to_string(found) + " entries in " + std::string(field) +
-                      "; expected none, because it answers no plan and may only report copies");
+                      "; expected none, because it answers no plan and has no rows");
   };
   check_empty("sampled_token_ids", event.sampled_token_ids.size());
   check_empty("is_finished", event.is_finished.size());
-  check_empty("loaded_adapter_ids", event.loaded_adapter_ids.size());
-  check_empty("failed_adapter_ids", event.failed_adapter_ids.size());
 }
 
 void CheckTransferReports(const ExecutionEvent& event, const TransferTable& transfers) {
-  std::set<std::int64_t> reported;
-  const auto check = [&](std::string_view field, const std::vector<std::int64_t>& ids) {
-    for (const std::int64_t id : ids) {
-      const std::string found = "reports copy " + std::to_string(id) + " in " + std::string(field);
-      if (!transfers.IsUnderWay(TransferId(id))) {
-        Refuse(event, found + "; expected one of a plan that was not reported before");
-      }
-      if (!reported.insert(id).second) {
-        Refuse(event, found + " for the second time; expected each once, as completed or failed");
-      }
-    }
+  const auto is_under_way = [&](std::int64_t id) { return transfers.IsUnderWay(TransferId(id)); };
+  CheckReports(event, "copy", is_under_way,
+               {{{"completed_transfer_ids", event.completed_transfer_ids},
+                 {"failed_transfer_ids", event.failed_transfer_ids}}});
+}
+
+void CheckLoadReports(const ExecutionEvent& event, const AdapterTable& adapters,
+                      std::span<const AdapterId> staged_loads) {
+  const auto is_loading = [&](std::int64_t id) {
+    return adapters.IsLoading(AdapterId(id)) ||
+           std::ranges::find(staged_loads, AdapterId(id)) != staged_loads.end();
   };
-  check("completed_transfer_ids", event.completed_transfer_ids);
-  check("failed_transfer_ids", event.failed_transfer_ids);
+  CheckReports(event, "the load of adapter", is_loading,
+               {{{"loaded_adapter_ids", event.loaded_adapter_ids},
+                 {"failed_adapter_ids", event.failed_adapter_ids}}});
 }
 
 }  // namespace lora_serve

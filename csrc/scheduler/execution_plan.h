@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "common/strong_id.h"
+#include "scheduler/plan_block.h"
 
 namespace lora_serve {
 
@@ -12,54 +13,39 @@ inline constexpr PlanId kNoPlan{-1};
 
 /// One step of work, as plain arrays: the only value that goes from the scheduler to the executor.
 ///
-/// Axis letters: B rows (one a scheduled request), T tokens of the step, D page-table deltas, C
-/// copies between the tiers.
+/// What the device needs lies in one block (PlanBlock, whose arrays are members here, too); the
+/// rest is for the host. Axis letters: B rows (one a scheduled request), T tokens of the step, D
+/// page-table deltas, C copies between the tiers.
 /// Rows are ordered: decodes first, then prefill chunks; both in the order in which they were
-/// admitted.
-struct ExecutionPlan {
+/// admitted. A plan of single tokens only gets padded rows (SchedulerOptions::padded_batch_sizes),
+/// which are seen through Padded() alone.
+struct ExecutionPlan : PlanBlock {
   /// Counts up by one from plan to plan; events return in this order. kNoPlan when the plan is
   /// empty.
   std::int64_t plan_id = kNoPlan.value();
 
-  // --- Rows [B]
-  // -----------------------------------------------------------------------------------------
+  // --- Rows [B], for the host -------------------------------------------------------------------
   std::vector<std::int64_t> request_ids;
-  /// Row of the executor's page table, in [0, max_num_seqs).
-  std::vector<std::int32_t> page_table_rows;
-  /// Tokens of this row in this step, at least 1.
-  std::vector<std::int32_t> num_scheduled_tokens;
-  /// Position of the row's first token: tokens whose KV is already in its pages.
-  std::vector<std::int32_t> num_computed_tokens;
   /// Tokens of the row's prompt that came from the prefix cache, for usage reports.
   std::vector<std::int32_t> num_cached_tokens;
-  /// Index into the adapter tables; -1 = no adapter.
-  std::vector<std::int32_t> adapter_slots;
-  /// 1 when the row's last token is the newest known one, so that a token is sampled; 0 inside a
+  /// 1 when the row's last token is the newest one planned, so that a token is sampled; 0 inside a
   /// prefill.
   std::vector<std::uint8_t> samples_token;
 
-  // --- Tokens [T]
-  // ---------------------------------------------------------------------------------------
-  /// Input tokens, row after row. -1 = the token that the previous plan sampled for this row
-  /// (overlap).
-  std::vector<std::int32_t> token_ids;
-
-  // --- Page-table deltas [D]: row `delta_rows[d]` gets, from entry `delta_starts[d]` on, the pages
-  //     delta_pages[delta_offsets[d] : delta_offsets[d + 1]]. Entries before the start are
-  //     unchanged. ------
-  std::vector<std::int32_t> delta_rows;
-  std::vector<std::int32_t> delta_starts;
-  std::vector<std::int32_t> delta_offsets;  // [D + 1]
-  std::vector<std::int32_t> delta_pages;
-
-  // --- Adapters
-  // -----------------------------------------------------------------------------------------
-  /// Bring these generations to these slots; the event reports each as loaded or failed.
+  // --- Adapters, in the order in which they are carried out: drained, evicted, loaded -----------
+  /// Drains that have completed: nothing refers to these generations any more.
+  std::vector<std::int64_t> drained_adapter_ids;
+  /// Take these generations off the device; they stay open and may be loaded again.
+  std::vector<std::int64_t> evicted_adapter_ids;
+  /// Bring these generations to these slots. The event of this or of a later plan reports each as
+  /// loaded or failed; no row uses a slot before that. But the rows of this plan may use those of
+  /// staged adapters, and this plan's event reports them.
   std::vector<std::int64_t> load_adapter_ids;
   std::vector<std::int32_t> load_adapter_slots;
-  /// Drains that have completed: nothing refers to these generations any more. Free them before the
-  /// loads.
-  std::vector<std::int64_t> drained_adapter_ids;
+
+  // --- Requests that have ended without a row ---------------------------------------------------
+  /// Their deadline has passed before they ran; no Advance is owed for them.
+  std::vector<std::int64_t> expired_request_ids;
 
   // --- Copies between the tiers [C], by id: pages
   //     transfer_source_pages[transfer_offsets[c] : transfer_offsets[c + 1]] to the destination
@@ -77,14 +63,15 @@ struct ExecutionPlan {
   [[nodiscard]] bool HasRows() const { return !request_ids.empty(); }
   /// True when there is nothing to execute and nothing to report: no Advance is owed.
   [[nodiscard]] bool IsEmpty() const {
-    return request_ids.empty() && load_adapter_ids.empty() && drained_adapter_ids.empty() &&
-           transfer_ids.empty();
+    return request_ids.empty() && drained_adapter_ids.empty() && evicted_adapter_ids.empty() &&
+           load_adapter_ids.empty() && transfer_ids.empty();
   }
 };
 
 /// What the executor did with a plan: the only value that comes back.
 ///
-/// With kNoPlan it answers no plan and only reports copies, for those that end while nothing runs.
+/// With kNoPlan it answers no plan and only reports loads and copies, for those that end while
+/// nothing runs.
 struct ExecutionEvent {
   std::int64_t plan_id = kNoPlan.value();
   /// [B], in the plan's row order; -1 where the row did not sample.
@@ -92,7 +79,7 @@ struct ExecutionEvent {
   /// [B]; 1 = the request ends with this token (stop token; the scheduler ends it at max_tokens by
   /// itself).
   std::vector<std::uint8_t> is_finished;
-  /// Generations of the plan's loads, each in exactly one of the two.
+  /// Loads of this or an earlier plan that have ended; each is reported once, in one of the two.
   std::vector<std::int64_t> loaded_adapter_ids;
   std::vector<std::int64_t> failed_adapter_ids;
   /// Copies of this or an earlier plan that have ended; each is reported once, in one of the two.

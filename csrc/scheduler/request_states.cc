@@ -11,7 +11,8 @@ namespace lora_serve {
 namespace {
 
 constexpr std::array<std::string_view, std::variant_size_v<RequestState>> kStateNames = {
-    "Queued", "Loading", "Prefilling", "Decoding", "Preempted", "Aborting", "Finished", "Aborted"};
+    "Queued",   "Loading",   "Prefilling", "Decoding", "Preempted",
+    "Aborting", "Finishing", "Finished",   "Aborted"};
 
 [[noreturn]] void ThrowIllegal(const RequestState& state, std::string_view event) {
   throw InternalError("a request in state " + std::string(StateName(state)) +
@@ -48,6 +49,7 @@ void Apply(RequestState& state, request_event::Admit&& event) {
     running.row = std::move(event.row);
     running.lease = std::move(event.lease);
     running.num_computed_tokens = running.lease.num_cached_tokens();
+    running.num_planned_tokens = running.num_computed_tokens;
     if (running.lease.IsLoading()) return Loading{std::move(running)};
     return Prefilling{std::move(running)};
   });
@@ -62,6 +64,7 @@ void Apply(RequestState& state, request_event::FailLoad) {
   Move<Loading>(state, "FailLoad", [](Loading& current) {
     // No plan has written its pages yet, so the executor has nothing to take back.
     current.running.num_computed_tokens = current.running.lease.num_cached_tokens();
+    current.running.num_planned_tokens = current.running.num_computed_tokens;
     return Prefilling{std::move(current.running)};
   });
 }
@@ -87,8 +90,13 @@ void Apply(RequestState& state, request_event::Abort) {
                                                                    [](auto&) { return Aborted{}; });
 }
 
+void Apply(RequestState& state, request_event::FinishInPlan) {
+  Move<Decoding>(state, "FinishInPlan",
+                 [](Decoding& current) { return Finishing{std::move(current.running)}; });
+}
+
 void Apply(RequestState& state, request_event::Finish) {
-  Move<Decoding>(state, "Finish", [](Decoding&) { return Finished{}; });
+  Move<Decoding, Finishing>(state, "Finish", [](auto&) { return Finished{}; });
 }
 
 }  // namespace lora_serve

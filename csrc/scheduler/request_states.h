@@ -12,8 +12,9 @@ namespace lora_serve {
 
 /// What a request holds while it has a place in the batch.
 ///
-///     tokens:  [0 ........ num_computed_tokens) [.......... capacity of the lease)
-///              KV is in the pages               room for the next chunk or decode
+///     tokens:  [0 ........ num_computed_tokens) [.. num_planned_tokens) [.. capacity of the lease)
+///              KV is in the pages               outstanding plans       room for the next chunk
+///                                               compute it              or decode
 ///     pages:   [0 ... num_planned_pages) [num_planned_pages ... lease.pages().size())
 ///              the executor knows them   the next plan's delta
 struct RunningResources {
@@ -21,6 +22,8 @@ struct RunningResources {
   OwnedRow row;
   Lease lease;
   std::int32_t num_computed_tokens = 0;
+  /// Those and the ones that outstanding plans compute.
+  std::int32_t num_planned_tokens = 0;
   /// Leading entries of the page-table row that plans have already written.
   std::int32_t num_planned_pages = 0;
 };
@@ -52,11 +55,15 @@ struct Preempted {
 struct Aborting {
   RunningResources running;
 };
+/// Has its last token, but a later plan that has not returned has a row of it, too.
+struct Finishing {
+  RunningResources running;
+};
 struct Finished {};
 struct Aborted {};
 
-using RequestState =
-    std::variant<Queued, Loading, Prefilling, Decoding, Preempted, Aborting, Finished, Aborted>;
+using RequestState = std::variant<Queued, Loading, Prefilling, Decoding, Preempted, Aborting,
+                                  Finishing, Finished, Aborted>;
 
 /// Events. Those with members hand over what the next state owns.
 namespace request_event {
@@ -77,7 +84,9 @@ struct Preempt {};
 struct AbortInPlan {};
 /// An abort that takes effect now.
 struct Abort {};
-/// The last token was sampled.
+/// The last token was sampled, and a later plan that has not returned has a row of the request.
+struct FinishInPlan {};
+/// The last token was sampled, and no outstanding plan has a row of the request any more.
 struct Finish {};
 
 }  // namespace request_event
@@ -95,6 +104,7 @@ void Apply(RequestState& state, request_event::CompletePrefill event);
 void Apply(RequestState& state, request_event::Preempt event);
 void Apply(RequestState& state, request_event::AbortInPlan event);
 void Apply(RequestState& state, request_event::Abort event);
+void Apply(RequestState& state, request_event::FinishInPlan event);
 void Apply(RequestState& state, request_event::Finish event);
 
 }  // namespace lora_serve

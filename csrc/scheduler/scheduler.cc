@@ -20,6 +20,17 @@ void CheckAtLeast(std::string_view name, std::int64_t found, std::int64_t expect
   }
 }
 
+void CheckAtMost(std::string_view name, std::int64_t found, std::int64_t expected) {
+  if (found > expected) {
+    throw InvalidArgumentError(std::string(name) + " is " + std::to_string(found) +
+                               "; expected at most " + std::to_string(expected) + "; lower " +
+                               std::string(name));
+  }
+}
+
+/// So that no class of priority overflows the clock.
+constexpr std::int64_t kMaxPriorityAgeingUs = 1'000'000'000;
+
 SchedulerOptions Checked(const SchedulerOptions& options) {
   CheckAtLeast("page_size", options.page_size, 1, "");
   CheckAtLeast("max_num_seqs", options.max_num_seqs, 1, "");
@@ -35,6 +46,21 @@ SchedulerOptions Checked(const SchedulerOptions& options) {
                    "), or lower max_model_len");
   CheckAtLeast("num_host_pages", options.num_host_pages, 0, "");
   CheckAtLeast("write_back_watermark_pages", options.write_back_watermark_pages, 0, "");
+  CheckAtLeast("adapter_memory_bytes", options.adapter_memory_bytes, 0, " (0 = no limit)");
+  CheckAtLeast("max_loading_adapters", options.max_loading_adapters, 1, "");
+  CheckAtLeast("adapter_patience_us", options.adapter_patience_us, 0, "");
+  CheckAtLeast("adapter_time_slice_steps", options.adapter_time_slice_steps, 0, " (0 = never)");
+  CheckAtLeast("adapter_pause_us", options.adapter_pause_us, 0, "");
+  CheckAtLeast("priority_ageing_us", options.priority_ageing_us, 1, "");
+  CheckAtMost("priority_ageing_us", options.priority_ageing_us, kMaxPriorityAgeingUs);
+  CheckAtLeast("max_queued_requests", options.max_queued_requests, 0, " (0 = no limit)");
+  CheckAtLeast("max_queued_tokens", options.max_queued_tokens, 0, " (0 = no limit)");
+  CheckAtLeast("max_requests_per_adapter", options.max_requests_per_adapter, 0, " (0 = no limit)");
+  std::int32_t last_size = 0;
+  for (const std::int32_t size : options.padded_batch_sizes) {
+    CheckAtLeast("padded_batch_sizes", size, last_size + 1, " (the sizes ascend from 1)");
+    last_size = size;
+  }
   return options;
 }
 
@@ -63,20 +89,34 @@ Scheduler::Impl::Impl(const SchedulerOptions& options)
       cache_(CacheOptions(options)),
       transfers_(&cache_),
       rows_(options.max_num_seqs),
-      adapters_(&cache_, options.max_loras),
-      requests_(&adapters_),
+      adapters_(&cache_, options_),
+      requests_(&adapters_, options_),
+      residency_(options_, &adapters_, &requests_),
       policy_(options_, {.cache = &cache_,
                          .rows = &rows_,
                          .adapters = &adapters_,
                          .requests = &requests_,
-                         .transfers = &transfers_}) {}
+                         .transfers = &transfers_}),
+      plan_builder_(options_) {}
 
 Scheduler::Scheduler(const SchedulerOptions& options) : impl_(std::make_unique<Impl>(options)) {}
 
 Scheduler::~Scheduler() = default;
 
-void Scheduler::OpenAdapter(AdapterId adapter_id, const AdapterOptions& options) {
-  impl_->OpenAdapter(adapter_id, options);
+bool Scheduler::OpenAdapter(AdapterId adapter_id, const AdapterOptions& options) {
+  return impl_->OpenAdapter(adapter_id, options);
+}
+
+void Scheduler::SetAdapterPinned(AdapterId adapter_id, bool is_pinned) {
+  impl_->SetAdapterPinned(adapter_id, is_pinned);
+}
+
+void Scheduler::SetAdapterStaged(AdapterId adapter_id, bool is_staged) {
+  impl_->SetAdapterStaged(adapter_id, is_staged);
+}
+
+void Scheduler::SetAdapterWeight(AdapterId adapter_id, double weight) {
+  impl_->SetAdapterWeight(adapter_id, weight);
 }
 
 void Scheduler::DrainAdapter(AdapterId adapter_id) { impl_->DrainAdapter(adapter_id); }
@@ -94,6 +134,8 @@ void Scheduler::NextPlan(std::int64_t now_us, ExecutionPlan& plan) {
 void Scheduler::Advance(const ExecutionEvent& event) { impl_->Advance(event); }
 
 bool Scheduler::HasWork() const { return impl_->HasWork(); }
+
+SchedulerCounters Scheduler::Counters() const { return impl_->Counters(); }
 
 SchedulerStats Scheduler::Stats() const { return impl_->Stats(); }
 

@@ -1,5 +1,6 @@
 #include <algorithm>
 #include <string>
+#include <string_view>
 #include <utility>
 
 #include "common/errors.h"
@@ -39,8 +40,20 @@ void CheckRequest(const NewRequest& request, const SchedulerOptions& options) {
 
 }  // namespace
 
-void Scheduler::Impl::OpenAdapter(AdapterId adapter_id, const AdapterOptions& options) {
-  adapters_.Open(adapter_id, options);
+bool Scheduler::Impl::OpenAdapter(AdapterId adapter_id, const AdapterOptions& options) {
+  return adapters_.Open(adapter_id, options);
+}
+
+void Scheduler::Impl::SetAdapterPinned(AdapterId adapter_id, bool is_pinned) {
+  adapters_.SetPinned(adapter_id, is_pinned);
+}
+
+void Scheduler::Impl::SetAdapterStaged(AdapterId adapter_id, bool is_staged) {
+  adapters_.SetStaged(adapter_id, is_staged);
+}
+
+void Scheduler::Impl::SetAdapterWeight(AdapterId adapter_id, double weight) {
+  adapters_.SetWeight(adapter_id, weight);
 }
 
 void Scheduler::Impl::DrainAdapter(AdapterId adapter_id) { adapters_.Drain(adapter_id); }
@@ -52,13 +65,38 @@ void Scheduler::Impl::AddRequest(NewRequest&& request) {
                                " is live already; every live request needs an id of its own");
   }
   Adapter& adapter = adapters_.GetOpen(request.adapter_id);
+  CheckLimits(request, adapter);
   NamespaceHandle handle = cache_.RetainNamespace(adapter.namespace_id);
+  if (request.arrival_us < 0) request.arrival_us = last_now_us_;
   requests_.Add(std::move(request), adapter, std::move(handle));
+}
+
+void Scheduler::Impl::CheckLimits(const NewRequest& request, const Adapter& adapter) {
+  const auto check = [&](std::string_view limit, std::int64_t most, std::int64_t found,
+                         std::string_view what) {
+    if (most == 0 || found <= most) return;
+    ++num_rejected_requests_;
+    throw CapacityError(Subject(request) + " would make " + std::to_string(found) + " " +
+                        std::string(what) + "; " + std::string(limit) + " is " +
+                        std::to_string(most) + "; send it again later, or raise " +
+                        std::string(limit));
+  };
+  const auto num_prompt_tokens = static_cast<std::int64_t>(request.prompt_token_ids.size());
+  check("max_queued_requests", options_.max_queued_requests, requests_.num_queued() + 1,
+        "queued requests");
+  // One longer than the limit may still wait alone.
+  if (requests_.num_queued() > 0) {
+    check("max_queued_tokens", options_.max_queued_tokens,
+          requests_.num_queued_tokens() + num_prompt_tokens, "queued prompt tokens");
+  }
+  check("max_requests_per_adapter", options_.max_requests_per_adapter, adapter.num_requests() + 1,
+        "live requests of adapter " + std::to_string(adapter.id.value()));
 }
 
 bool Scheduler::Impl::Abort(RequestId request_id) {
   Request* request = requests_.Find(request_id);
-  if (request == nullptr || request->Is<Aborting>()) return false;
+  if (request == nullptr || request->IsEnding()) return false;
+  ++num_aborted_requests_;
   if (IsInOutstandingPlan(*request)) {
     requests_.AbortInPlan(*request);
   } else {

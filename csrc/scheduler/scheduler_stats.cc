@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <iterator>
 #include <map>
 
 #include "common/check.h"
@@ -10,6 +11,7 @@ namespace {
 AdapterState PublicState(const Adapter& adapter) {
   if (adapter.is_draining) return AdapterState::kDraining;
   switch (adapter.load_state) {
+    case LoadState::kDue:
     case LoadState::kLoading:
       return AdapterState::kLoading;
     case LoadState::kResident:
@@ -31,23 +33,50 @@ const NamespaceStats* FindNamespace(const std::vector<NamespaceStats>& namespace
 
 }  // namespace
 
+SchedulerCounters Scheduler::Impl::Counters() const {
+  const PolicyCounters& policy = policy_.counters();
+  return {.num_queued_requests = requests_.num_queued(),
+          .num_queued_tokens = requests_.num_queued_tokens(),
+          .num_preempted_requests = std::ssize(requests_.preempted()),
+          .num_running_requests = std::ssize(requests_.running()),
+          .num_resident_adapters = adapters_.num_resident(),
+          .num_loading_adapters = adapters_.num_loading(),
+          .num_adapter_bytes = adapters_.num_bytes(),
+          .num_adapters_in_line = std::ssize(adapters_.line()),
+          .num_paused_adapters = std::ssize(adapters_.paused()),
+          .total_plans = next_plan_id_,
+          .total_decode_rows = policy.num_decode_rows,
+          .total_prefill_rows = policy.num_prefill_rows,
+          .total_prefill_tokens = policy.num_prefill_tokens,
+          .total_step_adapters = num_step_adapters_,
+          .total_started_requests = policy.num_started,
+          .total_queue_us = policy.total_queue_us,
+          .total_finished_requests = num_finished_requests_,
+          .total_aborted_requests = num_aborted_requests_,
+          .total_expired_requests = num_expired_requests_,
+          .total_rejected_requests = num_rejected_requests_,
+          .total_preemptions = policy.num_preemptions,
+          .total_adapter_loads = num_adapter_loads_,
+          .total_failed_adapter_loads = num_failed_adapter_loads_,
+          .total_adapter_evictions = num_adapter_evictions_,
+          .total_adapter_pauses = residency_.num_pauses(),
+          .total_closings = residency_.num_closings()};
+}
+
 SchedulerStats Scheduler::Impl::Stats() const {
   const CacheStats cache = cache_.Stats();
-  const PolicyCounters& counters = policy_.counters();
+  const PolicyCounters& policy = policy_.counters();
   SchedulerStats stats;
-  stats.num_preempted_requests = static_cast<std::int64_t>(requests_.preempted().size());
-  stats.num_waiting_requests =
-      static_cast<std::int64_t>(requests_.queued().size()) + stats.num_preempted_requests;
-  stats.num_running_requests = static_cast<std::int64_t>(requests_.running().size());
+  static_cast<SchedulerCounters&>(stats) = Counters();
+  stats.num_waiting_requests = stats.num_queued_requests + stats.num_preempted_requests;
   stats.num_device_pages = cache.num_device_pages;
   stats.num_free_pages = cache.num_free_pages;
   stats.num_tree_pages = cache.num_tree_pages;
   stats.num_private_pages = cache.num_private_pages;
-  stats.total_preemptions = counters.num_preemptions;
   stats.total_evicted_pages = cache.num_evicted_pages;
-  stats.total_queried_tokens = counters.num_queried_tokens;
-  stats.total_hit_tokens = counters.num_hit_tokens;
-  stats.total_host_hit_tokens = counters.num_host_hit_tokens;
+  stats.total_queried_tokens = policy.num_queried_tokens;
+  stats.total_hit_tokens = policy.num_hit_tokens;
+  stats.total_host_hit_tokens = policy.num_host_hit_tokens;
   stats.num_host_pages = cache.num_host_pages;
   stats.num_free_host_pages = cache.num_free_host_pages;
   stats.total_evicted_host_pages = cache.num_evicted_host_pages;
@@ -59,8 +88,17 @@ SchedulerStats Scheduler::Impl::Stats() const {
     entry.state = PublicState(adapter);
     entry.adapter_slot = adapter.slot;
     entry.load_failed = adapter.load_state == LoadState::kFailed;
-    entry.num_waiting_requests = adapter.num_queued_requests + adapter.num_preempted_requests;
+    entry.is_pinned = adapter.options.is_pinned;
+    entry.is_closed = adapter.is_closed;
+    entry.is_paused = adapter.standing == AdapterStanding::kPaused;
+    entry.size_bytes = adapter.options.size_bytes;
+    entry.num_waiting_requests = std::ssize(adapter.queue) + adapter.num_preempted_requests;
     entry.num_running_requests = adapter.num_running_requests;
+    entry.num_scheduled_tokens = adapter.num_scheduled_tokens;
+    entry.num_started_requests = adapter.num_started_requests;
+    entry.total_queue_us = adapter.total_queue_us;
+    entry.num_loads = adapter.num_loads;
+    entry.num_evictions = adapter.num_evictions;
     if (const NamespaceStats* found = FindNamespace(namespaces, adapter.namespace_id)) {
       entry.num_tree_pages = found->num_tree_pages;
       entry.num_private_pages = found->num_private_pages;
@@ -97,15 +135,14 @@ void Scheduler::Impl::CheckInvariants() const {
              StateName(request->state()), " but its lease is not, or the reverse");
     LS_CHECK(!request->Is<Loading>() || running.num_planned_pages == 0, "request ", request->id(),
              " was planned before its pages arrived");
-    LS_CHECK(!request->Is<Aborting>() || IsInOutstandingPlan(*request), "request ", request->id(),
+    LS_CHECK(!request->IsEnding() || IsInOutstandingPlan(*request), "request ", request->id(),
              " waits for a plan that has returned");
   }
   const std::vector<NamespaceStats> namespaces = cache_.NamespaceStatsList();
   for (const auto& [id, adapter] : adapters_.adapters()) {
     const NamespaceStats* found = FindNamespace(namespaces, adapter.namespace_id);
     if (found == nullptr) continue;  // drained; AdapterTable has checked that
-    const auto num_live =
-        adapter.num_queued_requests + adapter.num_preempted_requests + adapter.num_running_requests;
+    const std::int64_t num_live = adapter.num_requests();
     LS_CHECK(found->num_handles == num_live, "adapter ", id, " has ", num_live, " requests and ",
              found->num_handles, " namespace handles");
     LS_CHECK(found->num_leases == adapter.num_running_requests, "adapter ", id, " runs ",

@@ -13,18 +13,14 @@ from lora_serve.common.config import EngineConfig
 from lora_serve.common.errors import InternalError, InvalidArgumentError
 from lora_serve.common.lora_request import LoRARequest
 from lora_serve.common.outputs import RequestOutput
+from lora_serve.common.queueing import Queueing
 from lora_serve.common.sampling_params import SamplingParams
 from lora_serve.engine.engine_core import EngineCore
 from lora_serve.engine.input_processor import InputProcessor, ProcessedRequest, PromptTokenizer
-from lora_serve.engine.messages import (
-    AdapterInfo,
-    EngineOutput,
-    EngineStats,
-    LoadAdapterResult,
-    UnloadAdapterResult,
-)
+from lora_serve.engine.messages import EngineOutput, LoadAdapterResult, UnloadAdapterResult
 from lora_serve.engine.output_merger import OutputMerger
 from lora_serve.engine.output_processor import OutputProcessor
+from lora_serve.engine.status import AdapterInfo, EngineStats
 from lora_serve.engine.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
@@ -83,6 +79,7 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         lora_request: AdapterChoice | Sequence[AdapterChoice] = None,
         use_tqdm: bool = False,
+        priority: int | Sequence[int] = 0,
     ) -> list[RequestOutput]:
         """Answer prompts, all of them in one batch as far as memory allows.
 
@@ -96,6 +93,8 @@ class LLM:
             The adapter of all prompts, or one a prompt. A LoRARequest with a path loads it at its first use.
         use_tqdm : bool
             Show a progress bar.
+        priority : int or sequence of int
+            Class of priority of all prompts, or one a prompt; lower goes first.
 
         Returns
         -------
@@ -108,6 +107,9 @@ class LLM:
             A prompt or parameter is wrong, or lengths differ; nothing is generated then.
         AdapterNotFoundError
             A name is not loaded; nothing is generated then.
+        CapacityError
+            The prompts exceed a limit on what waits (`max_queued_requests` and others, which are off unless
+            set); nothing is generated then.
         LoraServeError
             A request failed; the others of the call are aborted.
         """
@@ -115,9 +117,14 @@ class LLM:
         sampling_params = sampling_params or SamplingParams()
         params = _spread("sampling_params", sampling_params, len(prompt_list), SamplingParams)
         adapters = _spread("lora_request", lora_request, len(prompt_list), (str, LoRARequest, type(None)))
+        queueing = [Queueing(one) for one in _spread("priority", priority, len(prompt_list), int)]
         tokenised = [self._tokenise(prompt) for prompt in prompt_list]
         names = [self._resolve_adapter(adapter) for adapter in adapters]
-        return self._run(tokenised, params, names, use_tqdm)
+        requests = [
+            self._input_processor.process(str(next(self._request_ids)), text, token_ids, *arguments)
+            for (text, token_ids), *arguments in zip(tokenised, params, names, queueing, strict=True)
+        ]
+        return self._run(requests, use_tqdm)
 
     def chat(
         self,
@@ -162,20 +169,40 @@ class LLM:
     # --- Adapters -----------------------------------------------------------------------------------------
 
     def load_lora_adapter(
-        self, name: str, path: str, load_inplace: bool = False, pinned: bool = False
+        self,
+        name: str,
+        path: str,
+        load_inplace: bool = False,
+        pinned: bool = False,
+        weight: float = 1.0,
     ) -> LoadAdapterResult:
         """Load an adapter; return when it is ready to serve.
 
-        With the content that `name` serves already, only `pinned` is taken over: False unpins it.
+        With the content that `name` serves already, only `pinned` and `weight` are taken over: False unpins.
+
+        Parameters
+        ----------
+        name, path : str
+            What to call it, and its PEFT directory.
+        load_inplace : bool
+            Replace what the name has when its content differs.
+        pinned : bool
+            Keep it on the device.
+        weight : float
+            Its share of the steps beside other adapters, in (0, 1000].
 
         Raises
         ------
         InvalidArgumentError
-            The files cannot be applied exactly, or may not be read.
+            The files cannot be applied exactly, or may not be read, or the weight is out of range.
         AdapterConflictError
             The name serves other content and `load_inplace` is not set.
+        CapacityError
+            It can never be on the device beside the pinned adapters.
         """
-        return self._wait_for(self._core.load_adapter(name, path, load_inplace=load_inplace, pinned=pinned))
+        return self._wait_for(
+            self._core.load_adapter(name, path, load_inplace=load_inplace, pinned=pinned, weight=weight)
+        )
 
     def unload_lora_adapter(self, name: str, force: bool = False) -> UnloadAdapterResult:
         """Unload an adapter; return when its memory is free.
@@ -236,24 +263,13 @@ class LLM:
         if not isinstance(adapter, LoRARequest):
             return adapter
         if adapter.lora_path is not None and not self._core.serves(adapter.lora_name, adapter.lora_path):
-            # The request says nothing of pinning: content that is loaded from elsewhere keeps its pin.
-            pinned = any(
-                i.pinned for i in self._core.adapters() if i.is_serving and i.name == adapter.lora_name
-            )
-            self.load_lora_adapter(adapter.lora_name, adapter.lora_path, pinned=pinned)
+            # The request says nothing of sharing: content that is loaded from elsewhere keeps pin and weight.
+            kept = [i for i in self._core.adapters() if i.is_serving and i.name == adapter.lora_name]
+            pinned, weight = (kept[0].pinned, kept[0].weight) if kept else (False, 1.0)
+            self.load_lora_adapter(adapter.lora_name, adapter.lora_path, pinned=pinned, weight=weight)
         return adapter.lora_name
 
-    def _run(
-        self,
-        prompts: Sequence[tuple[str | None, Sequence[int]]],
-        params: Sequence[SamplingParams],
-        names: Sequence[str | None],
-        use_tqdm: bool,
-    ) -> list[RequestOutput]:
-        requests = [
-            self._input_processor.process(str(next(self._request_ids)), text, token_ids, param, name)
-            for (text, token_ids), param, name in zip(prompts, params, names, strict=True)
-        ]
+    def _run(self, requests: Sequence[ProcessedRequest], use_tqdm: bool) -> list[RequestOutput]:
         try:
             for request in requests:
                 self._add(request)
@@ -263,6 +279,8 @@ class LLM:
                 for engine_id in self._output_processor.remove(request.request_id):
                     self._core.finish_request(engine_id)
             raise
+        finally:
+            self._core.settle()
 
     def _add(self, request: ProcessedRequest) -> None:
         self._output_processor.add(request)
@@ -289,11 +307,10 @@ class LLM:
         return [merged[request.request_id].result() for request in requests]
 
     def _step(self) -> list[EngineOutput]:
-        num_steps = self._core.num_steps
         outputs = self._core.step()
-        if not outputs and self._core.num_steps == num_steps:
-            if self._core.failure is not None:
-                raise InternalError(self._core.failure)
+        if not outputs and self._core.failure is not None:
+            raise InternalError(self._core.failure)
+        if not outputs and self._core.is_stalled:
             if self._core.pending_reads:
                 wait(self._core.pending_reads, timeout=1.0, return_when=FIRST_COMPLETED)
             else:

@@ -13,6 +13,7 @@ from lora_serve._core import (
     ExecutionPlan,
     NewRequest,
     Scheduler,
+    SchedulerCounters,
     SchedulerOptions,
     SchedulerStats,
 )
@@ -24,6 +25,7 @@ __all__ = [
     "ExecutionPlan",
     "NewRequest",
     "Scheduler",
+    "SchedulerCounters",
     "SchedulerOptions",
     "SchedulerStats",
 ]

@@ -251,7 +251,7 @@ def test_broken_engine_raises_and_says_why(llm, monkeypatch):
     def broken(*_):
         raise RuntimeError("the device is gone")
 
-    monkeypatch.setattr(llm._core._executor, "execute", broken)
+    monkeypatch.setattr(llm._core._executor, "collect", broken)
     with pytest.raises(InternalError, match="the device is gone"):
         llm.generate([PROMPT] * 3, GREEDY)
     with pytest.raises(InternalError, match="the device is gone"):

@@ -6,7 +6,8 @@
 #include "kv_prefix_cache/page_pool.h"
 #include "workload.h"
 
-// Protecting a path: the policy's Pin and Unpin alone, and as a lease that takes no new pages.
+// Protecting a path: the policy's Pin and Unpin alone, as a lease that takes no new pages, and the
+// question what all pins leave to others.
 
 namespace lora_serve::bench {
 namespace {
@@ -41,9 +42,9 @@ class PinnedChain : public Fixture {
   }
 
   PagePool pool_;
-  VisitCounter visits_;
+
   NodeSequencer sequencer_;
-  EvictionPolicies policies_{&visits_};
+  EvictionPolicies policies_;
   Namespace namespace_{kBaseNamespace, {}, kPageSize, &sequencer_, nullptr};
   Node* deepest_ = &namespace_.tree().root();
   Epoch next_epoch_ = 0;
@@ -96,6 +97,41 @@ BENCHMARK(AcquireWithoutCapacity)
     ->ArgName("depth")
     ->Arg(1)
     ->Arg(Sized(1000, 10));
+
+/// Requests that run, each on a path of `depth` nodes.
+struct RunningRequests : Fixture {
+  RunningRequests(std::int64_t num_requests, std::int64_t depth)
+      : cache(OptionsFor((num_requests + 2) * depth)),
+        handle(cache.RetainNamespace(kBaseNamespace)) {
+    for (std::int64_t i = 0; i <= num_requests; ++i) {
+      prompt = RandomTokens(static_cast<std::uint64_t>(i), depth * kPageSize);
+      PublishChain(cache, handle, prompt, depth);
+      if (i < num_requests) leases.push_back(Admit());
+    }
+  }
+  Lease Admit() { return AcquireLease(cache, handle, prompt, NumTokensOf(prompt)); }
+
+  KVPrefixCache cache;
+  NamespaceHandle handle;
+  Tokens prompt;
+  std::vector<Lease> leases;
+};
+
+/// One request comes, and the scheduler asks what is left; it goes, and the scheduler asks again.
+void AvailablePages(benchmark::State& state) {
+  auto& running = FixtureFor<RunningRequests>(state.range(0), state.range(1));
+  for (auto _ : state) {
+    {
+      const Lease lease = running.Admit();
+      benchmark::DoNotOptimize(running.cache.NumAvailablePages());
+    }
+    benchmark::DoNotOptimize(running.cache.NumAvailablePages());
+  }
+}
+BENCHMARK(AvailablePages)
+    ->Name("acquire_and_end_asking_what_is_available")
+    ->ArgNames({"running", "depth"})
+    ->Args({Sized(64, 2), Sized(64, 4)});
 
 }  // namespace
 }  // namespace lora_serve::bench

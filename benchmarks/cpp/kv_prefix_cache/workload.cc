@@ -1,9 +1,6 @@
 #include "workload.h"
 
-#include <time.h>
-
 #include <algorithm>
-#include <cstdlib>
 #include <utility>
 
 #include "common/check.h"
@@ -11,41 +8,11 @@
 namespace lora_serve::bench {
 namespace {
 
-constexpr std::uint64_t kVocabularySize = 128'000;
-
-void Append(Tokens& tokens, std::uint64_t seed, std::int64_t num_tokens) {
-  const std::uint64_t first = Scramble(seed);
-  for (std::int64_t i = 0; i < num_tokens; ++i) {
-    const std::uint64_t bits = Scramble(first + static_cast<std::uint64_t>(i)) >> 32;
-    tokens.push_back(static_cast<TokenId>((bits * kVocabularySize) >> 32));
-  }
-}
-
 std::uint64_t SeedOf(std::uint64_t kind, std::int64_t index) {
   return Scramble(kind) ^ static_cast<std::uint64_t>(index);
 }
 
 }  // namespace
-
-bool IsSmallest() {
-  static const bool is_smallest = std::getenv("LORA_SERVE_BENCH_SMALLEST") != nullptr;
-  return is_smallest;
-}
-
-// SplitMix64's finalizer.
-std::uint64_t Scramble(std::uint64_t value) {
-  value += 0x9e3779b97f4a7c15;
-  value = (value ^ (value >> 30)) * 0xbf58476d1ce4e5b9;
-  value = (value ^ (value >> 27)) * 0x94d049bb133111eb;
-  return value ^ (value >> 31);
-}
-
-Tokens RandomTokens(std::uint64_t seed, std::int64_t num_tokens) {
-  Tokens tokens;
-  tokens.reserve(static_cast<std::size_t>(num_tokens));
-  Append(tokens, seed, num_tokens);
-  return tokens;
-}
 
 KVPrefixCacheOptions OptionsFor(std::int64_t num_device_pages, std::int64_t num_host_pages) {
   KVPrefixCacheOptions options;
@@ -106,7 +73,7 @@ void PublishTree(KVPrefixCache& cache, const NamespaceHandle& handle, const Tree
     std::ranges::reverse(path);
     tokens.clear();
     for (const std::int64_t node : path) {
-      Append(tokens, SeedOf(shape.seed, node), shape.pages_per_edge * kPageSize);
+      AppendTokens(tokens, SeedOf(shape.seed, node), shape.pages_per_edge * kPageSize);
     }
     PublishPrompt(cache, handle, tokens);
     if (leaf % kPromptsPerStep == 0) FinishWriteBacks(cache);
@@ -121,22 +88,11 @@ std::vector<Tokens> SharedPrefixPrompts(std::int64_t num_prompts) {
   for (std::int64_t i = 0; i < num_prompts; ++i) {
     Tokens& tokens = prompts.emplace_back();
     tokens.reserve(2048);
-    Append(tokens, SeedOf(1, i / kPromptsPerGroup), 1024);
-    Append(tokens, SeedOf(2, i / kPromptsPerSubgroup), 512);
-    Append(tokens, SeedOf(3, i), 512);
+    AppendTokens(tokens, SeedOf(1, i / kPromptsPerGroup), 1024);
+    AppendTokens(tokens, SeedOf(2, i / kPromptsPerSubgroup), 512);
+    AppendTokens(tokens, SeedOf(3, i), 512);
   }
   return prompts;
-}
-
-double ThreadCpuSeconds() {
-  timespec time{};
-  LS_CHECK(clock_gettime(CLOCK_THREAD_CPUTIME_ID, &time) == 0);
-  return static_cast<double>(time.tv_sec) + 1e-9 * static_cast<double>(time.tv_nsec);
-}
-
-FixtureSlot& CurrentFixture() {
-  static FixtureSlot slot;
-  return slot;
 }
 
 }  // namespace lora_serve::bench

@@ -1,39 +1,19 @@
 #pragma once
 
-#include <benchmark/benchmark.h>
-
 #include <cstdint>
-#include <memory>
-#include <span>
-#include <typeinfo>
 #include <vector>
 
 #include "kv_prefix_cache/kv_prefix_cache.h"
+#include "support/fixture.h"
 
-// What the benchmarks of the KV prefix cache share: seeded tokens, the shapes of forests, fixtures
-// that outlive one repetition. Everything goes through the façade, so the trees are real ones.
+// What the benchmarks of the KV prefix cache share: the shapes of forests. Everything goes through
+// the façade, so the trees are real ones.
 
 namespace lora_serve::bench {
 
 inline constexpr std::int32_t kPageSize = 16;
 /// How many prompts are published between two calls of FinishWriteBacks.
 inline constexpr std::int64_t kPromptsPerStep = 64;
-
-using Tokens = std::vector<TokenId>;
-using TokenSpan = std::span<const TokenId>;
-
-/// True when LORA_SERVE_BENCH_SMALLEST is set: sizes that only show that a benchmark still runs.
-[[nodiscard]] bool IsSmallest();
-
-[[nodiscard]] inline std::int64_t Sized(std::int64_t full, std::int64_t smallest) {
-  return IsSmallest() ? smallest : full;
-}
-
-/// The same tokens for the same seed; other seeds differ from the first page on.
-[[nodiscard]] Tokens RandomTokens(std::uint64_t seed, std::int64_t num_tokens);
-
-/// A number that depends on all bits of `value`; for choices that must repeat from run to run.
-[[nodiscard]] std::uint64_t Scramble(std::uint64_t value);
 
 [[nodiscard]] inline std::int32_t NumTokensOf(TokenSpan tokens) {
   return static_cast<std::int32_t>(tokens.size());
@@ -76,49 +56,5 @@ void PublishTree(KVPrefixCache& cache, const NamespaceHandle& handle, const Tree
 /// Prompts of 2,048 tokens as a service with system prompts sees them: groups share the first half,
 /// subgroups another quarter, the last quarter is each prompt's own.
 [[nodiscard]] std::vector<Tokens> SharedPrefixPrompts(std::int64_t num_prompts);
-
-/// What is expensive to build and may serve all repetitions of one benchmark.
-struct Fixture {
-  Fixture() = default;
-  virtual ~Fixture() = default;
-  Fixture(const Fixture&) = delete;
-  Fixture& operator=(const Fixture&) = delete;
-};
-
-/// The one fixture that is alive.
-struct FixtureSlot {
-  const std::type_info* type = nullptr;
-  std::vector<std::int64_t> sizes;
-  std::unique_ptr<Fixture> fixture;
-};
-[[nodiscard]] FixtureSlot& CurrentFixture();
-
-/// The fixture that the last call made, if it was the same class with the same sizes; else a new
-/// F(sizes...) in its place. Only one is alive at a time: none takes memory or caches from another.
-template <typename F, typename... Sizes>
-[[nodiscard]] F& FixtureFor(Sizes... sizes) {
-  FixtureSlot& slot = CurrentFixture();
-  const std::vector<std::int64_t> wanted = {static_cast<std::int64_t>(sizes)...};
-  if (slot.type == nullptr || *slot.type != typeid(F) || slot.sizes != wanted) {
-    slot = {};
-    slot.fixture = std::make_unique<F>(sizes...);
-    slot.type = &typeid(F);
-    slot.sizes = wanted;
-  }
-  return static_cast<F&>(*slot.fixture);
-}
-
-/// CPU time of this thread so far. Reading it costs about 0.5 us.
-[[nodiscard]] double ThreadCpuSeconds();
-
-/// CPU seconds that `call` takes; for benchmarks with work between two calls that does not count.
-/// Not wall time, as Google Benchmark's own column for the others: what else the machine does then
-/// only shows through the caches. Calls of a few microseconds are to be timed several at once.
-template <typename Call>
-[[nodiscard]] double SecondsOf(const Call& call) {
-  const double start = ThreadCpuSeconds();
-  call();
-  return ThreadCpuSeconds() - start;
-}
 
 }  // namespace lora_serve::bench

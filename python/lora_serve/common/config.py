@@ -9,6 +9,11 @@ from lora_serve.common.field_checks import check_bool, check_float, check_int, r
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 LOAD_FORMATS = ("auto", "dummy")
 KV_WRITE_POLICIES = ("write_through", "write_back", "off")
+SCHEDULING_POLICIES = ("fair", "fcfs", "lpm")
+MAX_MEMORY_GB = 2.0**30
+"""An exbibyte: what is above is a slip."""
+_MAX_INT32 = 2**31 - 1
+_MAX_MS = 2**40
 
 
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -45,6 +50,31 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
         Distinct adapters in one step.
     max_lora_rank : int
         Largest accepted adapter rank.
+    lora_memory_gb : float or None
+        Device memory for adapters in GiB, above 0; adapters that do not fit beside the others are brought in
+        when requests want them. None = no limit.
+    max_loading_adapters : int
+        Adapters that waiting requests bring to the device at once, at least 1.
+    adapter_patience_ms : int
+        How long an adapter whose requests wait for room on the device waits before one that is there is
+        paused, or closed to newcomers, at least 0.
+    adapter_time_slice_steps : int
+        Steps after which an adapter on the device may be paused, with its requests, for one that waits, when
+        as many wait as are there, at least 0; with the cube of how many wait it gets longer. 0 = never.
+    adapter_pause_ms : int
+        How long a paused adapter waits before another one is paused for it, at least 0.
+    scheduling_policy : {'fair', 'fcfs', 'lpm'}
+        Who of the waiting requests of one priority goes first: those of the adapter that has had the fewest
+        tokens for its weight, the oldest, or the one with the longest cached prefix.
+    priority_ageing_ms : int
+        Waiting so long counts as much as one class of priority, at least 1.
+    max_queued_requests, max_queued_tokens : int
+        Requests that wait for their first step, and their prompt tokens, at most; newcomers beyond are
+        refused. 0 = no limit.
+    max_requests_per_adapter : int
+        Requests of one adapter, or of the base model, that wait or run, at most. 0 = no limit.
+    async_scheduling : bool
+        A step is planned while the one before runs. Both ways give the same tokens.
     enable_prefix_caching : bool
         Requests may start from KV pages that others of the same namespace have computed.
     lora_allowed_roots : list of str or None
@@ -74,6 +104,17 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_model_len: int | None = None
     max_loras: int = 64
     max_lora_rank: int = 64
+    lora_memory_gb: float | None = None
+    max_loading_adapters: int = 4
+    adapter_patience_ms: int = 20
+    adapter_time_slice_steps: int = 4
+    adapter_pause_ms: int = 75
+    scheduling_policy: str = "fair"
+    priority_ageing_ms: int = 1000
+    max_queued_requests: int = 0
+    max_queued_tokens: int = 0
+    max_requests_per_adapter: int = 0
+    async_scheduling: bool = True
     enable_prefix_caching: bool = True
     lora_allowed_roots: list[str] | None = None
     seed: int = 0
@@ -114,9 +155,25 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
                 self.max_num_batched_tokens,
                 f"at least max_num_seqs, which is {self.max_num_seqs}; raise it or lower --max-num-seqs",
             )
+        self._validate_scheduling()
         check_bool("enable_prefix_caching", self.enable_prefix_caching)
         check_int("seed", self.seed, 0, 2**63 - 1)
         self._validate_roots()
+
+    def _validate_scheduling(self) -> None:
+        if self.lora_memory_gb is not None:
+            check_float("lora_memory_gb", self.lora_memory_gb, 2**-30, MAX_MEMORY_GB)
+        check_int("max_loading_adapters", self.max_loading_adapters, 1, _MAX_INT32)
+        check_int("adapter_patience_ms", self.adapter_patience_ms, 0, _MAX_MS)
+        check_int("adapter_time_slice_steps", self.adapter_time_slice_steps, 0, _MAX_INT32)
+        check_int("adapter_pause_ms", self.adapter_pause_ms, 0, _MAX_MS)
+        if self.scheduling_policy not in SCHEDULING_POLICIES:
+            refuse("scheduling_policy", self.scheduling_policy, f"one of {', '.join(SCHEDULING_POLICIES)}")
+        check_int("priority_ageing_ms", self.priority_ageing_ms, 1, _MAX_MS)
+        check_int("max_queued_requests", self.max_queued_requests, 0, _MAX_INT32)
+        check_int("max_queued_tokens", self.max_queued_tokens, 0, 2**63 - 1)
+        check_int("max_requests_per_adapter", self.max_requests_per_adapter, 0, _MAX_INT32)
+        check_bool("async_scheduling", self.async_scheduling)
 
     def _validate_roots(self) -> None:
         roots = self.lora_allowed_roots

@@ -28,7 +28,23 @@ class AdapterConflictError(LoraServeError):
 
 
 class CapacityError(LoraServeError):
-    """The request can never fit, or too much is queued already (HTTP 429 or 503)."""
+    """The request can never fit, or too much is queued already (HTTP 429).
+
+    Parameters
+    ----------
+    message : str
+        What is full, its limit, and what to do.
+    retry_after_s : int or None
+        Seconds after which another try is worth it; None where waiting does not help, or nobody knows.
+    """
+
+    def __init__(self, message: str = "", retry_after_s: int | None = None) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class QueueTimeoutError(CapacityError):
+    """The request waited for as long as it was allowed to, and did not begin to run (HTTP 503)."""
 
 
 class InternalError(LoraServeError):

@@ -46,6 +46,20 @@ def check_float(
         refuse(field, value, f"in {span}")
 
 
+MAX_ADAPTER_WEIGHT = 1000.0
+
+
+def check_adapter_weight(value: Any) -> None:
+    """Require a number in (0, 1000].
+
+    Raises
+    ------
+    InvalidArgumentError
+        The value is none.
+    """
+    check_float("weight", value, 0.0, MAX_ADAPTER_WEIGHT, above_minimum=True)
+
+
 def check_bool(field: str, value: Any) -> None:
     """Require True or False.
 

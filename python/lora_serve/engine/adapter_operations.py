@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 from lora_serve.common.errors import (
     AdapterConflictError,
     AdapterNotFoundError,
+    CapacityError,
     InternalError,
     LoraServeError,
 )
-from lora_serve.common.field_checks import check_text
+from lora_serve.common.field_checks import check_adapter_weight, check_text
 from lora_serve.engine.load_queues import LoadQueues, PendingLoad
 from lora_serve.engine.messages import LoadAdapterResult, UnloadAdapterResult
 from lora_serve.lora.registry import AdapterContent, check_adapter_name
@@ -51,7 +52,10 @@ class AdapterOperations:
     """Loads and unloads of adapters, as state machines that the step loop moves on.
 
     A load goes: read by a thread; on the loop: compared with what the name serves, given a generation, opened
-    in the scheduler; a plan brings it to the device; its name is published and its callers are answered.
+    in the scheduler; a plan brings it to the device; its name is published and its callers are answered. When
+    the device has no room for it beside the others, its name is published at once: the scheduler brings it in
+    when requests want it. From then on it decides alone who is on the device; what comes and goes is of no
+    concern here, unless it fails.
 
     Order
     -----
@@ -104,27 +108,33 @@ class AdapterOperations:
 
     # --- Calls --------------------------------------------------------------------------------------------
 
-    def load(self, name: str, path: str, *, load_inplace: bool, pinned: bool) -> Future[LoadAdapterResult]:
+    def load(
+        self, name: str, path: str, *, load_inplace: bool, pinned: bool, weight: float
+    ) -> Future[LoadAdapterResult]:
         """Begin a load; see the class for its order. All errors come through the future.
 
-        With the content that the name serves already, only `pinned` is taken over, either way.
+        With the content that the name serves already, only `pinned` and `weight` are taken over, either way.
 
         Raises in the future
         --------------------
         InvalidArgumentError
-            The name is no adapter name, or the files cannot be applied exactly or may not be read.
+            The name is no adapter name, the weight is out of range, or the files cannot be applied exactly or
+            may not be read.
         AdapterConflictError
             The name serves other content and `load_inplace` is not set, or an unload cancelled the load.
+        CapacityError
+            It can never be on the device beside the pinned adapters, or pinned beside others that are open.
         """
         caller: Future[LoadAdapterResult] = _new_caller()
         try:
             check_text("lora_name", name)
             check_adapter_name(name)
             check_text("lora_path", path)
+            check_adapter_weight(weight)
         except LoraServeError as error:
             caller.set_exception(error)
             return caller
-        load = PendingLoad(name, path, load_inplace, pinned, [caller])
+        load = PendingLoad(name, path, load_inplace, pinned, weight, [caller])
         if self._loads.add(load):
             self._start_read(load)
         return caller
@@ -165,30 +175,36 @@ class AdapterOperations:
                 self._on_read(load)
 
     def on_loaded(self, adapter_ids: Iterable[int]) -> None:
-        """A plan's loads are on the device: publish their names and answer."""
+        """Loads of plans are on the device: publish the names of those that are new, and answer."""
         for adapter_id in adapter_ids:
             load = self._loads.find(adapter_id)
-            if load is None:  # Cancelled by an unload, and draining.
-                continue
-            assert load.generation is not None
-            old = self._registry.publish(load.generation)
-            if old is not None:
-                self._scheduler.drain_adapter(old.adapter_id)
-            self._answer(load, self._make_result(load.generation, already_loaded=False))
+            # Brought in again for requests that waited; or cancelled by an unload, and draining.
+            if load is not None and load.generation is not None:
+                self._publish(load, load.generation)
 
-    def on_failed(self, failures: dict[int, str]) -> None:
-        """A plan's loads have failed: the generation goes, and only its callers and requests hear of it."""
+    def before_failed(self, failures: dict[int, str]) -> None:
+        """Loads of plans have failed: end their requests, before the scheduler hears of it.
+
+        Rows of the same plan may have used the adapter already; what they gave means nothing.
+        """
         for adapter_id, reason in failures.items():
             generation = self._registry.get(adapter_id)
-            error = InternalError(f"adapter {generation.name!r} could not be brought to the device: {reason}")
+            error = self._failed_load_error(generation, reason)
             logger.error("%s", error)
             if self._registry.find(generation.name) is generation:
                 self._registry.retire(generation.name)
             self._abort_requests({adapter_id}, error)
+
+    def on_failed(self, failures: dict[int, str]) -> None:
+        """Loads of plans have failed, and the scheduler knows: the generation goes, and its callers hear."""
+        for adapter_id, reason in failures.items():
             self._scheduler.drain_adapter(adapter_id)
             load = self._loads.find(adapter_id)
             if load is not None:
-                self._answer(load, error)
+                self._answer(load, self._failed_load_error(self._registry.get(adapter_id), reason))
+
+    def _failed_load_error(self, generation: AdapterGeneration, reason: str) -> InternalError:
+        return InternalError(f"adapter {generation.name!r} could not be brought to the device: {reason}")
 
     def on_drained(self, adapter_ids: Iterable[int]) -> None:
         """The executor has freed these generations."""
@@ -222,6 +238,8 @@ class AdapterOperations:
             result = self._compare_with_serving(load, adapter)
             if result is None:
                 self._open_generation(load, adapter)
+        except CapacityError as error:
+            self._answer(load, CapacityError(f"adapter {load.name!r} is refused: {error}"))
         except LoraServeError as error:
             self._answer(load, error)
         except Exception as error:
@@ -240,7 +258,11 @@ class AdapterOperations:
         if serving is None:
             return None
         if serving.content_digest == adapter.content_digest:
-            serving = self._registry.set_pinned(serving.adapter_id, pinned=load.pinned)
+            if serving.pinned != load.pinned:
+                self._scheduler.set_adapter_pinned(serving.adapter_id, load.pinned)
+            if serving.weight != load.weight:
+                self._scheduler.set_adapter_weight(serving.adapter_id, load.weight)
+            serving = self._registry.set_sharing(serving.adapter_id, pinned=load.pinned, weight=load.weight)
             return self._make_result(serving, already_loaded=True)
         if not load.load_inplace:
             raise AdapterConflictError(
@@ -256,12 +278,17 @@ class AdapterOperations:
             num_bytes=adapter.num_bytes,
             lora_rank=adapter.lora_rank,
         )
-        generation = self._registry.new_generation(load.name, content, pinned=load.pinned)
+        generation = self._registry.new_generation(load.name, content, pinned=load.pinned, weight=load.weight)
         try:
             self._store.add(generation.adapter_id, adapter)
             try:
-                self._scheduler.open_adapter(
-                    generation.adapter_id, generation.digest_seed, generation.num_bytes
+                is_loading = self._scheduler.open_adapter(
+                    generation.adapter_id,
+                    digest_seed=generation.digest_seed,
+                    size_bytes=generation.num_bytes,
+                    weight=generation.weight,
+                    is_pinned=generation.pinned,
+                    is_staged=self._store.is_staged,
                 )
             except BaseException:
                 self._store.remove(generation.adapter_id)
@@ -269,7 +296,17 @@ class AdapterOperations:
         except BaseException:
             self._registry.forget(generation.adapter_id)
             raise
-        load.generation = generation
+        if is_loading:
+            load.generation = generation
+        else:
+            self._publish(load, generation)
+
+    def _publish(self, load: PendingLoad, generation: AdapterGeneration) -> None:
+        """Let the name stand for the generation from now on, and answer the load."""
+        old = self._registry.publish(generation)
+        if old is not None:
+            self._scheduler.drain_adapter(old.adapter_id)
+        self._answer(load, self._make_result(generation, already_loaded=False))
 
     def _make_result(self, generation: AdapterGeneration, *, already_loaded: bool) -> LoadAdapterResult:
         return LoadAdapterResult(

@@ -12,23 +12,23 @@ from typing import Any, TypeVar
 
 from lora_serve.common.config import EngineConfig
 from lora_serve.common.errors import InvalidArgumentError, LoraServeError
-from lora_serve.common.field_checks import check_text
+from lora_serve.common.field_checks import check_adapter_weight, check_text
 from lora_serve.common.outputs import RequestOutput
+from lora_serve.common.queueing import DEFAULT_QUEUEING, Queueing
 from lora_serve.common.sampling_params import SamplingParams
 from lora_serve.engine import wire
 from lora_serve.engine.engine_connection import EngineConnection
 from lora_serve.engine.input_processor import InputProcessor, ProcessedRequest, PromptTokenizer
 from lora_serve.engine.messages import (
-    AdapterInfo,
     AdmissionResult,
     EngineOutput,
-    EngineStats,
     LoadAdapterResult,
     ModelInfo,
     UnloadAdapterResult,
 )
 from lora_serve.engine.output_processor import OutputProcessor
 from lora_serve.engine.request_stream import RequestStream
+from lora_serve.engine.status import AdapterInfo, EngineStats
 from lora_serve.engine.tokenizer import Tokenizer
 
 _Result = TypeVar("_Result")
@@ -102,6 +102,7 @@ class AsyncEngineClient:
         *,
         lora_name: str | None = None,
         request_id: str | None = None,
+        queueing: Queueing = DEFAULT_QUEUEING,
     ) -> RequestStream:
         """Hand a request to the engine; return once it is accepted and its adapter is resolved.
 
@@ -115,6 +116,8 @@ class AsyncEngineClient:
             The adapter; None = the base model.
         request_id : str or None
             The caller's id, for outputs and `abort`; None = one is made up.
+        queueing : Queueing
+            Priority, and how long the request may wait.
 
         Returns
         -------
@@ -128,7 +131,7 @@ class AsyncEngineClient:
         InvalidArgumentError
             Prompt or parameters are wrong for this model, or `request_id` is in use.
         CapacityError
-            The request can never fit.
+            A limit on what waits is reached; none of its answers is computed.
         InternalError
             The engine has stopped.
         """
@@ -139,7 +142,9 @@ class AsyncEngineClient:
             request_id = uuid.uuid4().hex
         if request_id in self._streams:
             raise InvalidArgumentError(f"request_id {request_id!r} is in use; choose another")
-        request = self._input_processor.process(request_id, text, token_ids, sampling_params, lora_name)
+        request = self._input_processor.process(
+            request_id, text, token_ids, sampling_params, lora_name, queueing
+        )
         stream = RequestStream(
             request_id=request_id,
             prompt=text,
@@ -212,11 +217,17 @@ class AsyncEngineClient:
         )
 
     async def load_lora_adapter(
-        self, name: str, path: str, *, load_inplace: bool = False, pinned: bool = False
+        self,
+        name: str,
+        path: str,
+        *,
+        load_inplace: bool = False,
+        pinned: bool = False,
+        weight: float = 1.0,
     ) -> LoadAdapterResult:
         """Load an adapter; return when it is ready to serve.
 
-        With the content that `name` serves already, only `pinned` is taken over: False unpins it.
+        With the content that `name` serves already, only `pinned` and `weight` are taken over: False unpins.
 
         Raises
         ------
@@ -225,13 +236,17 @@ class AsyncEngineClient:
         AdapterConflictError
             The name serves other content and `load_inplace` is not set, or the load was cancelled by an
             unload of the name.
+        CapacityError
+            It can never be on the device beside the pinned adapters.
         InternalError
             The engine has stopped.
         """
         check_text("lora_name", name)
         check_text("lora_path", path)
+        check_adapter_weight(weight)
         return await self._connection.call(
-            lambda call_id: wire.LoadAdapter(call_id, name, path, load_inplace, pinned), LoadAdapterResult
+            lambda call_id: wire.LoadAdapter(call_id, name, path, load_inplace, pinned, weight),
+            LoadAdapterResult,
         )
 
     async def unload_lora_adapter(self, name: str, *, force: bool = False) -> UnloadAdapterResult:

@@ -2,39 +2,45 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from lora_serve.common.config import EngineConfig
-from lora_serve.common.errors import InternalError, InvalidArgumentError, LoraServeError
+from lora_serve.common.errors import CapacityError, InternalError, InvalidArgumentError, LoraServeError
 from lora_serve.engine.adapter_operations import AdapterOperations
+from lora_serve.engine.admission import add_all, check_can_ever_fit
 from lora_serve.engine.live_requests import LiveRequest, LiveRequests
 from lora_serve.engine.messages import (
-    AdapterInfo,
     AdmissionResult,
     EngineOutput,
     EngineRequest,
-    EngineStats,
     LoadAdapterResult,
     ModelInfo,
     UnloadAdapterResult,
 )
-from lora_serve.engine.snapshots import describe_plan, make_adapter_infos, make_stats
+from lora_serve.engine.scheduler_options import make_scheduler_options
+from lora_serve.engine.snapshots import make_adapter_infos, make_stats
+from lora_serve.engine.status import AdapterInfo, EngineStats
+from lora_serve.engine.step_loop import StepLoop
+from lora_serve.executor.executor import MAX_PLANS_IN_FLIGHT
+from lora_serve.executor.uniform_stream import SeedStream
 from lora_serve.lora.registry import AdapterRegistry
-from lora_serve.scheduler import ExecutionEvent, NewRequest, Scheduler, SchedulerOptions
+from lora_serve.scheduler import Scheduler
 
 if TYPE_CHECKING:
-    from lora_serve.executor.executor import ExecutionResult, Executor
+    from lora_serve.executor.executor import Executor
     from lora_serve.lora.peft_adapter import HostAdapter
-    from lora_serve.scheduler import ExecutionPlan
 
 logger = logging.getLogger(__name__)
+
+
+def _monotonic_us() -> int:
+    return time.monotonic_ns() // 1000
 
 
 def _make_model_executor(config: EngineConfig) -> Executor:
@@ -62,6 +68,8 @@ class EngineCore:
         Runs the plans; None = the model of `config`, which is loaded now. Closed with the engine.
     on_read_done : callable or None
         Called from another thread when `step` has something to take up, to wake a loop that waits.
+    clock_us : callable
+        Gives microseconds, never going back: all that the scheduler knows of time.
 
     Raises
     ------
@@ -72,8 +80,6 @@ class EngineCore:
     ----------
     config : EngineConfig
         As given.
-    num_steps : int
-        Plans executed so far.
     """
 
     def __init__(
@@ -82,22 +88,12 @@ class EngineCore:
         executor: Executor | None = None,
         *,
         on_read_done: Callable[[], None] | None = None,
+        clock_us: Callable[[], int] = _monotonic_us,
     ) -> None:
         self.config = config
+        self._clock_us = clock_us
         self._executor = _make_model_executor(config) if executor is None else executor
-        self._scheduler = Scheduler(
-            SchedulerOptions(
-                page_size=config.page_size,
-                num_device_pages=self._executor.num_device_pages,
-                max_num_seqs=config.max_num_seqs,
-                max_num_batched_tokens=config.max_num_batched_tokens,
-                max_model_len=self._executor.max_model_len,
-                max_loras=config.max_loras,
-                enable_prefix_caching=config.enable_prefix_caching,
-                num_host_pages=self._executor.num_host_pages,
-                write_policy=config.kv_write_policy,
-            )
-        )
+        self._scheduler = Scheduler(make_scheduler_options(config, self._executor))
         self._registry = AdapterRegistry()
         self._operations = AdapterOperations(
             self._scheduler,
@@ -108,9 +104,17 @@ class EngineCore:
         )
         self._requests = LiveRequests()
         self._outputs: list[EngineOutput] = []
-        self.num_steps = 0
-        self._num_recomputed_tokens = 0
+        self._seeds = SeedStream(config.seed)
         self._failure: str | None = None
+        self._loop = StepLoop(
+            self._scheduler,
+            self._executor,
+            self._requests,
+            self._operations,
+            emit=self._emit,
+            fail_request=self._fail_request,
+            max_in_flight=MAX_PLANS_IN_FLIGHT if config.async_scheduling else 1,
+        )
 
     # --- State --------------------------------------------------------------------------------------------
 
@@ -142,6 +146,16 @@ class EngineCore:
         return self._failure is None and (self._scheduler.has_work or self._operations.has_finished_reads)
 
     @property
+    def is_stalled(self) -> bool:
+        """True when the last step could do nothing: do not step again before a moment has passed."""
+        return self._loop.is_stalled
+
+    @property
+    def num_steps(self) -> int:
+        """Plans made so far."""
+        return self._loop.num_steps
+
+    @property
     def pending_reads(self) -> list[Future[HostAdapter]]:
         """Adapter reads that `step` has not taken up, for a caller without other work to wait for."""
         return self._operations.pending_reads
@@ -154,7 +168,7 @@ class EngineCore:
     def stats(self) -> EngineStats:
         """Counts over all adapters and the base model."""
         self._require_running()
-        return make_stats(self._scheduler.stats(), self.num_steps, self._num_recomputed_tokens)
+        return make_stats(self._scheduler.stats(), self._loop.num_steps, self._loop.num_recomputed_tokens)
 
     # --- Requests -----------------------------------------------------------------------------------------
 
@@ -177,7 +191,8 @@ class EngineCore:
         InvalidArgumentError
             A field is wrong, or an id is in use.
         CapacityError
-            A request can never fit.
+            A limit on what waits is reached: `retry_after_s` estimates when another try is worth it. Or
+            these requests exceed one by themselves: then it is None.
         InternalError
             The engine has stopped.
         """
@@ -190,16 +205,14 @@ class EngineCore:
         adapter_id = 0 if generation is None else generation.adapter_id
         eos_token_ids, vocab_size = self._executor.eos_token_ids, self._executor.vocab_size
         live = [LiveRequest.create(request, adapter_id, eos_token_ids, vocab_size) for request in requests]
-        added: list[int] = []
+        check_can_ever_fit(self._scheduler.options, requests)
         try:
-            for request in requests:
-                self._scheduler.add_request(_to_new_request(request, adapter_id))
-                added.append(request.request_id)
-        except LoraServeError:
-            for request_id in added:
-                self._scheduler.abort(request_id)
-            raise
+            add_all(self._scheduler, requests, adapter_id, self._clock_us())
+        except CapacityError as error:
+            wait_s = self._loop.throughput.seconds_for(self._scheduler.counters().num_queued_tokens)
+            raise CapacityError(str(error), wait_s) from None
         for one in live:
+            one.give_seed(self._seeds)
             self._requests.add(one)
         return AdmissionResult(
             adapter_id=adapter_id, content_digest="" if generation is None else generation.content_digest
@@ -216,12 +229,20 @@ class EngineCore:
     # --- Adapters -----------------------------------------------------------------------------------------
 
     def load_adapter(
-        self, name: str, path: str, *, load_inplace: bool = False, pinned: bool = False
+        self,
+        name: str,
+        path: str,
+        *,
+        load_inplace: bool = False,
+        pinned: bool = False,
+        weight: float = 1.0,
     ) -> Future[LoadAdapterResult]:
         """Begin to load an adapter; the future completes when it is ready to serve.
 
-        With the content that `name` serves already, nothing changes. With other content, `load_inplace` is
-        needed: new requests then get the new generation once it is on the device, and the old one drains.
+        It is ready when it is on the device, or, where there is no room for it beside the others, when it
+        can be brought in as soon as requests want it. With the content that `name` serves already, only
+        `pinned` and `weight` are taken over. With other content, `load_inplace` is needed: new requests then
+        get the new generation once it is ready, and the old one drains.
 
         Raises in the future
         --------------------
@@ -229,12 +250,14 @@ class EngineCore:
             The name is none, or the files cannot be applied exactly or may not be read.
         AdapterConflictError
             The name serves other content and `load_inplace` is not set, or an unload cancelled the load.
+        CapacityError
+            It can never be on the device beside the pinned adapters.
         InternalError
             The weights could not be brought to the device, or the engine has stopped.
         """
         if self._failure is not None:
             return self._make_failed()
-        return self._operations.load(name, path, load_inplace=load_inplace, pinned=pinned)
+        return self._operations.load(name, path, load_inplace=load_inplace, pinned=pinned, weight=weight)
 
     def unload_adapter(self, name: str, *, force: bool = False) -> Future[UnloadAdapterResult]:
         """Refuse newcomers now; the future completes when nothing of the adapter is left.
@@ -261,32 +284,33 @@ class EngineCore:
     # --- The loop -----------------------------------------------------------------------------------------
 
     def step(self) -> list[EngineOutput]:
-        """Take up finished reads, run one plan, and give what is new.
+        """Take up finished reads, make one plan, take the result of the oldest that runs, give what is new.
 
         Returns
         -------
         list of EngineOutput
             At most one output a request, plus those of aborts since the last step. Empty when there was
-            nothing to do.
+            nothing to do, and when a first plan was made and its result will come with a later step.
 
         Notes
         -----
         Never raises: see `failure`.
         """
         if self._failure is None:
-            plan: ExecutionPlan | None = None
-            try:
+            with self._stop_on_failure():
                 self._operations.poll()
-                plan = self._scheduler.next_plan(time.monotonic_ns() // 1000)
-                if plan.is_empty:
-                    self._take_copies()
-                else:
-                    self._run(plan)
-            except Exception as error:
-                logger.exception("the engine stops: a step failed; plan: %s", describe_plan(plan))
-                self._stop(f"a step failed: {type(error).__name__}: {error}")
+                self._loop.step(self._clock_us())
         outputs, self._outputs = self._outputs, []
         return outputs
+
+    def settle(self) -> None:
+        """Take the results of the plans in flight without making another one; what is new waits for `step`.
+
+        For a caller that pauses: afterwards nothing runs, and what has ended is accounted for.
+        """
+        while self._failure is None and self._loop.num_in_flight:
+            with self._stop_on_failure():
+                self._loop.take_oldest()
 
     def close(self) -> None:
         """Stop, fail what is in flight, and free the executor. Closing twice changes nothing."""
@@ -294,67 +318,13 @@ class EngineCore:
             self._stop("it was closed")
         self._executor.close()
 
-    # --- One plan -----------------------------------------------------------------------------------------
-
-    def _run(self, plan: ExecutionPlan) -> None:
-        rows = [self._requests[request_id] for request_id in plan.request_ids.tolist()]
-        result = self._executor.execute(plan, [live.state for live in rows])
-        self.num_steps += 1
-        is_finished = self._take_rows(plan, result, rows)
-        sampled_token_ids = result.sampled_token_ids.copy()
-        for row in result.row_errors:  # Aborted by now; the scheduler wants a token and drops it.
-            sampled_token_ids[row] = 0 if plan.samples_token[row] else -1
-        self._scheduler.advance(
-            ExecutionEvent(
-                plan_id=plan.plan_id,
-                sampled_token_ids=sampled_token_ids,
-                is_finished=is_finished,
-                loaded_adapter_ids=result.loaded_adapter_ids,
-                failed_adapter_ids=list(result.failed_adapter_ids),
-                completed_transfer_ids=result.completed_transfer_ids,
-                failed_transfer_ids=list(result.failed_transfer_ids),
-            )
-        )
-        self._operations.on_drained(plan.drained_adapter_ids.tolist())
-        self._operations.on_loaded(result.loaded_adapter_ids)
-        self._operations.on_failed(result.failed_adapter_ids)
-
-    def _take_copies(self) -> None:
-        """Report copies that have ended while there was no plan: everything may wait for them."""
-        result = self._executor.report_copies()
-        if result.completed_transfer_ids or result.failed_transfer_ids:
-            self._scheduler.advance(
-                ExecutionEvent(
-                    plan_id=result.plan_id,
-                    completed_transfer_ids=result.completed_transfer_ids,
-                    failed_transfer_ids=list(result.failed_transfer_ids),
-                )
-            )
-
-    def _take_rows(
-        self, plan: ExecutionPlan, result: ExecutionResult, rows: list[LiveRequest]
-    ) -> np.ndarray[tuple[int], np.dtype[np.uint8]]:
-        """Turn sampled tokens into outputs, end what ends; [B] uint8, 1 = ended by a stop token."""
-        is_finished = np.zeros(len(rows), dtype=np.uint8)
-        samples = plan.samples_token.tolist()
-        progress = zip(
-            plan.num_cached_tokens.tolist(),
-            plan.num_computed_tokens.tolist(),
-            plan.num_scheduled_tokens.tolist(),
-            strict=True,
-        )
-        for row, (live, counts) in enumerate(zip(rows, progress, strict=True)):
-            self._num_recomputed_tokens += live.note_scheduled(*counts)
-            if row in result.row_errors:
-                error = InternalError(f"the request failed: {result.row_errors[row]}")
-                self._end(live.request_id, error=error, tell=True)
-            elif samples[row]:
-                output = live.take_token(int(result.sampled_token_ids[row]), result.logprobs[row])
-                self._outputs.append(output)
-                if output.finish_reason is not None:
-                    self._requests.pop(live.request_id)
-                    is_finished[row] = output.finish_reason == "stop"
-        return is_finished
+    @contextlib.contextmanager
+    def _stop_on_failure(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            logger.exception("the engine stops: a step failed; plans: %s", self._loop.describe())
+            self._stop(f"a step failed: {type(error).__name__}: {error}")
 
     # --- Ends ---------------------------------------------------------------------------------------------
 
@@ -367,6 +337,12 @@ class EngineCore:
         if tell:
             self._outputs.append(live.make_abort(error))
         return True
+
+    def _fail_request(self, request_id: int, error: LoraServeError) -> None:
+        self._end(request_id, error=error, tell=True)
+
+    def _emit(self, output: EngineOutput) -> None:
+        self._outputs.append(output)
 
     def _abort_adapter_requests(self, adapter_ids: set[int], error: LoraServeError | None) -> None:
         for request_id in self._requests.find_by_adapter(adapter_ids):
@@ -388,18 +364,3 @@ class EngineCore:
         for request_id in self._requests.ids:
             self._end(request_id, error=error, tell=True)
         self._operations.close(error)
-
-
-def _to_new_request(request: EngineRequest, adapter_id: int) -> NewRequest:
-    params = request.sampling_params
-    if params.max_tokens is None:
-        raise InvalidArgumentError(
-            f"request {request.request_id} has no max_tokens but the engine needs it; use InputProcessor"
-        )
-    return NewRequest(
-        request_id=request.request_id,
-        adapter_id=adapter_id,
-        prompt_token_ids=request.prompt_token_ids,
-        max_tokens=params.max_tokens,
-        reuse_prefix=params.prompt_logprobs is None,
-    )

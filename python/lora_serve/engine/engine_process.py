@@ -91,17 +91,14 @@ class EngineServer:
         poller = zmq.Poller()
         poller.register(self._client, zmq.POLLIN)
         poller.register(self._wake_reader, zmq.POLLIN)
-        is_stalled = False
         while self._is_running:
             if not core.has_work:
                 poller.poll()
-            elif is_stalled:
+            elif core.is_stalled:
                 poller.poll(STALLED_POLL_MS)
             self._clear_wake_ups()
             self._take_messages(core)
-            num_steps = core.num_steps
             outputs = core.step()
-            is_stalled = not outputs and core.num_steps == num_steps
             if outputs:
                 self._send(wire.Outputs(outputs))
             if core.failure is not None:
@@ -145,7 +142,11 @@ class EngineServer:
                     core.finish_request(request_id)
             case wire.LoadAdapter():
                 load = core.load_adapter(
-                    message.name, message.path, load_inplace=message.load_inplace, pinned=message.pinned
+                    message.name,
+                    message.path,
+                    load_inplace=message.load_inplace,
+                    pinned=message.pinned,
+                    weight=message.weight,
                 )
                 load.add_done_callback(partial(self._reply_loaded, message.call_id))
             case wire.UnloadAdapter():

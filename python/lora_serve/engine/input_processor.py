@@ -11,6 +11,7 @@ import msgspec
 
 from lora_serve.common.errors import InvalidArgumentError
 from lora_serve.common.field_checks import check_text
+from lora_serve.common.queueing import DEFAULT_QUEUEING, Queueing
 from lora_serve.common.sampling_params import SamplingParams
 from lora_serve.engine.messages import EngineRequest, ModelInfo
 from lora_serve.engine.tokenizer import Tokenizer
@@ -206,6 +207,7 @@ class InputProcessor:
         prompt_token_ids: Sequence[int],
         sampling_params: SamplingParams,
         lora_name: str | None,
+        queueing: Queueing = DEFAULT_QUEUEING,
     ) -> ProcessedRequest:
         """Check one request.
 
@@ -236,6 +238,8 @@ class InputProcessor:
                     prompt_token_ids=token_ids,
                     sampling_params=params.child(index),
                     lora_name=lora_name,
+                    priority=queueing.priority,
+                    queue_timeout_s=queueing.timeout_s,
                 )
                 for index in range(params.n)
             ],

@@ -11,6 +11,7 @@ from lora_serve.common.outputs import FinishReason
 from lora_serve.engine.messages import EngineOutput, EngineRequest, PositionLogprobs, WireError
 from lora_serve.executor.logprobs import TokenLogprobs
 from lora_serve.executor.sampling_state import SamplingState
+from lora_serve.executor.uniform_stream import SeedStream
 
 
 def _to_message(logprobs: TokenLogprobs) -> PositionLogprobs:
@@ -32,14 +33,23 @@ class LiveRequest:
     adapter_id : int
         The generation that its name stood for when it was accepted; 0 = the base model.
     state : SamplingState
-        What the executor samples with; it appends the tokens.
+        What the executor samples with; it appends the tokens, which may be ahead of those taken here.
+
+    Attributes
+    ----------
+    has_ended : bool
+        True from the request's last output on, or from when its reader has ended it: what plans that were
+        made before still compute for it is dropped.
     """
 
     def __init__(self, request: EngineRequest, adapter_id: int, state: SamplingState) -> None:
         self.request_id = request.request_id
         self.adapter_id = adapter_id
+        self.queue_timeout_s = request.queue_timeout_s
         self.state = state
+        self.has_ended = False
         self._params = request.sampling_params
+        self._num_output_tokens = 0
         self._num_cached_tokens = 0
         self._max_computed_tokens = 0
         self._gave_prompt_logprobs = False
@@ -48,7 +58,7 @@ class LiveRequest:
     def create(
         cls, request: EngineRequest, adapter_id: int, eos_token_ids: tuple[int, ...], vocab_size: int
     ) -> LiveRequest:
-        """Make the sampling state too.
+        """Make the sampling state too; one that draws without a seed of its own gets it from `give_seed`.
 
         Raises
         ------
@@ -63,6 +73,11 @@ class LiveRequest:
             request.sampling_params.seed,
         )
         return cls(request, adapter_id, state)
+
+    def give_seed(self, seeds: SeedStream) -> None:
+        """Give a request that draws a seed from the engine's stream, unless it brought one."""
+        if self.state.seed is None and not self._params.is_greedy:
+            self.state.seed = seeds.next_seed()
 
     def note_scheduled(
         self, num_cached_tokens: int, num_computed_tokens: int, num_scheduled_tokens: int
@@ -88,7 +103,8 @@ class LiveRequest:
         return num_recomputed
 
     def take_token(self, token_id: int, logprobs: TokenLogprobs | None) -> EngineOutput:
-        """Give the output for a token that the executor has just appended to the state."""
+        """Give the output for the next token that the executor has appended to the state."""
+        self._num_output_tokens += 1
         finish_reason, stop_reason = self._find_end(token_id)
         prompt_logprobs = None
         if self.state.prompt_logprobs is not None and not self._gave_prompt_logprobs:
@@ -117,7 +133,7 @@ class LiveRequest:
 
     def _find_end(self, token_id: int) -> tuple[FinishReason | None, int | None]:
         params = self._params
-        num_tokens = len(self.state.output_token_ids)
+        num_tokens = self._num_output_tokens
         if num_tokens > params.min_tokens:
             if not params.ignore_eos and token_id in self.state.eos_token_ids:
                 return "stop", None
@@ -148,8 +164,11 @@ class LiveRequests:
         self._by_id[request.request_id] = request
 
     def pop(self, request_id: int) -> LiveRequest | None:
-        """Forget a request; None when it is not live."""
-        return self._by_id.pop(request_id, None)
+        """Forget a request, which has ended; None when it is not live."""
+        live = self._by_id.pop(request_id, None)
+        if live is not None:
+            live.has_ended = True
+        return live
 
     def find_by_adapter(self, adapter_ids: Iterable[int]) -> list[int]:
         """Ids of the requests that hold one of these generations, oldest first."""

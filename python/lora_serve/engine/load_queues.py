@@ -21,28 +21,29 @@ class PendingLoad:
 
     Parameters
     ----------
-    name, path, load_inplace, pinned
+    name, path, load_inplace, pinned, weight
         As asked for.
     callers : list of Future
         Who waits; several when callers asked the same before its read began.
     read : Future or None
         Set while the files are read, and until the step loop has taken the result up.
     generation : AdapterGeneration or None
-        Set while it is brought to the device.
+        Set while it is brought to the device for the first time.
     """
 
     name: str
     path: str
     load_inplace: bool
     pinned: bool
+    weight: float
     callers: list[Future[LoadAdapterResult]] = field(default_factory=list)
     read: Future[HostAdapter] | None = None
     generation: AdapterGeneration | None = None
 
     def asks_the_same(self, other: PendingLoad) -> bool:
         """True when one load can answer both."""
-        ours = (self.name, self.path, self.load_inplace, self.pinned)
-        return ours == (other.name, other.path, other.load_inplace, other.pinned)
+        ours = (self.name, self.path, self.load_inplace, self.pinned, self.weight)
+        return ours == (other.name, other.path, other.load_inplace, other.pinned, other.weight)
 
     def answer(self, outcome: LoadAdapterResult | LoraServeError) -> None:
         """Tell everybody who waits."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import msgspec
 
 from lora_serve.common import errors
@@ -20,10 +18,13 @@ class WireError(msgspec.Struct, frozen=True):
         Name of a class of `lora_serve.common.errors`.
     message : str
         Its message.
+    retry_after_s : int or None
+        Of a CapacityError: seconds after which another try is worth it.
     """
 
     kind: str
     message: str
+    retry_after_s: int | None = None
 
     @classmethod
     def from_exception(cls, error: BaseException) -> WireError:
@@ -31,13 +32,15 @@ class WireError(msgspec.Struct, frozen=True):
         if isinstance(error, errors.LoraServeError):
             for known in type(error).__mro__:
                 if known.__module__ == errors.__name__:
-                    return cls(known.__name__, str(error))
+                    return cls(known.__name__, str(error), getattr(error, "retry_after_s", None))
         return cls(errors.InternalError.__name__, f"{type(error).__name__}: {error}")
 
     def to_exception(self) -> errors.LoraServeError:
         """Give the exception to raise."""
         known = getattr(errors, self.kind, errors.InternalError)
         error = known(self.message)
+        if isinstance(error, errors.CapacityError):
+            error.retry_after_s = self.retry_after_s
         assert isinstance(error, errors.LoraServeError)
         return error
 
@@ -55,12 +58,19 @@ class EngineRequest(msgspec.Struct, frozen=True, kw_only=True):
         With n = 1 and `max_tokens` set to what the context holds.
     lora_name : str or None
         The adapter; None = the base model.
+    priority : int
+        Class of priority; lower goes first.
+    queue_timeout_s : float or None
+        Seconds, above 0: a request that has not begun to run by then fails with QueueTimeoutError. None = it
+        waits as long as it must.
     """
 
     request_id: int
     prompt_token_ids: list[int]
     sampling_params: SamplingParams
     lora_name: str | None = None
+    priority: int = 0
+    queue_timeout_s: float | None = None
 
 
 class PositionLogprobs(msgspec.Struct, frozen=True, array_like=True):
@@ -193,108 +203,3 @@ class UnloadAdapterResult(msgspec.Struct, frozen=True, kw_only=True):
 
     name: str
     adapter_ids: list[int]
-
-
-class AdapterInfo(msgspec.Struct, frozen=True, kw_only=True):
-    """One adapter generation, as `/v1/loras` shows it.
-
-    Parameters
-    ----------
-    name : str
-        Several generations of a name exist while old ones drain.
-    adapter_id : int
-        The generation, at least 1.
-    path : str
-        The directory that it was read from.
-    content_digest : str
-        Hex.
-    lora_rank : int
-        Largest rank of its modules.
-    num_bytes : int
-        Bytes of its weights.
-    pinned : bool
-        As the last load of this content asked.
-    is_serving : bool
-        True when new requests for the name get this generation.
-    state : {'registered', 'loading', 'resident', 'draining'}
-        The scheduler's view.
-    tier : {'device', 'host'}
-        The fastest tier that holds its weights.
-    adapter_slot : int
-        Index into the device tables; -1 = none.
-    num_waiting_requests, num_running_requests : int
-        Its requests; preempted ones wait.
-    num_tree_pages, num_private_pages : int
-        Device KV pages of its namespace: in the prefix tree, and held by requests only.
-    num_host_pages : int
-        Host KV pages of its namespace.
-    total_hit_tokens, total_missed_tokens : int
-        Tokens of its requests' first admissions: taken from the cache, of either tier, and the others.
-    """
-
-    name: str
-    adapter_id: int
-    path: str
-    content_digest: str
-    lora_rank: int
-    num_bytes: int
-    pinned: bool
-    is_serving: bool
-    state: str
-    tier: Literal["device", "host"]
-    adapter_slot: int
-    num_waiting_requests: int
-    num_running_requests: int
-    num_tree_pages: int
-    num_private_pages: int
-    num_host_pages: int
-    total_hit_tokens: int
-    total_missed_tokens: int
-
-
-class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
-    """Counts of one engine, over all adapters and the base model.
-
-    Parameters
-    ----------
-    num_waiting_requests, num_running_requests, num_preempted_requests : int
-        Requests now; preempted ones are counted as waiting too.
-    num_device_pages, num_free_pages, num_tree_pages, num_private_pages : int
-        KV pages on the device: all = free + in the tree + private to requests.
-    num_host_pages, num_free_host_pages : int
-        KV pages of the host tier: all = free + in the tree.
-    num_transfers : int
-        Copies between the tiers that are under way.
-    num_adapters : int
-        Generations that exist, draining ones included.
-    total_steps : int
-        Plans executed since the start.
-    total_preemptions, total_evicted_pages, total_evicted_host_pages : int
-        Since the start; pages that a drain freed are not counted.
-    total_recomputed_tokens : int
-        Tokens since the start whose KV a preemption had taken away and which were computed again.
-    total_queried_tokens, total_hit_tokens : int
-        Prompt tokens of first admissions since the start, and those of them that came from the cache.
-    total_host_hit_tokens : int
-        Of the latter, those that came from the host tier.
-    """
-
-    num_waiting_requests: int
-    num_running_requests: int
-    num_preempted_requests: int
-    num_device_pages: int
-    num_free_pages: int
-    num_tree_pages: int
-    num_private_pages: int
-    num_host_pages: int
-    num_free_host_pages: int
-    num_transfers: int
-    num_adapters: int
-    total_steps: int
-    total_preemptions: int
-    total_recomputed_tokens: int
-    total_evicted_pages: int
-    total_evicted_host_pages: int
-    total_queried_tokens: int
-    total_hit_tokens: int
-    total_host_hit_tokens: int

@@ -5,12 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from lora_serve.engine.messages import AdapterInfo, EngineStats
+from lora_serve.engine.status import AdapterInfo, EngineStats
+from lora_serve.lora.manager import NO_SLOT, AdapterResidency
 
 if TYPE_CHECKING:
-    from lora_serve.lora.manager import AdapterResidency
     from lora_serve.lora.registry import AdapterRegistry
     from lora_serve.scheduler import ExecutionPlan, SchedulerStats
+
+
+_ENGINES_OWN = {"num_adapters", "total_steps", "total_recomputed_tokens"}
+_SAME_NAME = tuple(name for name in EngineStats.__struct_fields__ if name not in _ENGINES_OWN)
+"""Counts that the scheduler has under the same name."""
 
 
 def make_adapter_infos(
@@ -22,7 +27,8 @@ def make_adapter_infos(
     infos = []
     for generation in registry.generations():
         count = counts[generation.adapter_id]
-        slot = slots[generation.adapter_id]
+        # A plan that runs now may have removed a generation whose drain is not accounted for yet.
+        slot = slots.get(generation.adapter_id, NO_SLOT)
         infos.append(
             AdapterInfo(
                 name=generation.name,
@@ -32,8 +38,12 @@ def make_adapter_infos(
                 lora_rank=generation.lora_rank,
                 num_bytes=generation.num_bytes,
                 pinned=generation.pinned,
+                weight=generation.weight,
                 is_serving=registry.find(generation.name) is generation,
                 state=count.state.name.lower(),
+                is_closed=count.is_closed,
+                is_paused=count.is_paused,
+                load_failed=count.load_failed,
                 tier="host" if slot < 0 else "device",
                 adapter_slot=slot,
                 num_waiting_requests=count.num_waiting_requests,
@@ -43,6 +53,11 @@ def make_adapter_infos(
                 num_host_pages=count.num_host_pages,
                 total_hit_tokens=count.num_hit_tokens,
                 total_missed_tokens=count.num_missed_tokens,
+                total_scheduled_tokens=count.num_scheduled_tokens,
+                total_started_requests=count.num_started_requests,
+                total_queue_us=count.total_queue_us,
+                total_loads=count.num_loads,
+                total_evictions=count.num_evictions,
             )
         )
     return infos
@@ -50,33 +65,17 @@ def make_adapter_infos(
 
 def make_stats(stats: SchedulerStats, total_steps: int, total_recomputed_tokens: int) -> EngineStats:
     """Give the scheduler's counts, and the engine's own, as a message."""
+    counted = {name: getattr(stats, name) for name in _SAME_NAME}
     return EngineStats(
-        num_waiting_requests=stats.num_waiting_requests,
-        num_running_requests=stats.num_running_requests,
-        num_preempted_requests=stats.num_preempted_requests,
-        num_device_pages=stats.num_device_pages,
-        num_free_pages=stats.num_free_pages,
-        num_tree_pages=stats.num_tree_pages,
-        num_private_pages=stats.num_private_pages,
-        num_host_pages=stats.num_host_pages,
-        num_free_host_pages=stats.num_free_host_pages,
-        num_transfers=stats.num_transfers,
+        **counted,
         num_adapters=len(stats.adapters) - 1,  # The base model is the first.
         total_steps=total_steps,
-        total_preemptions=stats.total_preemptions,
         total_recomputed_tokens=total_recomputed_tokens,
-        total_evicted_pages=stats.total_evicted_pages,
-        total_evicted_host_pages=stats.total_evicted_host_pages,
-        total_queried_tokens=stats.total_queried_tokens,
-        total_hit_tokens=stats.total_hit_tokens,
-        total_host_hit_tokens=stats.total_host_hit_tokens,
     )
 
 
-def describe_plan(plan: ExecutionPlan | None) -> str:
-    """Give a plan's arrays in one line, long ones shortened, for the log."""
-    if plan is None:
-        return "none was made"
+def describe_plan(plan: ExecutionPlan) -> str:
+    """Give a plan's arrays in one line, for the log."""
     names = (
         "request_ids",
         "page_table_rows",
@@ -86,6 +85,7 @@ def describe_plan(plan: ExecutionPlan | None) -> str:
         "load_adapter_ids",
         "load_adapter_slots",
         "drained_adapter_ids",
+        "evicted_adapter_ids",
         "transfer_ids",
         "transfer_kinds",
         "transfer_offsets",

@@ -6,16 +6,15 @@ import msgspec
 
 from lora_serve.common.config import EngineConfig
 from lora_serve.engine.messages import (
-    AdapterInfo,
     AdmissionResult,
     EngineOutput,
     EngineRequest,
-    EngineStats,
     LoadAdapterResult,
     ModelInfo,
     UnloadAdapterResult,
     WireError,
 )
+from lora_serve.engine.status import AdapterInfo, EngineStats
 
 # --- Client to engine -------------------------------------------------------------------------------------
 
@@ -47,6 +46,7 @@ class LoadAdapter(msgspec.Struct, frozen=True, tag=True):
     path: str
     load_inplace: bool
     pinned: bool
+    weight: float
 
 
 class UnloadAdapter(msgspec.Struct, frozen=True, tag=True):

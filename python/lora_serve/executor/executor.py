@@ -22,6 +22,10 @@ NO_PLAN = -1
 """`plan_id` of a result that answers no plan."""
 
 
+MAX_PLANS_IN_FLIGHT = 2
+"""Plans that an executor takes before the result of the first is collected."""
+
+
 @dataclass(frozen=True)
 class ExecutionResult:
     """What an executor did with one plan. Axis B: the plan's rows, in the plan's order.
@@ -29,17 +33,18 @@ class ExecutionResult:
     Parameters
     ----------
     plan_id : int
-        The plan's; NO_PLAN when only copies are reported.
+        The plan's; NO_PLAN when only loads and copies are reported.
     sampled_token_ids : numpy.ndarray
         [B] int32; -1 where the row did not sample, and in `row_errors`.
     logprobs : list of (TokenLogprobs or None)
         [B]; None where no token was sampled or the request did not ask for them.
     loaded_adapter_ids : list of int
-        Loads of the plan that are now in their slots.
+        Loads, of this plan or an earlier one, whose adapters are in their slots since the last result.
     failed_adapter_ids : dict from int to str
-        The plan's other loads, each with the reason.
+        Such loads that did not happen, each with the reason.
     row_errors : dict from int to str
-        Row to reason, for rows that should have sampled and could not (logits that are not finite). Nothing
+        Row to reason, for rows that should have sampled and could not: logits that are not finite, or the row
+        of the plan before, whose token they start from, has failed, or the load of their adapter has. Nothing
         was appended to their state: their request must be ended, never continued.
     completed_transfer_ids : list of int
         Copies between the tiers, of this plan or an earlier one, that are done since the last result.
@@ -58,7 +63,15 @@ class ExecutionResult:
 
 
 class AdapterStore(Protocol):
-    """Adapter memory as the engine uses it (slots are the executor's matter); really a `LoRAManager`."""
+    """Adapter memory as the engine uses it (slots are the executor's matter); really a `LoRAManager`.
+
+    The engine calls it from its own thread while plans run, which bring adapters in and take them off.
+    """
+
+    @property
+    def is_staged(self) -> bool:
+        """True when loads take effect with their plan: its rows may use the adapters that it brings in."""
+        ...
 
     def read(self, path: str, name: str | None = None) -> HostAdapter:
         """Read and validate a PEFT directory; slow, thread-safe, changes nothing."""
@@ -69,11 +82,7 @@ class AdapterStore(Protocol):
         ...
 
     def remove(self, adapter_id: int) -> None:
-        """Free a generation everywhere."""
-        ...
-
-    def __contains__(self, adapter_id: int) -> bool:
-        """Whether the generation is held."""
+        """Free a generation that no plan has named."""
         ...
 
     def snapshot(self) -> list[AdapterResidency]:
@@ -82,7 +91,12 @@ class AdapterStore(Protocol):
 
 
 class Executor(Protocol):
-    """Runs plans in their order, one at a time, on one thread."""
+    """Runs plans in their order, one after the other, while its caller does something else.
+
+    One thread calls everything. A plan that was submitted runs until its result is collected; at most
+    MAX_PLANS_IN_FLIGHT are on their way. A row's input token may be -1: the token that the row sampled in the
+    newest earlier plan that had it, which the executor keeps for each page-table row.
+    """
 
     @property
     def lora(self) -> AdapterStore:
@@ -114,16 +128,27 @@ class Executor(Protocol):
         """The model's end-of-sequence tokens."""
         ...
 
-    def execute(self, plan: ExecutionPlan, states: Sequence[SamplingState]) -> ExecutionResult:
-        """Do what the plan says: drop drained adapters, install loads, copy pages, run the rows, sample.
+    def submit(self, plan: ExecutionPlan, states: Sequence[SamplingState]) -> None:
+        """Begin a plan: drop drained adapters, evict, load, copy pages, run the rows, sample; in this order.
 
         Parameters
         ----------
         plan : ExecutionPlan
-            Not empty; plans come in order of `plan_id`.
+            Not empty; plans come in order of `plan_id`. It is read until its result is collected.
         states : sequence of SamplingState
             [B], one a row. Sampled tokens are appended to `output_token_ids`, and prompt log probabilities
             are written into `prompt_logprobs`; they are complete when the request's first token is sampled.
+            They belong to the executor until then: the caller reads nothing that later plans may write.
+
+        Raises
+        ------
+        InternalError
+            There are MAX_PLANS_IN_FLIGHT already, or the executor is closed.
+        """
+        ...
+
+    def collect(self) -> ExecutionResult:
+        """Wait for the oldest plan on its way, and give what became of it.
 
         Returns
         -------
@@ -133,17 +158,24 @@ class Executor(Protocol):
         Raises
         ------
         InternalError
-            The plan contradicts an earlier one or its states; nothing can be executed any more.
+            There is no plan on its way; or the plan contradicts an earlier one or its states: nothing can be
+            executed any more, and plans submitted after it are not run.
+        Exception
+            Whatever broke the plan; nothing can be executed any more.
         """
         ...
 
-    def report_copies(self) -> ExecutionResult:
-        """Give the copies that have ended since the last result, as the result of no plan.
+    def report(self) -> ExecutionResult:
+        """Give the loads and copies that have ended since the last result, as the result of no plan.
 
-        For a loop that has no plan to run because everything waits for copies.
+        For a loop without a plan to run because everything waits for them. While a plan is on its way there
+        is nothing to report here: its own result does.
         """
         ...
 
     def close(self) -> None:
-        """Free what the executor holds. It takes no plan afterwards; closing twice changes nothing."""
+        """Wait for the plan that runs, drop the others, and free what the executor holds.
+
+        It takes no plan afterwards; closing twice changes nothing.
+        """
         ...

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lora_serve.common.errors import InternalError
 from lora_serve.executor.page_table import PageTable
-from lora_serve.kernels.lora_metadata import build_lora_metadata
+from lora_serve.kernels import LoRAMetadata
 from lora_serve.layers.step_context import AttentionMetadata, StepContext
 
 if TYPE_CHECKING:
@@ -26,7 +26,8 @@ class InputBatch:
     Parameters
     ----------
     token_ids : Tensor
-        [T] int64.
+        [T] int64 in memory of its own. -1 = the token that the row sampled last: only the executor knows it,
+        and fills it in before the model sees it.
     context : StepContext
         Positions, attention and adapter metadata.
     query_start_loc : numpy.ndarray
@@ -81,48 +82,80 @@ def slot_mapping(
     return slots
 
 
+class _BlockOnDevice:
+    """The plan's block on the device, brought there by one copy."""
+
+    def __init__(self, plan: ExecutionPlan, device: torch.device) -> None:
+        self._plan = plan
+        self._layout = plan.layout
+        # The block is a read-only view of memory that the scheduler reuses: always a copy.
+        self._block = torch.from_numpy(plan.block.copy()).to(device)
+
+    def __getitem__(self, name: str) -> Tensor:
+        """An array of the plan, without padded entries, as a view of the block."""
+        num_entries = len(getattr(self._plan, name))
+        return self._block[self._layout[name]][:num_entries]
+
+
+def _lora_metadata(plan: ExecutionPlan, block: _BlockOnDevice) -> LoRAMetadata:
+    return LoRAMetadata(
+        token_lora_mapping=block["token_lora_mapping"],
+        token_indices_sorted_by_lora_ids=block["token_indices_sorted_by_lora_ids"],
+        num_tokens_per_lora=block["num_tokens_per_lora"],
+        lora_token_start_loc=block["lora_token_start_loc"],
+        active_lora_ids=block["active_lora_ids"],
+        no_adapter=plan.num_adapters == 0,
+    )
+
+
+def _check_tokens(plan: ExecutionPlan) -> None:
+    num_scheduled, num_tokens = int(plan.num_scheduled_tokens.sum()), len(plan.token_ids)
+    if num_scheduled != num_tokens or int(plan.query_start_loc[-1]) != num_tokens:
+        raise InternalError(
+            f"plan {plan.plan_id} schedules {num_scheduled} tokens but gives {num_tokens}, and its rows end "
+            f"at {plan.query_start_loc[-1]}"
+        )
+    if int(plan.token_ids.min()) < -1:
+        raise InternalError(f"plan {plan.plan_id} has token id {plan.token_ids.min()}")
+
+
 def build_input_batch(
-    plan: ExecutionPlan, page_table: PageTable, *, page_size: int, max_loras: int, device: torch.device
+    plan: ExecutionPlan, page_table: PageTable, *, page_size: int, device: torch.device
 ) -> InputBatch:
     """Build the tensors of a plan that has rows; its deltas must be in the page table already.
 
     Raises
     ------
     InternalError
-        The plan's arrays do not fit together, a row lacks pages, or a token is one that only an overlapping
-        executor knows.
+        The plan's arrays do not fit together, or a row lacks pages.
+
+    Notes
+    -----
+    What the plan has computed (lengths, starts, adapter metadata) comes to the device in one copy of its
+    block, without padded rows.
     """
+    _check_tokens(plan)
     token_rows, positions = token_positions(plan)
-    if len(token_rows) != len(plan.token_ids):
-        raise InternalError(
-            f"plan {plan.plan_id} schedules {len(token_rows)} tokens but gives {len(plan.token_ids)}"
-        )
-    if int(plan.token_ids.min()) < 0:
-        raise InternalError(
-            f"plan {plan.plan_id} has token id {plan.token_ids.min()}: it was planned before the step that "
-            "it depends on had ended, but this executor does not overlap steps"
-        )
-    seq_lens = plan.num_computed_tokens + plan.num_scheduled_tokens
+    seq_lens = plan.seq_lens
     row_pages = page_table.rows(plan.page_table_rows, -(-seq_lens // page_size))
     slots = slot_mapping(row_pages, token_rows, positions, page_size)
-    query_start_loc = np.zeros(len(seq_lens) + 1, dtype=np.int64)
-    np.cumsum(plan.num_scheduled_tokens, out=query_start_loc[1:])
-
-    def to_device(values: npt.NDArray[np.int32] | npt.NDArray[np.int64]) -> Tensor:
-        # A plan's arrays are read-only views of memory that the scheduler reuses: always a copy.
-        return torch.from_numpy(np.array(values)).to(device)
-
+    block = _BlockOnDevice(plan, device)
     attention = AttentionMetadata(
-        query_start_loc=to_device(query_start_loc.astype(np.int32)),
-        num_computed_tokens=to_device(plan.num_computed_tokens),
-        seq_lens=to_device(seq_lens),
-        page_table=to_device(row_pages),
-        slot_mapping=to_device(slots),
+        query_start_loc=block["query_start_loc"],
+        num_computed_tokens=block["num_computed_tokens"],
+        seq_lens=block["seq_lens"],
+        page_table=torch.from_numpy(row_pages).to(device),
+        slot_mapping=torch.from_numpy(slots).to(device),
         host_query_lens=plan.num_scheduled_tokens.tolist(),
         host_seq_lens=seq_lens.tolist(),
     )
-    lora = build_lora_metadata(to_device(plan.adapter_slots[token_rows]), max_loras)
-    context = StepContext(positions=to_device(positions), attention=attention, lora=lora)
+    context = StepContext(
+        positions=torch.from_numpy(positions).to(device),
+        attention=attention,
+        lora=_lora_metadata(plan, block),
+    )
     return InputBatch(
-        token_ids=to_device(plan.token_ids.astype(np.int64)), context=context, query_start_loc=query_start_loc
+        token_ids=block["token_ids"].to(torch.int64),
+        context=context,
+        query_start_loc=plan.query_start_loc.astype(np.int64),
     )

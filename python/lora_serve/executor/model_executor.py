@@ -21,12 +21,14 @@ from lora_serve.executor.kv_tensors import (
     choose_num_device_pages,
     choose_num_host_pages,
 )
+from lora_serve.executor.last_tokens import LastSampledTokens
 from lora_serve.executor.logprobs import TokenLogprobs
 from lora_serve.executor.page_table import PageTable
+from lora_serve.executor.plan_worker import PlanWorker
 from lora_serve.executor.prompt_logprobs import fill_prompt_logprobs
-from lora_serve.executor.sampler import Sampler
+from lora_serve.executor.sampler import sample
 from lora_serve.executor.sampling_state import SamplingState
-from lora_serve.executor.transfers import PageTransfers
+from lora_serve.executor.transfers import PageTransfers, TransferReports
 from lora_serve.lora.manager import LoRAManager
 from lora_serve.models.config import ModelConfig
 from lora_serve.models.loader import load_model
@@ -36,10 +38,11 @@ if TYPE_CHECKING:
 
 
 class ModelExecutor:
-    """Implements `Executor` on one device, step after step without overlap.
+    """Implements `Executor` on one device: a thread of its own runs the plans, one after the other.
 
-    Owns the model, the KV tensors of both tiers, the page table, the adapter memory and the sampler. Knows no
-    request: rows are positions in the plan, adapters are slots.
+    Owns the model, the KV tensors of both tiers, the page table, the adapter memory and the last token of
+    each row. Knows no request: rows are positions in the plan, adapters are slots. All of it is touched by
+    the thread alone while a plan is on its way; `lora` says what of it the caller may use meanwhile.
 
     Parameters
     ----------
@@ -82,7 +85,9 @@ class ModelExecutor:
         self._transfers = PageTransfers(HostPages(host_block, self._kv_layers), self._num_device_pages)
         max_pages_per_row = -(-self._max_model_len // config.page_size)
         self._page_table = PageTable(config.max_num_seqs, max_pages_per_row, self._num_device_pages)
-        self._sampler = Sampler(config.seed)
+        self._last_tokens = LastSampledTokens(config.max_num_seqs)
+        self._failed_slots: dict[int, int] = {}  # To the generation whose load has failed.
+        self._worker = PlanWorker(self._run_plan)
 
     @property
     def num_device_pages(self) -> int:
@@ -109,8 +114,37 @@ class ModelExecutor:
         """The model's end-of-sequence tokens."""
         return self.model_config.eos_token_ids
 
-    def execute(self, plan: ExecutionPlan, states: Sequence[SamplingState]) -> ExecutionResult:
-        """Do what the plan says; see `Executor.execute`.
+    def submit(self, plan: ExecutionPlan, states: Sequence[SamplingState]) -> None:
+        """Begin a plan; see `Executor.submit`."""
+        self._worker.submit(plan, states)
+
+    def collect(self) -> ExecutionResult:
+        """Wait for the oldest plan on its way; see `Executor.collect`."""
+        return self._worker.collect()
+
+    def report(self) -> ExecutionResult:
+        """Give what has ended since the last result; see `Executor.report`."""
+        transfers = TransferReports() if self._worker.num_in_flight else self._transfers.take_reports()
+        return ExecutionResult(
+            NO_PLAN,
+            np.empty(0, dtype=np.int32),
+            [],
+            [],
+            {},
+            completed_transfer_ids=transfers.completed,
+            failed_transfer_ids=transfers.failed,
+        )
+
+    def close(self) -> None:
+        """End the thread and drop the KV tensors of both tiers; the model goes with the executor."""
+        self._worker.close()
+        self._kv_layers = []
+        self._transfers.close()
+
+    # --- In the worker's thread ---------------------------------------------------------------------------
+
+    def _run_plan(self, plan: ExecutionPlan, states: Sequence[SamplingState]) -> ExecutionResult:
+        """Do what the plan says.
 
         Raises
         ------
@@ -119,8 +153,8 @@ class ModelExecutor:
 
         Notes
         -----
-        Order: drained adapters are removed, loads installed, copies between the tiers begun, page tables
-        changed, then the forward pass.
+        Order: drained adapters are removed, evicted ones taken off the device, loads installed, copies
+        between the tiers begun, page tables changed, then the forward pass.
         Logits are computed only for rows that sample and prompt tokens whose log probabilities are wanted.
         """
         num_rows = len(plan.request_ids)
@@ -129,6 +163,9 @@ class ModelExecutor:
         for adapter_id in plan.drained_adapter_ids.tolist():
             if adapter_id in self.lora:
                 self.lora.remove(adapter_id)
+        for adapter_id in plan.evicted_adapter_ids.tolist():
+            if adapter_id not in self._failed_slots.values():  # Or the plan was made before that was known.
+                self.lora.evict(adapter_id)
         loaded, failed = self._install_loads(plan)
         self._transfers.start(plan)
         self._page_table.apply_deltas(plan)
@@ -147,26 +184,11 @@ class ModelExecutor:
             failed_transfer_ids=transfers.failed,
         )
 
-    def report_copies(self) -> ExecutionResult:
-        """Give the copies that have ended since the last result; see `Executor.report_copies`."""
-        transfers = self._transfers.take_reports()
-        return ExecutionResult(
-            NO_PLAN,
-            np.empty(0, dtype=np.int32),
-            [],
-            [],
-            {},
-            completed_transfer_ids=transfers.completed,
-            failed_transfer_ids=transfers.failed,
-        )
-
-    def close(self) -> None:
-        """Drop the KV tensors of both tiers; the model goes with the executor."""
-        self._kv_layers = []
-        self._transfers.close()
-
     def _install_loads(self, plan: ExecutionPlan) -> tuple[list[int], dict[int, str]]:
-        """Install the plan's loads; one adapter's failure is its own, whatever its type."""
+        """Install the plan's loads; one adapter's failure is its own, whatever its type.
+
+        Rows of this plan and of the next may name its slot all the same: they run without it, and fail.
+        """
         loaded: list[int] = []
         failed: dict[int, str] = {}
         loads = zip(plan.load_adapter_ids.tolist(), plan.load_adapter_slots.tolist(), strict=True)
@@ -175,7 +197,10 @@ class ModelExecutor:
                 self.lora.install(adapter_id, slot)
             except Exception as error:  # out of memory included: the other requests go on
                 failed[adapter_id] = f"{type(error).__name__}: {error}"
+                self._failed_slots[slot] = adapter_id
+                self.lora.install_nothing(slot)
             else:
+                self._failed_slots.pop(slot, None)
                 loaded.append(adapter_id)
         return loaded, failed
 
@@ -191,18 +216,22 @@ class ModelExecutor:
             plan,
             self._page_table,
             page_size=self._config.page_size,
-            max_loras=self._config.max_loras,
             device=self._device,
         )
+        without_input = self._last_tokens.fill(batch.token_ids, plan)
         hidden = self._model.forward(batch.token_ids, batch.context, self._kv_layers)
         row_errors = fill_prompt_logprobs(
             plan, states, hidden, batch.query_start_loc, self._model.compute_logits
         )
+        row_errors.update(dict.fromkeys(without_input, "the step before gave no token to go on from"))
+        for row, slot in enumerate(plan.adapter_slots.tolist() if self._failed_slots else ()):
+            if slot in self._failed_slots:
+                row_errors[row] = "its adapter could not be brought to the device"
         rows = [row for row in np.flatnonzero(plan.samples_token).tolist() if row not in row_errors]
         if rows:
             last_tokens = torch.from_numpy(batch.query_start_loc[1:][rows] - 1).to(self._device)
             logits = self._model.compute_logits(hidden[last_tokens])
-            sampled = self._sampler.sample(logits, [states[row] for row in rows])
+            sampled = sample(logits, [states[row] for row in rows])
             row_errors.update({rows[i]: reason for i, reason in sampled.row_errors.items()})
             token_ids[rows] = sampled.token_ids
             for row, token_id, entry in zip(rows, sampled.token_ids.tolist(), sampled.logprobs, strict=True):
@@ -210,4 +239,5 @@ class ModelExecutor:
                     position = int(plan.num_computed_tokens[row] + plan.num_scheduled_tokens[row])
                     states[row].append_output(token_id, position)
                     logprobs[row] = entry
+        self._last_tokens.note(plan, token_ids)
         return row_errors

@@ -55,9 +55,9 @@ class TokenCounts:
 class SamplingState:
     """One request's sampling parameters, its output so far and its log probabilities.
 
-    Made by the engine when a request (one answer of `n`) arrives, handed to `Executor.execute` with every
-    plan row of that request, and kept over preemptions. The executor alone appends to `output_token_ids`;
-    the engine only reads it.
+    Made by the engine when a request (one answer of `n`) arrives, handed to `Executor.submit` with every
+    plan row of that request, and kept over preemptions. The executor alone appends to `output_token_ids`,
+    in its own thread: it may be a token ahead of what the engine has been told.
 
     Parameters
     ----------
@@ -70,7 +70,7 @@ class SamplingState:
     vocab_size : int
         Number of logits.
     seed : int or None
-        Seed of this answer; None = the sampler gives it one from the engine's stream at its first draw.
+        Seed of this answer; None only where nothing is drawn: greedy sampling.
 
     Raises
     ------
@@ -135,6 +135,19 @@ class SamplingState:
         self.is_plain_greedy = (
             params.is_greedy and params.logprobs is None and not self.adjusts_every_step and not self.stop_ids
         )
+
+    @property
+    def drawing_seed(self) -> int:
+        """The seed of a request that draws.
+
+        Raises
+        ------
+        InternalError
+            It was made without one.
+        """
+        if self.seed is None:
+            raise InternalError("a request without a seed draws a token; the engine gives each a seed")
+        return self.seed
 
     @property
     def num_prompt_tokens(self) -> int:

@@ -38,6 +38,28 @@ def seeded_uniforms(seeds: list[int], output_positions: list[int]) -> npt.NDArra
     return (bits >> np.uint64(12)).astype(np.float64) * 2.0**-52
 
 
+class SeedStream:
+    """Seeds for requests that bring none, one after the other: the n-th depends on the stream's seed and n.
+
+    Given when requests arrive, so that no order of running them changes what they draw.
+
+    Parameters
+    ----------
+    seed : int
+        Any integer, taken modulo 2**64.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self._seed = seed
+        self._num_given = 0
+
+    def next_seed(self) -> int:
+        """Give the next seed, in [0, 2**52)."""
+        uniform = seeded_uniforms([self._seed], [self._num_given])[0]
+        self._num_given += 1
+        return int(uniform * 2.0**52)
+
+
 def mix_64(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
     """SplitMix64's finaliser, element by element.
 

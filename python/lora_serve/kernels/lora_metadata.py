@@ -2,7 +2,9 @@
 
 A step carries tokens of many adapters and of the base model in any order. The operators work adapter by
 adapter, so they need the tokens grouped: which adapter slots are present, how many tokens each has, and
-where the rows of each lie. That grouping is computed once a step and shared by every layer.
+where the rows of each lie. That grouping is computed once a step and shared by every layer: a plan of the
+scheduler brings it along (``csrc/scheduler/adapter_grouping.h``), for everything else there is
+:func:`build_lora_metadata`.
 
 Source: field names and shapes follow the metadata of Punica-style kernels (Chen et al., 2023, "Punica:
 Multi-Tenant LoRA Serving") as vLLM exposes it. Different here: the unused tail of ``lora_token_start_loc``
@@ -36,7 +38,7 @@ class LoRASegment:
 
 @dataclass(frozen=True)
 class LoRAMetadata:
-    """Tokens of one step grouped by adapter slot; built by :func:`build_lora_metadata`.
+    """Tokens of one step grouped by adapter slot.
 
     Parameters
     ----------
@@ -56,6 +58,7 @@ class LoRAMetadata:
 
     Notes
     -----
+    The tensors may be views of one larger tensor, such as a plan's block on the device.
     Immutable: the tensors must not be written after construction, because ``segments`` is cached.
     """
 
@@ -94,7 +97,7 @@ class LoRAMetadata:
 
 
 def build_lora_metadata(token_lora_mapping: Tensor, max_loras: int) -> LoRAMetadata:
-    """Group the tokens of a step by adapter slot.
+    """Group the tokens of a step by adapter slot, as the scheduler's core does for its plans.
 
     Parameters
     ----------

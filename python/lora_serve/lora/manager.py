@@ -6,6 +6,7 @@ tier is plain tensors, one pair a module.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -60,7 +61,11 @@ class LoRAManager:
     Deliberately does not know: names, requests, which adapter is needed, which may be replaced.
     Invariants: a slot holds at most one adapter and an adapter at most one slot; all tables have an entry for
     exactly the slots in use; what is removed is referenced by nothing here.
-    Threads: ``read`` may run in any thread; everything else in the step loop only, between steps.
+    Threads: ``read`` may run in any thread. One thread, the one that runs the steps, changes what is on the
+    device, between two steps: ``install``, ``evict``, and ``remove`` of an adapter that has a slot. Another,
+    the step loop's, may meanwhile ``add``, ``remove`` an adapter that was never installed, ask ``in`` and
+    take a ``snapshot``. A lock guards the two maps that both use, for single look-ups only; the tables, which
+    the kernels read, belong to the first thread.
 
     Parameters
     ----------
@@ -94,8 +99,14 @@ class LoRAManager:
         self._limits = AdapterLimits(max_lora_rank=max_lora_rank, dtype=dtype)
         self._device = torch.device(device)
         self._allowed_roots = AllowedRoots(allowed_roots)
+        self._lock = threading.Lock()
         self._host: dict[int, HostAdapter] = {}
         self._slot_of: dict[int, int] = {}
+
+    @property
+    def is_staged(self) -> bool:
+        """True: every adapter that was added lies in host memory, so that an install takes effect at once."""
+        return True
 
     def read(self, path: str, name: str | None = None) -> HostAdapter:
         """Read and validate a PEFT directory; the slow part of a load, safe in any thread.
@@ -124,16 +135,17 @@ class LoRAManager:
         InternalError
             ``adapter_id`` is below 1 or was added before, or the adapter has a module that is no target.
         """
-        if adapter_id < 1 or adapter_id in self._host:
-            raise InternalError(
-                f"adapter generation {adapter_id} is added, expected a new number, 1 or above"
-            )
         unknown = sorted(set(adapter.modules) - set(self._targets))
         if unknown:
             raise InternalError(
                 f"adapter generation {adapter_id} has modules {unknown}, which are no targets"
             )
-        self._host[adapter_id] = adapter
+        with self._lock:
+            if adapter_id < 1 or adapter_id in self._host:
+                raise InternalError(
+                    f"adapter generation {adapter_id} is added, expected a new number, 1 or above"
+                )
+            self._host[adapter_id] = adapter
 
     def install(self, adapter_id: int, slot: int) -> None:
         """Bring an adapter to the device and write it into every table, as a whole.
@@ -167,7 +179,31 @@ class LoRAManager:
                 self._clear_slot(other_id)
         for layout, weights in zip(self._layouts, entries, strict=True):
             layout.table.install(slot, weights)
-        self._slot_of[adapter_id] = slot
+        with self._lock:
+            self._slot_of[adapter_id] = slot
+
+    def install_nothing(self, slot: int) -> None:
+        """Let a slot whose adapter could not be installed have no module anywhere.
+
+        Then a step with rows that name it runs; whoever calls this must not use what they give.
+        """
+        for layout in self._layouts:
+            layout.table.install(slot, (None,) * len(layout.modules))
+
+    def evict(self, adapter_id: int) -> None:
+        """Take an adapter off the device; its host copy stays, so that it can be installed again.
+
+        Raises
+        ------
+        AdapterNotFoundError
+            The adapter was not added, or was removed.
+        InternalError
+            It is not on the device.
+        """
+        self._get(adapter_id)
+        if adapter_id not in self._slot_of:
+            raise InternalError(f"adapter generation {adapter_id} is evicted but is in no slot")
+        self._clear_slot(adapter_id)
 
     def remove(self, adapter_id: int) -> None:
         """Empty the adapter's slot, if it has one, and drop its host copy.
@@ -179,33 +215,39 @@ class LoRAManager:
         """
         self._get(adapter_id)
         self._clear_slot(adapter_id)
-        del self._host[adapter_id]
+        with self._lock:
+            del self._host[adapter_id]
 
     def __contains__(self, adapter_id: int) -> bool:
         """Whether the adapter was added and not removed."""
-        return adapter_id in self._host
+        with self._lock:
+            return adapter_id in self._host
 
     def snapshot(self) -> list[AdapterResidency]:
         """Where every adapter is, in the order of their numbers."""
+        with self._lock:
+            held = [(i, self._slot_of.get(i, NO_SLOT), adapter) for i, adapter in self._host.items()]
         return [
             AdapterResidency(
                 adapter_id=adapter_id,
-                adapter_slot=self._slot_of.get(adapter_id, NO_SLOT),
+                adapter_slot=slot,
                 num_bytes=adapter.num_bytes,
                 lora_rank=adapter.lora_rank,
                 target_modules=adapter.target_modules,
             )
-            for adapter_id, adapter in sorted(self._host.items())
+            for adapter_id, slot, adapter in sorted(held, key=lambda entry: entry[0])
         ]
 
     def _get(self, adapter_id: int) -> HostAdapter:
-        adapter = self._host.get(adapter_id)
+        with self._lock:
+            adapter = self._host.get(adapter_id)
         if adapter is None:
             raise AdapterNotFoundError(f"adapter generation {adapter_id} is not in host memory; add it first")
         return adapter
 
     def _clear_slot(self, adapter_id: int) -> None:
-        slot = self._slot_of.pop(adapter_id, None)
+        with self._lock:
+            slot = self._slot_of.pop(adapter_id, None)
         if slot is not None:
             for layout in self._layouts:
                 layout.table.clear(slot)

@@ -19,8 +19,8 @@ MAX_NAME_LENGTH = 256
 class AdapterGeneration:
     """One load of one content under one name; immutable.
 
-    `pinned` alone can change in a generation's life: the registry then holds a new record of the same number
-    (see :meth:`AdapterRegistry.set_pinned`), so keep the number rather than the record.
+    `pinned` and `weight` alone can change in a generation's life: the registry then holds a new record of the
+    same number (see :meth:`AdapterRegistry.set_sharing`), so keep the number rather than the record.
 
     Parameters
     ----------
@@ -41,6 +41,8 @@ class AdapterGeneration:
         Its largest rank.
     pinned
         True: it is never chosen as a victim to make room. As the last load of this content asked.
+    weight
+        Its share of the steps beside others', above 0. As the last load of this content asked.
     """
 
     adapter_id: int
@@ -51,6 +53,7 @@ class AdapterGeneration:
     num_bytes: int
     lora_rank: int
     pinned: bool
+    weight: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -82,7 +85,7 @@ class AdapterRegistry:
         self._newest: dict[str, AdapterGeneration] = {}
 
     def new_generation(
-        self, name: str, content: AdapterContent, *, pinned: bool = False
+        self, name: str, content: AdapterContent, *, pinned: bool = False, weight: float = 1.0
     ) -> AdapterGeneration:
         """Number a generation; its name does not stand for it yet.
 
@@ -94,6 +97,8 @@ class AdapterRegistry:
             What was read for it.
         pinned
             True: it is never chosen as a victim to make room.
+        weight
+            Its share of the steps beside others', above 0.
 
         Raises
         ------
@@ -110,13 +115,14 @@ class AdapterRegistry:
             num_bytes=content.num_bytes,
             lora_rank=content.lora_rank,
             pinned=pinned,
+            weight=weight,
         )
         self._next_adapter_id += 1
         self._generations[generation.adapter_id] = generation
         return generation
 
-    def set_pinned(self, adapter_id: int, *, pinned: bool) -> AdapterGeneration:
-        """Pin or unpin a generation; nothing else about it changes.
+    def set_sharing(self, adapter_id: int, *, pinned: bool, weight: float) -> AdapterGeneration:
+        """Pin or unpin a generation and set its weight; nothing else about it changes.
 
         Returns
         -------
@@ -129,9 +135,9 @@ class AdapterRegistry:
             The registry does not hold this generation.
         """
         generation = self.get(adapter_id)
-        if generation.pinned == pinned:
+        if (generation.pinned, generation.weight) == (pinned, weight):
             return generation
-        changed = replace(generation, pinned=pinned)
+        changed = replace(generation, pinned=pinned, weight=weight)
         self._generations[adapter_id] = changed
         if self._newest.get(generation.name) is generation:
             self._newest[generation.name] = changed

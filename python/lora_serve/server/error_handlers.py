@@ -19,6 +19,7 @@ from lora_serve.common.errors import (
     InvalidArgumentError,
     LoraServeError,
     NotFoundError,
+    QueueTimeoutError,
 )
 from lora_serve.server.context import Shutdown, context_of
 from lora_serve.server.request_errors import BodyTooLargeError, ServerShutdownError
@@ -34,6 +35,7 @@ _STATUS_OF_ERROR: tuple[tuple[type[LoraServeError], int, str, str | None], ...] 
     (AdapterNotFoundError, 404, "invalid_request_error", "model_not_found"),
     (NotFoundError, 404, "invalid_request_error", "not_found"),
     (AdapterConflictError, 409, "invalid_request_error", "adapter_conflict"),
+    (QueueTimeoutError, 503, "rate_limit_error", "queue_timeout"),
     (CapacityError, 429, "rate_limit_error", "no_capacity"),
     (ServerShutdownError, 503, "internal_error", "shutting_down"),
 )
@@ -89,6 +91,12 @@ def translate_error(error: BaseException, shutdown: Shutdown) -> tuple[int, dict
     )
 
 
+def retry_header(error: BaseException) -> dict[str, str]:
+    """Give the header that says when another try is worth it, where waiting helps."""
+    retry_after_s = getattr(error, "retry_after_s", None)
+    return {} if retry_after_s is None else {"Retry-After": str(retry_after_s)}
+
+
 def install_error_handlers(app: FastAPI) -> None:
     """Let every error of the application be answered in OpenAI's shape, never with a stack trace."""
     app.add_exception_handler(LoraServeError, _answer_error)
@@ -98,12 +106,15 @@ def install_error_handlers(app: FastAPI) -> None:
 
 
 async def _answer_error(request: Request, error: Exception) -> Response:
-    status, body = translate_error(error, context_of(request).shutdown)
-    if status == HTTPStatus.SERVICE_UNAVAILABLE:
+    shutdown = context_of(request).shutdown
+    status, body = translate_error(error, shutdown)
+    if isinstance(error, CapacityError):
+        logger.info("%s %s: refused with %d: %s", request.method, request.url.path, status, error)
+    elif status == HTTPStatus.SERVICE_UNAVAILABLE:
         logger.warning("%s %s: ended by the shutdown", request.method, request.url.path)
     elif status >= HTTPStatus.INTERNAL_SERVER_ERROR:
         logger.error("%s %s failed: %s", request.method, request.url.path, error)
-    return JSONResponse(body, status_code=status)
+    return JSONResponse(body, status_code=status, headers=retry_header(error))
 
 
 async def _answer_http_exception(request: Request, error: Exception) -> Response:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from lora_serve.common.errors import AdapterNotFoundError, InvalidArgumentError, LoraServeError
 from lora_serve.common.outputs import RequestOutput
+from lora_serve.common.queueing import DEFAULT_QUEUEING, Queueing
 from lora_serve.common.sampling_params import SamplingParams
 from lora_serve.engine.engine_client import AsyncEngineClient
 from lora_serve.engine.request_stream import RequestStream
@@ -34,6 +35,8 @@ class PromptJob:
         The request's field that holds the prompt, for errors.
     text : str or None
         The text that token ids were made of, when there was one.
+    queueing : Queueing
+        Priority, and how long it may wait.
     """
 
     prompt: str | list[int]
@@ -41,6 +44,7 @@ class PromptJob:
     lora_name: str | None
     param: str
     text: str | None = None
+    queueing: Queueing = DEFAULT_QUEUEING
 
 
 async def submit_all(
@@ -87,7 +91,9 @@ async def _submit(
     not_found: Callable[[str], LoraServeError],
 ) -> RequestStream:
     try:
-        return await client.submit(job.prompt, job.sampling_params, lora_name=job.lora_name)
+        return await client.submit(
+            job.prompt, job.sampling_params, lora_name=job.lora_name, queueing=job.queueing
+        )
     except AdapterNotFoundError:
         if job.lora_name is None:
             raise

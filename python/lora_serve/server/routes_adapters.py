@@ -9,7 +9,8 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
 from lora_serve.common.errors import InvalidArgumentError
-from lora_serve.engine.messages import AdapterInfo
+from lora_serve.common.field_checks import check_adapter_weight
+from lora_serve.engine.status import AdapterInfo
 from lora_serve.server.adapter_selection import check_adapter_name
 from lora_serve.server.context import context_of
 from lora_serve.server.openapi import body_schema
@@ -49,12 +50,14 @@ async def load_lora_adapter(request: Request) -> Response:
         raise RequestError(
             "lora_path is empty; give the adapter's folder", param="lora_path", code="invalid_value"
         )
+    weight = _weight_of(body)
     try:
         result = await context.client.load_lora_adapter(
             body.lora_name,
             body.lora_path,
             load_inplace=bool(body.load_inplace),
             pinned=bool(body.pinned),
+            weight=weight,
         )
     except InvalidArgumentError as error:
         raise RequestError(str(error), param="lora_path", code="invalid_adapter") from None
@@ -66,6 +69,15 @@ async def load_lora_adapter(request: Request) -> Response:
         already_loaded=result.already_loaded,
     )
     return Response(answer.to_json(), media_type="application/json")
+
+
+def _weight_of(body: LoadAdapterRequest) -> float:
+    weight = 1.0 if body.weight is None else body.weight
+    try:
+        check_adapter_weight(weight)
+    except InvalidArgumentError as error:
+        raise RequestError(str(error), param="weight", code="invalid_value") from None
+    return weight
 
 
 @router.post("/unload_lora_adapter", include_in_schema=False)
@@ -113,7 +125,7 @@ async def list_models(request: Request) -> Response:
 
 @router.get("/v1/loras")
 async def list_loras(request: Request) -> JSONResponse:
-    """Give every adapter generation with its tier, bytes, requests and pages, and the engine's totals."""
+    """Give every adapter generation with its state, bytes, requests and pages, and the engine's totals."""
     context = context_of(request)
     adapters = await context.client.list_lora_adapters()
     stats = await context.client.stats()

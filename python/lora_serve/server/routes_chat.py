@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from lora_serve.common.errors import InvalidArgumentError, LoraServeError
-from lora_serve.common.sampling_params import SamplingParams
 from lora_serve.server.adapter_selection import adapter_not_found, model_not_found, select_adapters
 from lora_serve.server.chat_answer import ChatAnswer
 from lora_serve.server.context import ServerContext, context_of
@@ -16,7 +17,7 @@ from lora_serve.server.openapi import body_schema
 from lora_serve.server.protocol.chat import ChatCompletionRequest, ChatCompletionResponse
 from lora_serve.server.request_body import read_body
 from lora_serve.server.request_errors import RequestError
-from lora_serve.server.sampling import chat_sampling_params, check_num_answers
+from lora_serve.server.sampling import chat_sampling_params, check_num_answers, request_queueing
 from lora_serve.server.streaming import answer_request
 
 router = APIRouter()
@@ -56,17 +57,19 @@ async def create_chat_completion(request: Request) -> Response:
     sampling_params = chat_sampling_params(body)
     check_num_answers(1, sampling_params.n, context.settings.max_answers_per_request)
     [lora_name] = select_adapters(body.model, body.lora_path, 1, context.settings.served_model_name)
-    answer = await run_while_connected(request, _accept(context, body, lora_name, sampling_params))
+    job = PromptJob(
+        prompt=[],
+        sampling_params=sampling_params,
+        lora_name=lora_name,
+        param="messages",
+        queueing=request_queueing(body),
+    )
+    answer = await run_while_connected(request, _accept(context, body, job))
     return await answer_request(request, answer, is_stream=bool(body.stream))
 
 
-async def _accept(
-    context: ServerContext,
-    body: ChatCompletionRequest,
-    lora_name: str | None,
-    sampling_params: SamplingParams,
-) -> ChatAnswer:
-    """Render the conversation and hand it to the engine; give the answer once it is accepted."""
+async def _accept(context: ServerContext, body: ChatCompletionRequest, job: PromptJob) -> ChatAnswer:
+    """Render the conversation, make it the job's prompt and hand it to the engine; give the answer then."""
     client, served_model_name = context.client, context.settings.served_model_name
 
     def not_found(lora_name: str) -> LoraServeError:
@@ -74,8 +77,7 @@ async def _accept(
             return adapter_not_found(lora_name)
         return model_not_found(body.model, served_model_name)
 
-    token_ids = await _render(context, body)
-    job = PromptJob(prompt=token_ids, sampling_params=sampling_params, lora_name=lora_name, param="messages")
+    job = replace(job, prompt=await _render(context, body))
     [stream] = await submit_all(client, [job], not_found)
     return ChatAnswer(body, stream, client.tokenizer, served_model_name)
 

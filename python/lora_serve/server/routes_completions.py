@@ -21,6 +21,7 @@ from lora_serve.server.request_errors import RequestError
 from lora_serve.server.sampling import (
     check_num_answers,
     completion_sampling_params,
+    request_queueing,
     with_default_max_tokens,
 )
 from lora_serve.server.settings import ServerSettings
@@ -93,8 +94,8 @@ def _make_jobs(
     Raises
     ------
     RequestError
-        There is no prompt, a prompt is empty, there are too many answers to give, or the choice of adapters
-        is contradictory.
+        There is no prompt, a prompt is empty, there are too many answers to give, the choice of adapters is
+        contradictory, or a field that says how to wait is out of range.
     """
     prompts, is_batch = _split_prompts(body)
     check_num_answers(len(prompts), sampling_params.n, settings.max_answers_per_request)
@@ -107,8 +108,15 @@ def _make_jobs(
                 code="empty_prompt",
             )
     lora_names = select_adapters(body.model, body.lora_path, len(prompts), settings.served_model_name)
+    queueing = request_queueing(body)
     return [
-        PromptJob(prompt=prompt, sampling_params=sampling_params, lora_name=lora_name, param="prompt")
+        PromptJob(
+            prompt=prompt,
+            sampling_params=sampling_params,
+            lora_name=lora_name,
+            param="prompt",
+            queueing=queueing,
+        )
         for prompt, lora_name in zip(prompts, lora_names, strict=True)
     ]
 

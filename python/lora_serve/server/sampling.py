@@ -1,4 +1,4 @@
-"""From a request's fields to SamplingParams."""
+"""From a request's fields to SamplingParams and Queueing."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 import msgspec
 
 from lora_serve.common.errors import InvalidArgumentError
+from lora_serve.common.queueing import Queueing
 from lora_serve.common.sampling_params import SamplingParams
 from lora_serve.server.protocol.chat import ChatCompletionRequest
 from lora_serve.server.protocol.completion import CompletionRequest
@@ -139,6 +140,21 @@ def chat_sampling_params(request: ChatCompletionRequest) -> SamplingParams:
     if request.max_tokens is None:
         shown_names["max_tokens"] = "max_completion_tokens"
     return _build(values, shown_names)
+
+
+def request_queueing(request: GenerationRequest) -> Queueing:
+    """Give how the request may wait.
+
+    Raises
+    ------
+    RequestError
+        `priority` or `queue_timeout` is out of range.
+    """
+    try:
+        return Queueing(request.priority or 0, request.queue_timeout)
+    except InvalidArgumentError as error:
+        field = str(error).split(" ", 1)[0]
+        raise RequestError(str(error), param=field, code="invalid_value") from None
 
 
 def _shared_values(request: GenerationRequest) -> dict[str, Any]:

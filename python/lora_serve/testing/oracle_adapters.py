@@ -12,19 +12,30 @@ from lora_serve.lora.peft_adapter import HostAdapter
 class OracleAdapterStore:
     """Adapters that are only a path: equal paths have equal content. Implements `AdapterStore`.
 
-    Owns which generations were added and the slot of each. `install` accepts generations that were never
-    added, so that an oracle can be driven by a scheduler alone.
+    Owns which generations were added, and the slot of each that is on the device or on its way there. Slots
+    and loads are also kept for generations that were never added, so that an oracle can be driven by a
+    scheduler alone. Whoever brings in, takes off or removes what is not where it must be gets an
+    InternalError: the scheduler was wrong.
 
     Parameters
     ----------
     num_bytes : int
         Reported size of every adapter.
+
+    Attributes
+    ----------
+    is_staged : bool
+        True: loads end before the rows of their plan, which may use them.
     """
 
     def __init__(self, num_bytes: int = 1024) -> None:
+        self.is_staged = False
         self._num_bytes = num_bytes
         self._adapters: dict[int, HostAdapter] = {}
+        self._loading: dict[int, int] = {}
         self._slots: dict[int, int] = {}
+
+    # --- As the engine uses it ----------------------------------------------------------------------------
 
     def read(self, path: str, name: str | None = None) -> HostAdapter:  # noqa: ARG002
         """Give an adapter whose content is a function of the path; no file is touched."""
@@ -45,31 +56,26 @@ class OracleAdapterStore:
             raise InternalError(f"adapter generation {adapter_id} was added before; ids are never reused")
         self._adapters[adapter_id] = adapter
 
-    def install(self, adapter_id: int, slot: int) -> None:
-        """Put a generation into a slot; what was in it is in none from now on."""
-        self._slots = {a: s for a, s in self._slots.items() if s != slot}
-        self._slots[adapter_id] = slot
-
     def remove(self, adapter_id: int) -> None:
         """Forget a generation and empty its slot.
 
         Raises
         ------
         AdapterNotFoundError
-            It was neither added nor installed.
+            It was neither added nor loaded.
+        InternalError
+            Its load is under way.
         """
         if adapter_id not in self:
-            raise AdapterNotFoundError(f"adapter generation {adapter_id} was neither added nor installed")
+            raise AdapterNotFoundError(f"adapter generation {adapter_id} was neither added nor loaded")
+        if adapter_id in self._loading:
+            raise InternalError(f"adapter generation {adapter_id} is removed while its load is under way")
         self._adapters.pop(adapter_id, None)
         self._slots.pop(adapter_id, None)
 
-    def adapter_in(self, slot: int) -> int | None:
-        """Give the generation in a slot, None where it is empty."""
-        return next((adapter_id for adapter_id, held in self._slots.items() if held == slot), None)
-
     def __contains__(self, adapter_id: int) -> bool:
-        """Whether the generation was added or installed, and not removed."""
-        return adapter_id in self._adapters or adapter_id in self._slots
+        """Whether the generation was added or loaded, and not removed."""
+        return adapter_id in self._adapters or adapter_id in self._slots or adapter_id in self._loading
 
     def snapshot(self) -> list[AdapterResidency]:
         """Give every generation that was added, ordered by id."""
@@ -83,3 +89,61 @@ class OracleAdapterStore:
             )
             for adapter_id, adapter in sorted(self._adapters.items())
         ]
+
+    # --- As plans change it -------------------------------------------------------------------------------
+
+    @property
+    def loads_under_way(self) -> list[int]:
+        """Generations whose loads have begun and not ended, lowest first."""
+        return sorted(self._loading)
+
+    @property
+    def num_device_bytes(self) -> int:
+        """Bytes of the generations in slots or on their way there; one that was never added has none."""
+        return sum(
+            self._adapters[adapter_id].num_bytes
+            for adapter_id in (*self._slots, *self._loading)
+            if adapter_id in self._adapters
+        )
+
+    def begin_load(self, adapter_id: int, slot: int) -> None:
+        """Let a generation be on its way to a slot, which holds nothing until `end_load`.
+
+        Raises
+        ------
+        InternalError
+            The generation is on the device or on its way there, or the slot is taken.
+        """
+        for held in (self._slots, self._loading):
+            if adapter_id in held:
+                raise InternalError(
+                    f"adapter generation {adapter_id} is loaded to slot {slot} but has {held[adapter_id]}"
+                )
+            if slot in held.values():
+                raise InternalError(
+                    f"adapter generation {adapter_id} is loaded to slot {slot}, which is taken: {held}"
+                )
+        self._loading[adapter_id] = slot
+
+    def end_load(self, adapter_id: int, *, failed: bool) -> int:
+        """End a load, and give its slot; a generation whose load has failed is not on the device."""
+        slot = self._loading.pop(adapter_id)
+        if not failed:
+            self._slots[adapter_id] = slot
+        return slot
+
+    def evict(self, adapter_id: int) -> None:
+        """Take a generation off the device; it is kept.
+
+        Raises
+        ------
+        InternalError
+            It is not on the device.
+        """
+        if adapter_id not in self._slots:
+            raise InternalError(f"adapter generation {adapter_id} is evicted but is in no slot")
+        del self._slots[adapter_id]
+
+    def adapter_in(self, slot: int) -> int | None:
+        """Give the generation in a slot, None where it is empty or still awaited."""
+        return next((adapter_id for adapter_id, held in self._slots.items() if held == slot), None)

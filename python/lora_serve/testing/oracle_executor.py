@@ -8,7 +8,8 @@ runs alone, as a pure function, so any run can be compared with it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections import deque
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING
@@ -17,23 +18,22 @@ import numpy as np
 import numpy.typing as npt
 
 from lora_serve.common.errors import InternalError
-from lora_serve.executor.executor import ExecutionResult
+from lora_serve.executor.executor import MAX_PLANS_IN_FLIGHT, NO_PLAN, ExecutionResult
 from lora_serve.executor.input_batch import slot_mapping, token_positions
-from lora_serve.executor.logprobs import TokenLogprobs
+from lora_serve.executor.last_tokens import UNKNOWN, LastSampledTokens
 from lora_serve.executor.page_table import PageTable
 from lora_serve.executor.sampling_state import SamplingState
-from lora_serve.executor.uniform_stream import mix_64
 from lora_serve.testing.oracle_adapters import OracleAdapterStore
 from lora_serve.testing.oracle_pages import NEVER_WRITTEN, OraclePages
+from lora_serve.testing.oracle_states import update_state
+from lora_serve.testing.oracle_tokens import entry_hashes, tokens_of
 
 if TYPE_CHECKING:
     from lora_serve.scheduler import ExecutionPlan
 
-_NO_PLAN = -1
 
-
-class CopyOutcome(Enum):
-    """What became of a copy between the tiers in one step."""
+class Outcome(Enum):
+    """What became of a load, or of a copy between the tiers, in one step."""
 
     DONE = "done"
     UNDER_WAY = "under way"
@@ -54,6 +54,8 @@ class OracleOptions:
         Reported to the engine; the oracle draws them like any other token.
     failing_adapter_ids : collection of int
         Loads of these generations are reported as failed.
+    adapter_memory_bytes : int
+        Bytes of the adapters on the device and on their way there, at most; 0 = any number.
     """
 
     num_device_pages: int
@@ -64,20 +66,27 @@ class OracleOptions:
     eos_token_ids: tuple[int, ...] = ()
     failing_adapter_ids: Collection[int] = ()
     num_host_pages: int = 0
+    adapter_memory_bytes: int = 0
 
 
 class OracleExecutor:
     """Runs plans by hashing; see the module's text. Implements `Executor`.
 
-    Owns the pages' contents, the page table and, in `lora`, the map from slots to adapters. Knows no request:
-    a token that comes out right was read from the right pages. Every step reads every row completely,
-    O(tokens in context), vectorised. `copy_outcome` is asked for each copy under way once a step, lowest id
-    first; by default each is done in the step that started it.
+    Owns the pages' contents, the page table, the last token of each row and, in `lora`, the map from slots to
+    adapters. Knows no request: a token that comes out right was read from the right pages. A plan runs when
+    its result is collected, as late as it may: what its arrays say, and what they refer to, must hold until
+    then. Every step reads every row completely, O(tokens in context), vectorised.
 
     Parameters
     ----------
     options : OracleOptions
         Sizes, as the scheduler has them.
+
+    Attributes
+    ----------
+    copy_outcome, load_outcome : callable
+        Asked for each copy (by transfer id) and each load (by adapter id) under way once a step, lowest id
+        first, after the step's rows. By default each is done in the step that began it.
     """
 
     def __init__(self, options: OracleOptions) -> None:
@@ -86,7 +95,11 @@ class OracleExecutor:
         max_pages = -(-options.max_model_len // options.page_size)
         self._page_table = PageTable(options.max_num_seqs, max_pages, options.num_device_pages)
         self._pages = OraclePages(options.num_device_pages, options.num_host_pages, options.page_size)
-        self.copy_outcome: Callable[[int], CopyOutcome] = lambda transfer_id: CopyOutcome.DONE  # noqa: ARG005
+        self._last_tokens = LastSampledTokens(options.max_num_seqs)
+        self._failed_slots: dict[int, int] = {}
+        self._in_flight: deque[tuple[ExecutionPlan, Sequence[SamplingState]]] = deque()
+        self.copy_outcome: Callable[[int], Outcome] = lambda transfer_id: Outcome.DONE  # noqa: ARG005
+        self.load_outcome: Callable[[int], Outcome] = lambda adapter_id: Outcome.DONE  # noqa: ARG005
 
     @property
     def num_device_pages(self) -> int:
@@ -113,8 +126,8 @@ class OracleExecutor:
         """End-of-sequence tokens."""
         return self.options.eos_token_ids
 
-    def execute(self, plan: ExecutionPlan, states: Sequence[SamplingState] = ()) -> ExecutionResult:
-        """Do what the plan says; see `Executor.execute`.
+    def submit(self, plan: ExecutionPlan, states: Sequence[SamplingState] = ()) -> None:
+        """Take a plan; see `Executor.submit`.
 
         Parameters
         ----------
@@ -127,62 +140,115 @@ class OracleExecutor:
         Raises
         ------
         InternalError
-            The plan reads an entry that was never written, or of another adapter or position, writes one
-            entry twice, touches what is being copied, or names a slot without an adapter.
+            There are MAX_PLANS_IN_FLIGHT already.
         """
+        if len(self._in_flight) >= MAX_PLANS_IN_FLIGHT:
+            raise InternalError(
+                f"plan {plan.plan_id} was submitted while {len(self._in_flight)} plans are on their way"
+            )
+        self._in_flight.append((plan, states))
+
+    def collect(self) -> ExecutionResult:
+        """Run the oldest plan on its way; see `Executor.collect`.
+
+        Raises
+        ------
+        InternalError
+            The plan reads an entry that was never written, or of another adapter or position, writes one
+            entry twice, touches what is being copied, names a slot without an adapter, or brings more
+            adapters to the device than it holds. Or no plan is on its way.
+        """
+        if not self._in_flight:
+            raise InternalError("a result was asked for while no plan is on its way")
+        plan, states = self._in_flight.popleft()
+        return self.run_plan(plan, states)
+
+    def report(self) -> ExecutionResult:
+        """Give the loads and copies that end now, as the result of no plan."""
+        result = ExecutionResult(NO_PLAN, np.empty(0, dtype=np.int32), [], [], {})
+        if not self._in_flight:
+            self._end_loads(result)
+            self._end_copies(result)
+        return result
+
+    def close(self) -> None:
+        """Drop the plans on their way."""
+        self._in_flight.clear()
+
+    # --- One plan -----------------------------------------------------------------------------------------
+
+    def run_plan(self, plan: ExecutionPlan, states: Sequence[SamplingState]) -> ExecutionResult:
+        """Do what a plan says, now; for classes that change how plans run."""
         for adapter_id in plan.drained_adapter_ids.tolist():
             if adapter_id in self.lora:
                 self.lora.remove(adapter_id)
-        loaded, failed = self._load(plan)
+        for adapter_id in plan.evicted_adapter_ids.tolist():
+            if not (self.lora.is_staged and adapter_id in self._failed_slots.values()):
+                self.lora.evict(adapter_id)
+        result = ExecutionResult(
+            plan.plan_id, np.full(len(plan.request_ids), -1, dtype=np.int32), [None] * len(states), [], {}
+        )
+        self._begin_loads(plan)
+        if self.lora.is_staged:
+            self._end_loads(result)
         self._pages.start(plan)
         self._page_table.apply_deltas(plan)
-        num_rows = len(plan.request_ids)
-        tokens = np.full(num_rows, -1, dtype=np.int32)
-        logprobs: list[TokenLogprobs | None] = [None] * num_rows
-        if num_rows:
-            hashes = self._write_and_read(plan)
-            samples = plan.samples_token.astype(bool)
-            tokens[samples] = _tokens_of(hashes[samples], self.options.vocab_size)
+        if plan.has_rows:
+            result.row_errors.update(self._run_rows(plan, result.sampled_token_ids))
         for row, state in enumerate(states):
-            logprobs[row] = _update_state(state, plan, row, int(tokens[row]))
-        return self._with_copies(ExecutionResult(plan.plan_id, tokens, logprobs, loaded, failed))
+            result.logprobs[row] = update_state(state, plan, row, int(result.sampled_token_ids[row]))
+        self._end_loads(result)
+        self._end_copies(result)
+        return result
 
-    def report_copies(self) -> ExecutionResult:
-        """Give the copies that end now, as the result of no plan (`plan_id` -1)."""
-        return self._with_copies(ExecutionResult(_NO_PLAN, np.empty(0, dtype=np.int32), [], [], {}))
+    def find_row_errors(self, plan: ExecutionPlan) -> dict[int, str]:  # noqa: ARG002
+        """Give the rows that fail although their pages are right, with reasons; none, but classes may."""
+        return {}
 
-    def close(self) -> None:
-        """Nothing to free."""
+    def _begin_loads(self, plan: ExecutionPlan) -> None:
+        for adapter_id, slot in zip(
+            plan.load_adapter_ids.tolist(), plan.load_adapter_slots.tolist(), strict=True
+        ):
+            self.lora.begin_load(adapter_id, slot)
+            self._failed_slots.pop(slot, None)
+        limit = self.options.adapter_memory_bytes
+        if limit and self.lora.num_device_bytes > limit:
+            raise InternalError(
+                f"plan {plan.plan_id} brings the adapters on the device to {self.lora.num_device_bytes} "
+                f"bytes but it holds {limit}"
+            )
 
-    def _with_copies(self, result: ExecutionResult) -> ExecutionResult:
+    def _end_loads(self, result: ExecutionResult) -> None:
+        for adapter_id in self.lora.loads_under_way:
+            outcome = self.load_outcome(adapter_id)
+            if outcome is Outcome.UNDER_WAY and not self.lora.is_staged:
+                continue
+            failed = outcome is Outcome.FAILED or adapter_id in self.options.failing_adapter_ids
+            slot = self.lora.end_load(adapter_id, failed=failed)
+            if failed:
+                result.failed_adapter_ids[adapter_id] = f"adapter {adapter_id} is set up to fail"
+                self._failed_slots[slot] = adapter_id
+            else:
+                result.loaded_adapter_ids.append(adapter_id)
+
+    def _end_copies(self, result: ExecutionResult) -> None:
         for transfer_id in self._pages.copies_under_way:
             outcome = self.copy_outcome(transfer_id)
-            if outcome is CopyOutcome.UNDER_WAY:
+            if outcome is Outcome.UNDER_WAY:
                 continue
-            self._pages.end(transfer_id, failed=outcome is CopyOutcome.FAILED)
-            if outcome is CopyOutcome.FAILED:
+            self._pages.end(transfer_id, failed=outcome is Outcome.FAILED)
+            if outcome is Outcome.FAILED:
                 result.failed_transfer_ids[transfer_id] = f"copy {transfer_id} is set up to fail"
             else:
                 result.completed_transfer_ids.append(transfer_id)
-        return result
-
-    def _load(self, plan: ExecutionPlan) -> tuple[list[int], dict[int, str]]:
-        loaded: list[int] = []
-        failed: dict[int, str] = {}
-        loads = zip(plan.load_adapter_ids.tolist(), plan.load_adapter_slots.tolist(), strict=True)
-        for adapter_id, slot in loads:
-            if adapter_id in self.options.failing_adapter_ids:
-                failed[adapter_id] = f"adapter {adapter_id} is set up to fail"
-            else:
-                self.lora.install(adapter_id, slot)
-                loaded.append(adapter_id)
-        return loaded, failed
 
     def _adapters_of(self, plan: ExecutionPlan) -> npt.NDArray[np.int64]:
         """[B] adapter of each row, 0 = base."""
         in_slot: dict[int, int | None] = {
             slot: self.lora.adapter_in(slot) for slot in set(plan.adapter_slots.tolist())
         }
+        if self.lora.is_staged:  # Their rows run, and fail.
+            in_slot.update({s: i for s, i in self._failed_slots.items() if in_slot.get(s) is None})
         in_slot[-1] = 0
         adapters = [in_slot[slot] for slot in plan.adapter_slots.tolist()]
         if None in adapters:
@@ -190,7 +256,25 @@ class OracleExecutor:
             raise InternalError(f"plan {plan.plan_id} uses adapter slot {slot}, which holds no adapter")
         return np.array(adapters, dtype=np.int64)
 
-    def _write_and_read(self, plan: ExecutionPlan) -> npt.NDArray[np.uint64]:
+    def _run_rows(self, plan: ExecutionPlan, tokens: npt.NDArray[np.int32]) -> dict[int, str]:
+        """Fill in the tokens of the rows that sample; give the failed rows."""
+        input_tokens = plan.token_ids.astype(np.int64)
+        without_input = self._last_tokens.fill(input_tokens, plan)
+        hashes = self._write_and_read(plan, input_tokens)
+        row_errors = self.find_row_errors(plan)
+        for row, slot in enumerate(plan.adapter_slots.tolist()):
+            if slot in self._failed_slots and plan.samples_token[row]:
+                row_errors[row] = "its adapter could not be brought to the device"
+        row_errors.update(dict.fromkeys(without_input, "the step before gave no token to go on from"))
+        samples = plan.samples_token.astype(bool)
+        samples[list(row_errors)] = False
+        tokens[samples] = tokens_of(hashes[samples], self.options.vocab_size)
+        self._last_tokens.note(plan, tokens)
+        return row_errors
+
+    def _write_and_read(
+        self, plan: ExecutionPlan, input_tokens: npt.NDArray[np.int64]
+    ) -> npt.NDArray[np.uint64]:
         """Write the step's tokens, then hash what each row reads: [B] uint64."""
         page_size = self.options.page_size
         adapters = self._adapters_of(plan)
@@ -198,12 +282,12 @@ class OracleExecutor:
         row_pages = self._page_table.rows(plan.page_table_rows, (-(-seq_lens // page_size)).astype(np.int32))
 
         token_rows, positions = token_positions(plan)
-        if len(token_rows) != len(plan.token_ids) or plan.token_ids.min() < 0:
+        if len(token_rows) != len(input_tokens) or plan.token_ids.min() < UNKNOWN:
             raise InternalError(f"plan {plan.plan_id} has {len(token_rows)} tokens, ids {plan.token_ids}")
         slots = slot_mapping(row_pages, token_rows, positions, page_size)
         if len(np.unique(slots)) != len(slots):
             raise InternalError(f"plan {plan.plan_id} writes an entry twice: {sorted(slots.tolist())}")
-        self._pages.write(slots, adapters[token_rows], plan.token_ids, positions)
+        self._pages.write(slots, adapters[token_rows], input_tokens, positions)
 
         read_rows = np.repeat(np.arange(len(seq_lens)), seq_lens)
         row_starts = np.cumsum(seq_lens) - seq_lens
@@ -224,81 +308,6 @@ class OracleExecutor:
                 f"plan {plan.plan_id}, request {plan.request_ids[row]}: the entry read for position "
                 f"{read_positions[index]} of adapter {adapters[row]} (page {page}) {found}"
             )
-        entries = _entry_hashes(adapters[read_rows], found_tokens, read_positions)
+        entries = entry_hashes(adapters[read_rows], found_tokens, read_positions)
         hashes: npt.NDArray[np.uint64] = np.add.reduceat(entries, row_starts)
         return hashes
-
-
-def oracle_tokens(
-    adapter_id: int, prompt_token_ids: Iterable[int], max_tokens: int, vocab_size: int = 1000
-) -> list[int]:
-    """Tokens that a request gets when it runs alone.
-
-    Parameters
-    ----------
-    adapter_id : int
-        The generation; 0 = the base model.
-    prompt_token_ids : iterable of int
-        At least one token.
-    max_tokens : int
-        Tokens to give.
-    vocab_size : int
-        As in `OracleOptions`.
-
-    Returns
-    -------
-    list of int
-        [max_tokens], each in [0, vocab_size).
-
-    Notes
-    -----
-    O(prompt + max_tokens); does not share any state or page with an `OracleExecutor`.
-    """
-    prompt = np.array(list(prompt_token_ids), dtype=np.int64)
-    adapters = np.full(len(prompt), adapter_id, dtype=np.int64)
-    total = _entry_hashes(adapters, prompt, np.arange(len(prompt))).sum(keepdims=True)
-    tokens: list[int] = []
-    for index in range(max_tokens):
-        tokens.append(int(_tokens_of(total, vocab_size)[0]))
-        newest = np.array([tokens[-1]], dtype=np.int64)
-        total = total + _entry_hashes(adapters[:1], newest, np.array([len(prompt) + index]))
-    return tokens
-
-
-def _entry_hashes(
-    adapters: npt.NDArray[np.int64], tokens: npt.NDArray[np.int64], positions: npt.NDArray[np.int64]
-) -> npt.NDArray[np.uint64]:
-    """One hash an entry; their sum modulo 2**64 is the hash of a sequence, since each holds its position."""
-    inner = mix_64(adapters.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + tokens.astype(np.uint64))
-    return mix_64(inner + positions.astype(np.uint64) * np.uint64(0xD1B54A32D192ED03))
-
-
-def _tokens_of(hashes: npt.NDArray[np.uint64], vocab_size: int) -> npt.NDArray[np.int32]:
-    tokens: npt.NDArray[np.int32] = (mix_64(hashes) % np.uint64(vocab_size)).astype(np.int32)
-    return tokens
-
-
-def _update_state(state: SamplingState, plan: ExecutionPlan, row: int, token_id: int) -> TokenLogprobs | None:
-    """Append the row's token, if it has one, and fill the prompt log probabilities that the step computed."""
-    computed = int(plan.num_computed_tokens[row])
-    end = computed + int(plan.num_scheduled_tokens[row])
-    if state.prompt_logprobs is not None:
-        for position in range(computed + 1, min(end + 1, state.num_prompt_tokens)):
-            state.prompt_logprobs[position] = _certain(
-                int(state.prompt_token_ids[position]), state.params.prompt_logprobs or 0
-            )
-    if token_id < 0:
-        return None
-    state.append_output(token_id, end)
-    return None if state.params.logprobs is None else _certain(token_id, state.params.logprobs)
-
-
-def _certain(token_id: int, num_top: int) -> TokenLogprobs:
-    num_listed = min(num_top, 1)
-    return TokenLogprobs(
-        token_id=token_id,
-        logprob=0.0,
-        rank=1,
-        top_token_ids=np.full(num_listed, token_id, dtype=np.int32),
-        top_logprobs=np.zeros(num_listed, dtype=np.float32),
-    )

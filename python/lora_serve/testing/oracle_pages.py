@@ -62,7 +62,7 @@ class OraclePages:
         self,
         slots: npt.NDArray[np.int64],
         adapters: npt.NDArray[np.int64],
-        tokens: npt.NDArray[np.int32],
+        tokens: npt.NDArray[np.int64],
         positions: npt.NDArray[np.int64],
     ) -> None:
         """Write one entry a token.

@@ -2,9 +2,12 @@
 
 #include <gtest/gtest.h>
 
+#include <fstream>
 #include <functional>
 #include <map>
+#include <set>
 #include <span>
+#include <sstream>
 #include <string>
 #include <utility>
 #include <vector>
@@ -51,6 +54,7 @@ class Resources {
     if (name == "Decoding") return Decoding{Running()};
     if (name == "Preempted") return Preempted{Handle()};
     if (name == "Aborting") return Aborting{Running()};
+    if (name == "Finishing") return Finishing{Running()};
     if (name == "Finished") return Finished{};
     EXPECT_EQ(name, "Aborted");
     return Aborted{};
@@ -113,12 +117,16 @@ constexpr Resources::Held kRunning{
 constexpr Resources::Held kCutBack{.num_handles = 1, .num_leases = 1, .num_rows = 1};
 
 const std::map<std::string, Resources::Held> kHeldIn = {
-    {"Queued", kWaiting},   {"Loading", kRunning},   {"Prefilling", kRunning},
-    {"Decoding", kRunning}, {"Preempted", kWaiting}, {"Aborting", kRunning},
-    {"Finished", kNothing}, {"Aborted", kNothing}};
+    {"Queued", kWaiting},    {"Loading", kRunning},   {"Prefilling", kRunning},
+    {"Decoding", kRunning},  {"Preempted", kWaiting}, {"Aborting", kRunning},
+    {"Finishing", kRunning}, {"Finished", kNothing},  {"Aborted", kNothing}};
+
+/// By state, then by event.
+using Transitions = std::map<std::string, std::map<std::string, std::string>>;
 
 /// The transition table of csrc/scheduler/README.md; every pair that is not here is illegal.
-const std::map<std::string, std::map<std::string, std::string>> kTransitions = {
+/// "AdmitLoading" is Admit with pages that are on their way.
+const Transitions kTransitions = {
     {"Queued", {{"Admit", "Prefilling"}, {"AdmitLoading", "Loading"}, {"Abort", "Aborted"}}},
     {"Loading",
      {{"CompleteLoad", "Prefilling"},
@@ -134,11 +142,62 @@ const std::map<std::string, std::map<std::string, std::string>> kTransitions = {
      {{"Preempt", "Preempted"},
       {"AbortInPlan", "Aborting"},
       {"Abort", "Aborted"},
+      {"FinishInPlan", "Finishing"},
       {"Finish", "Finished"}}},
     {"Preempted", {{"Admit", "Prefilling"}, {"AdmitLoading", "Loading"}, {"Abort", "Aborted"}}},
     {"Aborting", {{"Abort", "Aborted"}}},
+    {"Finishing", {{"Finish", "Finished"}}},
     {"Finished", {}},
     {"Aborted", {}}};
+
+/// The words in backticks.
+std::vector<std::string> Quoted(const std::string& text) {
+  std::vector<std::string> words;
+  for (std::size_t begin = text.find('`'); begin != std::string::npos;
+       begin = text.find('`', begin + 1)) {
+    const std::size_t end = text.find('`', begin + 1);
+    words.push_back(text.substr(begin + 1, end - begin - 1));
+    begin = end;
+  }
+  return words;
+}
+
+/// The cells of a line of a Markdown table.
+std::vector<std::string> Cells(const std::string& line) {
+  std::vector<std::string> cells;
+  std::istringstream stream(line.substr(1));
+  for (std::string cell; std::getline(stream, cell, '|');) cells.push_back(cell);
+  return cells;
+}
+
+/// By state, then by event: the states that the README names. What throws is left out.
+using DocumentedTransitions = std::map<std::string, std::map<std::string, std::set<std::string>>>;
+
+DocumentedTransitions ReadmeTransitions() {
+  std::ifstream readme(SCHEDULER_README);
+  EXPECT_TRUE(readme) << SCHEDULER_README;
+  DocumentedTransitions documented;
+  std::vector<std::string> header;
+  for (std::string line; std::getline(readme, line);) {
+    if (line.starts_with("| state | owns |")) {
+      header = Cells(line);
+    } else if (!header.empty() && !line.starts_with("|")) {
+      break;
+    } else if (!header.empty() && !line.starts_with("|---")) {
+      const std::vector<std::string> cells = Cells(line);
+      EXPECT_EQ(cells.size(), header.size()) << line;
+      auto& of_state = documented[Quoted(cells.at(0)).at(0)];
+      for (std::size_t column = 2; column < cells.size(); ++column) {
+        const std::vector<std::string> next = Quoted(cells[column]);
+        EXPECT_EQ(next.empty(), cells[column] == " throws ") << line;
+        for (const std::string& event : Quoted(header[column])) {
+          if (!next.empty()) of_state[event] = {next.begin(), next.end()};
+        }
+      }
+    }
+  }
+  return documented;
+}
 
 class RequestStatesTest : public ::testing::TestWithParam<bool> {
  protected:
@@ -170,6 +229,7 @@ class RequestStatesTest : public ::testing::TestWithParam<bool> {
       {"Preempt", [](RequestState& state) { Apply(state, request_event::Preempt{}); }},
       {"AbortInPlan", [](RequestState& state) { Apply(state, request_event::AbortInPlan{}); }},
       {"Abort", [](RequestState& state) { Apply(state, request_event::Abort{}); }},
+      {"FinishInPlan", [](RequestState& state) { Apply(state, request_event::FinishInPlan{}); }},
       {"Finish", [](RequestState& state) { Apply(state, request_event::Finish{}); }}};
 };
 
@@ -210,6 +270,17 @@ TEST_P(RequestStatesTest, EveryPairOfStateAndEventMovesOrThrowsAsDocumented) {
   }
 }
 
+TEST(RequestStatesReadmeTest, TheTableOfTheReadmeIsTheOneThatIsTested) {
+  DocumentedTransitions tested;
+  for (const auto& [state, transitions] : kTransitions) {
+    auto& of_state = tested[state];
+    for (const auto& [event, next] : transitions) {
+      of_state[event == "AdmitLoading" ? "Admit" : event].insert(next);
+    }
+  }
+  EXPECT_EQ(ReadmeTransitions(), tested);
+}
+
 TEST_P(RequestStatesTest, WhatIsComputedFollowsTheLeaseWhenALoadEnds) {
   for (const bool has_failed : {false, true}) {
     RequestState state = Queued{resources_.Handle()};
@@ -224,6 +295,7 @@ TEST_P(RequestStatesTest, WhatIsComputedFollowsTheLeaseWhenALoadEnds) {
     }
     const RunningResources& running = std::get<Prefilling>(state).running;
     EXPECT_EQ(running.num_computed_tokens, has_failed ? 0 : 4);
+    EXPECT_EQ(running.num_planned_tokens, running.num_computed_tokens);
     EXPECT_EQ(running.lease.pages().size(), has_failed ? 0U : 3U);
   }
 }

@@ -13,6 +13,7 @@ namespace {
 using testing::MakeLongRunningPrompt;
 using testing::MakePrompt;
 using testing::OracleExecutor;
+using testing::RecordedPlan;
 using testing::SchedulerHarness;
 
 constexpr AdapterId kAdapter{1};
@@ -38,7 +39,7 @@ TEST_P(SchedulerBatchingTest, PrefillChunksFillTheBudgetThatDecodesLeave) {
   harness.Add(1, adapter(), MakePrompt(5, 1), 6);
   harness.Add(2, adapter(), MakePrompt(13, 2), 2);
   harness.Add(3, adapter(), MakePrompt(2, 3), 2);
-  ExecutionPlan plan = harness.Step();
+  RecordedPlan plan = harness.Step();
   EXPECT_EQ(plan.request_ids, (Ids{1, 2}));
   EXPECT_EQ(plan.num_scheduled_tokens, (Ints{5, 3}));
   EXPECT_EQ(plan.samples_token, (std::vector<std::uint8_t>{1, 0}));
@@ -77,7 +78,7 @@ TEST_P(SchedulerBatchingTest, AFullyCachedPromptRecomputesOnlyTheTokensAfterItsL
   harness.Add(1, adapter(), MakePrompt(12), 1);
   harness.RunToEnd();
   harness.Add(2, adapter(), MakePrompt(12), 1);
-  const ExecutionPlan plan = harness.Step();
+  const RecordedPlan plan = harness.Step();
   EXPECT_EQ(plan.num_cached_tokens, Ints{8}) << "the page of the last token is computed again";
   EXPECT_EQ(plan.num_scheduled_tokens, Ints{4});
   harness.Add(3, adapter(), MakePrompt(13), 1);
@@ -159,11 +160,11 @@ TEST_P(SchedulerBatchingTest, ADecodeStepCarriesNothingThatGrowsWithTheContext) 
                               .max_model_len = 4800});
     harness.OpenAndLoad(adapter());
     harness.Add(1, adapter(), MakeLongRunningPrompt(adapter(), context, 20, 1), 20);
-    const ExecutionPlan first = harness.Step();
+    const RecordedPlan first = harness.Step();
     EXPECT_EQ(first.delta_starts, Ints{0});
     EXPECT_EQ(first.delta_pages.size(), static_cast<std::size_t>(context / 16));
     for (std::int32_t step = 0; step < 19; ++step) {
-      const ExecutionPlan plan = harness.Step();
+      const RecordedPlan plan = harness.Step();
       const bool needs_page = step % 16 == 0;
       EXPECT_EQ(plan.token_ids.size(), 1U);
       EXPECT_EQ(plan.delta_rows.size(), needs_page ? 1U : 0U);
@@ -205,7 +206,7 @@ TEST_P(SchedulerBatchingTest, ARequestThatLacksPagesIsOvertakenABoundedNumberOfT
   for (std::int32_t step = 0; harness.request(1).num_steps == 0; ++step) {
     ASSERT_LT(step, 100) << "the large request starves";
     add_small();
-    const ExecutionPlan plan = harness.Step();
+    const RecordedPlan plan = harness.Step();
     if (harness.request(1).num_steps > 0) break;
     num_overtakers +=
         std::count(plan.num_computed_tokens.begin(), plan.num_computed_tokens.end(), 0);

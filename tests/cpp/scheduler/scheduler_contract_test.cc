@@ -14,6 +14,7 @@ namespace {
 
 using testing::MakeLongRunningPrompt;
 using testing::MakePrompt;
+using testing::RecordedPlan;
 using testing::SchedulerHarness;
 
 using Ids = std::vector<std::int64_t>;
@@ -94,7 +95,7 @@ TEST(SchedulerContractTest, AnEmptyPlanTakesNoAdvance) {
     const ExecutionPlan& plan = scheduler.NextPlan(now);
     EXPECT_TRUE(plan.IsEmpty());
     EXPECT_EQ(PlanId(plan.plan_id), kNoPlan);
-    EXPECT_EQ(plan.delta_offsets, std::vector<std::int32_t>{0});
+    EXPECT_EQ(RecordedPlan(plan).delta_offsets, std::vector<std::int32_t>{0});
   }
   EXPECT_THROW(scheduler.Advance({}), InvalidArgumentError);
   EXPECT_THROW(static_cast<void>(scheduler.NextPlan(1)), InternalError) << "the clock went back";
@@ -134,9 +135,16 @@ TEST(SchedulerContractTest, RefusesEventsThatDoNotAnswerThePlanAndChangesNothing
   expect_refusal("sampled token 4 in row 1", [](auto& e) { e.sampled_token_ids[1] = 4; });
   expect_refusal("is_finished 2 in row 0", [](auto& e) { e.is_finished[0] = 2; });
   expect_refusal("is_finished 1 in row 1", [](auto& e) { e.is_finished[1] = 1; });
-  expect_refusal("adapters []; expected", [](auto& e) { e.loaded_adapter_ids = {}; });
-  expect_refusal("adapters [5, 5]", [](auto& e) { e.failed_adapter_ids = {5}; });
-  expect_refusal("adapters [6]", [](auto& e) { e.loaded_adapter_ids = {6}; });
+  expect_refusal("adapter 5 in failed_adapter_ids for the second time",
+                 [](auto& e) { e.failed_adapter_ids = {5}; });
+  expect_refusal("adapter 5 in loaded_adapter_ids for the second time",
+                 [](auto& e) { e.loaded_adapter_ids = {5, 5}; });
+  expect_refusal("adapter 6 in loaded_adapter_ids", [](auto& e) { e.loaded_adapter_ids = {6}; });
+  expect_refusal("1 entries in is_finished", [](auto& e) {
+    e = {};
+    e.loaded_adapter_ids = {5};
+    e.is_finished = {0};
+  });
   scheduler.Advance(good);
   EXPECT_THROW(scheduler.Advance(good), InvalidArgumentError) << "an event returns once";
   EXPECT_EQ(scheduler.Stats().num_running_requests, 2);
@@ -147,10 +155,10 @@ TEST(SchedulerContractTest, ThePlanIsWrittenIntoTheCallersBuffers) {
   scheduler.AddRequest(
       {.request_id = RequestId(1), .prompt_token_ids = MakePrompt(3), .max_tokens = 4});
   ExecutionPlan plan;
-  plan.token_ids = {1, 2, 3, 4, 5, 6, 7};  // what an earlier step left
+  plan.LayOut({.num_groups = 1, .num_tokens = 7});  // what an earlier step left
   plan.drained_adapter_ids = {4};
   scheduler.NextPlan(0, plan);
-  EXPECT_EQ(plan.token_ids, MakePrompt(3));
+  EXPECT_EQ(RecordedPlan(plan).token_ids, MakePrompt(3));
   EXPECT_TRUE(plan.drained_adapter_ids.empty());
 }
 

@@ -10,6 +10,7 @@ namespace {
 
 using testing::MakeLongRunningPrompt;
 using testing::MakePrompt;
+using testing::RecordedPlan;
 using testing::SchedulerHarness;
 
 using Ints = std::vector<std::int32_t>;
@@ -47,7 +48,7 @@ TEST_P(SchedulerPreemptionTest, TheNewestRunningRequestGivesWayAndRecoversItsOwn
   EXPECT_EQ(harness.StatsOf(adapter()).num_waiting_requests, 1);
   EXPECT_EQ(harness.request(2).output.size(), 9U);
   while (!harness.request(1).is_finished) harness.Step();
-  const ExecutionPlan plan = harness.Step();
+  const RecordedPlan plan = harness.Step();
   EXPECT_EQ(plan.request_ids, Ids{2});
   EXPECT_GE(plan.num_computed_tokens.at(0), 12) << "its published pages were still in the tree";
   EXPECT_EQ(plan.num_computed_tokens.at(0) + plan.num_scheduled_tokens.at(0), 17);
@@ -68,7 +69,7 @@ TEST_P(SchedulerPreemptionTest, WithoutReuseAPreemptedRequestRecoversItsOwnPages
     AddTwoThatDoNotFitTogether(harness, /*reuse_prefix=*/!enable_prefix_caching);
     while (!harness.request(1).is_finished) harness.Step();
     ASSERT_EQ(harness.scheduler().Stats().total_preemptions, 1);
-    const ExecutionPlan plan = harness.Step();
+    const RecordedPlan plan = harness.Step();
     EXPECT_GE(plan.num_computed_tokens.at(0), 12);
     EXPECT_EQ(plan.num_cached_tokens, Ints{0});
     harness.RunToEnd();
@@ -94,7 +95,7 @@ TEST_P(SchedulerPreemptionTest, TheVictimIsTheNewestArrivalAndNotTheNewestAdmiss
   const AdapterId late(7);
   SchedulerHarness harness(kSmallPool);
   harness.OpenAndLoad(adapter());
-  harness.scheduler().OpenAdapter(late, {});
+  harness.OpenAdapter(late, {});
   harness.Add(1, late, MakeLongRunningPrompt(late, 13, 4, 1), 4);
   harness.Add(2, adapter(), LongRunningPrompt(15, 12, 2), 12);
   EXPECT_EQ(harness.Step().request_ids, Ids{2});
@@ -112,12 +113,12 @@ TEST_P(SchedulerPreemptionTest, AStepThatPreemptsAdmitsNobodyAndThePreemptedRetu
   while (harness.request(1).output.size() < 9) harness.Step();
   ASSERT_EQ(harness.scheduler().Stats().total_preemptions, 0);
   harness.Add(3, kBaseAdapter, MakePrompt(4, 3), 1);
-  const ExecutionPlan preempting = harness.Step();
+  const RecordedPlan preempting = harness.Step();
   EXPECT_EQ(preempting.request_ids, Ids{1});
   EXPECT_EQ(harness.scheduler().Stats().num_preempted_requests, 1);
   harness.Add(4, adapter(), MakePrompt(17, 4), 1);  // as large as 2, and newer
   while (!harness.request(1).is_finished) harness.Step();
-  const ExecutionPlan plan = harness.Step();
+  const RecordedPlan plan = harness.Step();
   ASSERT_FALSE(plan.request_ids.empty());
   EXPECT_EQ(plan.request_ids[0], 2)
       << "the preempted request returns before newer work of its size";
@@ -138,7 +139,7 @@ TEST_P(SchedulerPreemptionTest, APreemptedRequestKeepsItsAdaptersPlace) {
   while (harness.scheduler().Stats().num_preempted_requests == 0) harness.Step();
   harness.Add(3, other, MakePrompt(4, 3), 12);
   while (!harness.request(2).is_finished) {
-    const ExecutionPlan plan = harness.Step();
+    const RecordedPlan plan = harness.Step();
     EXPECT_EQ(std::count(plan.request_ids.begin(), plan.request_ids.end(), 3), 0)
         << "another adapter took the place of the preempted one";
   }

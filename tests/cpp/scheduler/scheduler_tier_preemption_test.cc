@@ -8,9 +8,10 @@
 namespace lora_serve {
 namespace {
 
-using testing::CopyOutcome;
 using testing::MakeLongRunningPrompt;
 using testing::MakePrompt;
+using testing::Outcome;
+using testing::RecordedPlan;
 using testing::SchedulerHarness;
 
 using Ids = std::vector<std::int64_t>;
@@ -31,14 +32,14 @@ class SchedulerTierPreemptionTest : public ::testing::TestWithParam<std::int64_t
             .write_policy = WritePolicy::kOff};
   }
 
-  static void SetCopies(SchedulerHarness& harness, CopyOutcome outcome) {
+  static void SetCopies(SchedulerHarness& harness, Outcome outcome) {
     harness.executor().copy_outcome = [outcome](TransferId, TransferKind) { return outcome; };
   }
 
   /// Load-backs have this outcome from now on, write-backs are done at once.
-  static void HoldLoadBacks(SchedulerHarness& harness, CopyOutcome outcome) {
+  static void HoldLoadBacks(SchedulerHarness& harness, Outcome outcome) {
     harness.executor().copy_outcome = [outcome](TransferId, TransferKind kind) {
-      return kind == TransferKind::kLoadBack ? outcome : CopyOutcome::kDone;
+      return kind == TransferKind::kLoadBack ? outcome : Outcome::kDone;
     };
   }
 
@@ -67,8 +68,8 @@ class SchedulerTierPreemptionTest : public ::testing::TestWithParam<std::int64_t
   }
 
   /// The plan of the first step that preempts.
-  static ExecutionPlan StepUntilPreemption(SchedulerHarness& harness) {
-    ExecutionPlan plan;
+  static RecordedPlan StepUntilPreemption(SchedulerHarness& harness) {
+    RecordedPlan plan;
     while (NumPreemptions(harness) == 0) plan = harness.Step();
     return plan;
   }
@@ -84,14 +85,14 @@ TEST_P(SchedulerTierPreemptionTest, AVictimIsWrittenBackAndRecoversComputingAtMo
       harness.OpenAndLoad(adapter());
       AddLong(harness, 1, 24, reuse_prefix);  // takes the whole device in the end
       AddLong(harness, 2, 12, reuse_prefix);
-      const ExecutionPlan preempting = StepUntilPreemption(harness);
+      const RecordedPlan preempting = StepUntilPreemption(harness);
       EXPECT_EQ(preempting.transfer_kinds, Kinds{0});
       EXPECT_EQ(preempting.transfer_offsets, (Ints{0, 4})) << "all that it had computed";
       while (!harness.request(1).is_finished) {
         EXPECT_TRUE(harness.Step().transfer_ids.empty());
       }
       EXPECT_EQ(harness.Step().transfer_kinds, Kinds{1});
-      const ExecutionPlan plan = harness.Step();
+      const RecordedPlan plan = harness.Step();
       EXPECT_EQ(plan.request_ids, Ids{2});
       EXPECT_EQ(plan.num_computed_tokens, Ints{16});
       EXPECT_LE(plan.num_scheduled_tokens.at(0), 4);
@@ -117,7 +118,7 @@ TEST_P(SchedulerTierPreemptionTest, RowsWaitForTheVictimsCopyInsteadOfTakingAnot
     harness.OpenAndLoad(adapter());
     for (std::int64_t id = 1; id <= 3; ++id) AddLong(harness, id, 12);
     while (harness.request(1).output.size() < 9) EXPECT_TRUE(harness.Step().HasRows());
-    const ExecutionPlan preempting = harness.Step();
+    const RecordedPlan preempting = harness.Step();
     EXPECT_EQ(preempting.transfer_offsets,
               policy == WritePolicy::kOff ? (Ints{0, 4}) : (Ints{0, 1, 2, 3}));
     EXPECT_EQ(NumPreemptions(harness), 1) << "the pages of one are enough for the other two";
@@ -133,7 +134,7 @@ TEST_P(SchedulerTierPreemptionTest, RowsWaitForTheVictimsCopyInsteadOfTakingAnot
 TEST_P(SchedulerTierPreemptionTest, TheWaitLastsUntilTheCopyIsReported) {
   SchedulerHarness harness(Options(12));
   harness.OpenAndLoad(adapter());
-  SetCopies(harness, CopyOutcome::kUnderWay);
+  SetCopies(harness, Outcome::kUnderWay);
   for (std::int64_t id = 1; id <= 3; ++id) AddLong(harness, id, 12);
   StepUntilPreemption(harness);
   harness.Add(4, adapter(), MakePrompt(3, 44), 2);
@@ -142,9 +143,9 @@ TEST_P(SchedulerTierPreemptionTest, TheWaitLastsUntilTheCopyIsReported) {
     EXPECT_TRUE(harness.scheduler().HasWork());
   }
   EXPECT_EQ(NumPreemptions(harness), 1);
-  SetCopies(harness, CopyOutcome::kDone);
-  EXPECT_EQ(harness.ReportCopies(), 1);
-  const ExecutionPlan plan = harness.Step();
+  SetCopies(harness, Outcome::kDone);
+  EXPECT_EQ(harness.Report(), 1);
+  const RecordedPlan plan = harness.Step();
   ASSERT_GE(plan.request_ids.size(), 2U);
   EXPECT_EQ(plan.request_ids[0], 1);
   EXPECT_EQ(plan.request_ids[1], 2);
@@ -158,9 +159,9 @@ TEST_P(SchedulerTierPreemptionTest, NobodyIsPreemptedForPagesThatAnEndedRequestL
   SchedulerHarness harness(options);
   harness.OpenAndLoad(adapter());
   for (std::int64_t id = 1; id <= 2; ++id) AddLong(harness, id, 12);
-  SetCopies(harness, CopyOutcome::kFailed);  // an old failure makes no difference
+  SetCopies(harness, Outcome::kFailed);  // an old failure makes no difference
   while (harness.request(1).output.size() < 3) harness.Step();
-  SetCopies(harness, CopyOutcome::kDone);
+  SetCopies(harness, Outcome::kDone);
   while (harness.request(1).output.size() < 8) harness.Step();
   harness.Add(3, adapter(), MakePrompt(8, 3), 1);
   EXPECT_EQ(harness.Step().request_ids, (Ids{1, 2, 3}));
@@ -180,7 +181,7 @@ TEST_P(SchedulerTierPreemptionTest,
   harness.OpenAndLoad(adapter());
   for (std::int64_t id = 1; id <= 2; ++id) AddLong(harness, id, 12);
   while (harness.request(1).output.size() < 7) harness.Step();
-  SetCopies(harness, CopyOutcome::kUnderWay);
+  SetCopies(harness, Outcome::kUnderWay);
   harness.Add(3, adapter(), MakeLongRunningPrompt(adapter(), 8, 2, 3), 2);
   EXPECT_EQ(harness.Step().request_ids, (Ids{1, 2, 3}));
   EXPECT_EQ(harness.Step().request_ids, (Ids{1, 2, 3}));
@@ -188,8 +189,8 @@ TEST_P(SchedulerTierPreemptionTest,
   for (int step = 0; step < 2; ++step) {
     EXPECT_EQ(harness.Step().request_ids, Ids{1}) << "request 3 left one page that is not copied";
   }
-  SetCopies(harness, CopyOutcome::kDone);
-  harness.ReportCopies();
+  SetCopies(harness, Outcome::kDone);
+  harness.Report();
   EXPECT_EQ(harness.Step().request_ids, (Ids{1, 2}));
   EXPECT_EQ(NumPreemptions(harness), 0);
   harness.RunToEnd();
@@ -202,7 +203,7 @@ TEST_P(SchedulerTierPreemptionTest, WriteBacksThatAlwaysFailKeepNoPagesFromTheRo
   options.write_back_watermark_pages = 8;
   SchedulerHarness harness(options);
   harness.OpenAndLoad(adapter());
-  SetCopies(harness, CopyOutcome::kFailed);
+  SetCopies(harness, Outcome::kFailed);
   for (std::int64_t id = 1; id <= 3; ++id)
     harness.Add(id, adapter(), MakePrompt(31, static_cast<TokenId>(id)), 1);
   for (std::int64_t id = 4; id <= 6; ++id) AddLong(harness, id, 12);
@@ -218,9 +219,9 @@ TEST_P(SchedulerTierPreemptionTest, WhoWaitsForPagesAfterAFailedLoadIsNotPassedB
   harness.OpenAndLoad(adapter());
   const std::vector<TokenId> on_host = MakePrompt(13, 33);
   PutOnHost(harness, on_host);
-  CopyOutcome load_outcome = CopyOutcome::kUnderWay;
+  Outcome load_outcome = Outcome::kUnderWay;
   harness.executor().copy_outcome = [&load_outcome](TransferId, TransferKind kind) {
-    return kind == TransferKind::kLoadBack ? load_outcome : CopyOutcome::kUnderWay;
+    return kind == TransferKind::kLoadBack ? load_outcome : Outcome::kUnderWay;
   };
   harness.Add(9, adapter(), MakePrompt(20, 9), 1);
   harness.RunToEnd();
@@ -228,12 +229,12 @@ TEST_P(SchedulerTierPreemptionTest, WhoWaitsForPagesAfterAFailedLoadIsNotPassedB
   harness.Add(1, adapter(), MakeLongRunningPrompt(adapter(), 15, 9, 1), 9);
   harness.Add(2, adapter(), on_host, 3);
   ASSERT_EQ(harness.Step().transfer_kinds.at(0), 1);
-  load_outcome = CopyOutcome::kFailed;
+  load_outcome = Outcome::kFailed;
   harness.Step();  // request 2 loses its four pages, and request 1 takes one of them
   harness.Add(3, adapter(), MakePrompt(3, 3), 1);
   for (int step = 0; step < 3; ++step) EXPECT_EQ(harness.Step().request_ids, Ids{1});
-  SetCopies(harness, CopyOutcome::kDone);
-  harness.ReportCopies();
+  SetCopies(harness, Outcome::kDone);
+  harness.Report();
   EXPECT_EQ(harness.Step().request_ids, (Ids{1, 2, 3}));
   EXPECT_EQ(NumPreemptions(harness), 0);
   harness.RunToEnd();
@@ -251,14 +252,14 @@ TEST_P(SchedulerTierPreemptionTest, WhatAVictimComputedBehindPagesThatHaveArrive
   PutOnHost(harness, on_host);
   AddLong(harness, 1, 12);
   while (harness.request(1).output.size() < 8) harness.Step();
-  HoldLoadBacks(harness, CopyOutcome::kUnderWay);
+  HoldLoadBacks(harness, Outcome::kUnderWay);
   std::vector<TokenId> prompt(on_host.begin(), on_host.begin() + 12);
   for (TokenId token = 0; token < 11; ++token) prompt.push_back(500 + token);
   harness.Add(2, adapter(), on_host, 3);
   harness.Add(3, adapter(), prompt, 4, /*reuse_prefix=*/false);
   ASSERT_EQ(harness.Step().request_ids, (Ids{1, 3}));
-  SetCopies(harness, CopyOutcome::kDone);
-  ASSERT_EQ(harness.ReportCopies(), 1);
+  SetCopies(harness, Outcome::kDone);
+  ASSERT_EQ(harness.Report(), 1);
   harness.Step();  // request 1 needs its fifth page
   ASSERT_EQ(NumPreemptions(harness), 1);
   while (harness.request(3).num_steps == 1) harness.Step();
@@ -287,13 +288,13 @@ TEST_P(SchedulerTierPreemptionTest, WhenOneVictimIsNotEnoughAnotherIsTaken) {
 TEST_P(SchedulerTierPreemptionTest, AFailedWriteBackIsRecomputedWithTheSameTokens) {
   SchedulerHarness harness(Options(8));
   harness.OpenAndLoad(adapter());
-  SetCopies(harness, CopyOutcome::kFailed);
+  SetCopies(harness, Outcome::kFailed);
   AddLong(harness, 1, 24);
   AddLong(harness, 2, 12);
   StepUntilPreemption(harness);
-  SetCopies(harness, CopyOutcome::kDone);
+  SetCopies(harness, Outcome::kDone);
   while (!harness.request(1).is_finished) harness.Step();
-  const ExecutionPlan plan = harness.Step();
+  const RecordedPlan plan = harness.Step();
   EXPECT_EQ(plan.request_ids, Ids{2});
   EXPECT_EQ(plan.num_computed_tokens, Ints{0});
   harness.RunToEnd();
@@ -312,14 +313,14 @@ TEST_P(SchedulerTierPreemptionTest, ALoadingRequestGivesWayOnlyWhenNobodyElseCan
     AddLong(harness, 1, 12);
     if (has_other_victim) AddLong(harness, 2, 12);
     while (harness.request(1).output.size() < 8) harness.Step();
-    HoldLoadBacks(harness, CopyOutcome::kUnderWay);
+    HoldLoadBacks(harness, Outcome::kUnderWay);
     harness.Add(3, adapter(), on_host, 3);
     ASSERT_EQ(harness.Step().transfer_kinds.at(0), 1);
     ASSERT_EQ(NumPreemptions(harness), 0);
     harness.Step();  // request 1 needs its fifth page
     EXPECT_EQ(NumPreemptions(harness), 1);
-    SetCopies(harness, CopyOutcome::kDone);
-    harness.ReportCopies();
+    SetCopies(harness, Outcome::kDone);
+    harness.Report();
     const Ids next = harness.Step().request_ids;
     EXPECT_EQ(next, has_other_victim ? (Ids{1, 3}) : Ids{1}) << "the loading one was kept, or not";
     harness.RunToEnd();

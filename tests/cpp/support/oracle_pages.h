@@ -58,12 +58,20 @@ class OraclePages {
     page.entries.at(static_cast<std::size_t>(offset)) = entry;
   }
 
+  /// Throws when a row that is planned now must not read, or write, the page.
+  void CheckMayTouch(std::int32_t page_id, bool writes) const {
+    const Page& page = pages_[IndexOf(Tier::kDevice)].at(static_cast<std::size_t>(page_id));
+    Require(!page.is_destination && !(writes && page.num_readers > 0),
+            "a row is planned on device page " + std::to_string(page_id) + " while it is copied");
+  }
+
   /// Starts the plan's copies.
   void Start(const ExecutionPlan& plan) {
     Require(plan.transfer_offsets.size() == plan.transfer_ids.size() + 1,
             "transfer_offsets has a wrong length");
     for (std::size_t index = 0; index < plan.transfer_ids.size(); ++index) {
       Copy copy;
+      copy.plan_id = plan.plan_id;
       copy.source_tier = plan.transfer_kinds.at(index) == 0 ? Tier::kDevice : Tier::kHost;
       copy.destination_tier = copy.source_tier == Tier::kDevice ? Tier::kHost : Tier::kDevice;
       for (auto pair = plan.transfer_offsets[index]; pair < plan.transfer_offsets[index + 1];
@@ -95,10 +103,12 @@ class OraclePages {
     copies_.erase(it);
   }
 
-  /// Ids of the copies under way, lowest first.
-  [[nodiscard]] std::vector<std::int64_t> UnderWay() const {
+  /// Ids of the copies under way of plans up to `newest_plan_id`, lowest first.
+  [[nodiscard]] std::vector<std::int64_t> UnderWay(std::int64_t newest_plan_id) const {
     std::vector<std::int64_t> ids;
-    for (const auto& [id, copy] : copies_) ids.push_back(id);
+    for (const auto& [id, copy] : copies_) {
+      if (copy.plan_id <= newest_plan_id) ids.push_back(id);
+    }
     return ids;
   }
 
@@ -115,6 +125,7 @@ class OraclePages {
     bool is_destination = false;   // of a copy under way
   };
   struct Copy {
+    std::int64_t plan_id = -1;
     Tier source_tier = Tier::kDevice;
     Tier destination_tier = Tier::kHost;
     std::vector<std::int32_t> sources;

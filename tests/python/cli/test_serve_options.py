@@ -33,7 +33,11 @@ def test_every_option_reaches_the_engine():
         "--dtype float32 --device cpu --load-format dummy --page-size 8 --num-device-pages 77 "
         "--max-num-seqs 3 --max-num-batched-tokens 64 --max-model-len 100 --max-loras 5 --max-lora-rank 6 "
         "--kv-host-memory-gb 1.5 --kv-write-policy write_back "
-        "--no-prefix-caching --lora-allowed-roots /a /b --lora-allowed-roots /c --seed 9"
+        "--no-prefix-caching --lora-allowed-roots /a /b --lora-allowed-roots /c --seed 9 "
+        "--lora-memory-gb 0.25 --max-loading-adapters 7 --adapter-patience-ms 20 "
+        "--adapter-time-slice-steps 0 --adapter-pause-ms 30 "
+        "--scheduling-policy lpm --priority-ageing-ms 250 --max-queued-requests 11 --max-queued-tokens 12 "
+        "--max-requests-per-adapter 13 --no-async-scheduling"
     )
     assert launch_of("m", *options.split()).config == EngineConfig(
         model="m",
@@ -52,8 +56,27 @@ def test_every_option_reaches_the_engine():
         enable_prefix_caching=False,
         lora_allowed_roots=["/a", "/b", "/c"],
         seed=9,
+        lora_memory_gb=0.25,
+        max_loading_adapters=7,
+        adapter_patience_ms=20,
+        adapter_time_slice_steps=0,
+        adapter_pause_ms=30,
+        scheduling_policy="lpm",
+        priority_ageing_ms=250,
+        max_queued_requests=11,
+        max_queued_tokens=12,
+        max_requests_per_adapter=13,
+        async_scheduling=False,
     )
     assert launch_of("m", "--kv-memory-gb", "0.25").config.kv_memory_gb == 0.25
+
+
+def test_every_field_of_the_engine_but_the_attention_has_an_option():
+    parser = make_parser()
+    options = vars(parser.parse_args(["serve", "m"]))
+    negated = {"enable_prefix_caching": "no_prefix_caching", "async_scheduling": "no_async_scheduling"}
+    fields = {negated.get(field, field) for field in EngineConfig.__struct_fields__}
+    assert fields - set(options) == {"attention_backend"}
 
 
 def test_adapters_come_as_name_and_path():
@@ -95,6 +118,8 @@ def test_an_adapter_given_twice_is_refused():
         (["--served-model-name", ""], "--served-model-name"),
         (["--api-key", ""], "--api-key"),
         (["--kv-host-memory-gb", "-1"], "kv_host_memory_gb is -1.0"),
+        (["--lora-memory-gb", "0"], "lora_memory_gb is 0.0"),
+        (["--max-queued-requests", "-1"], "max_queued_requests is -1"),
         (["--max-answers-per-request", "0"], "max_answers_per_request is 0"),
         (["--lora-modules", "a:b=/x"], "lora_name is 'a:b'"),
         (["--served-model-name", "base", "--lora-modules", "base=/x"], "the base model's name"),
@@ -127,6 +152,7 @@ def test_taken_port_is_named_before_the_model_is_loaded(capsys):
         ["serve"],
         ["serve", "m", "--dtype", "int3"],
         ["serve", "m", "--kv-write-policy", "sometimes"],
+        ["serve", "m", "--scheduling-policy", "lifo"],
     ],
 )
 def test_bad_usage_exits_with_two(arguments):

@@ -6,6 +6,7 @@ import pytest
 from lora_serve.common.config import EngineConfig
 from lora_serve.common.errors import InvalidArgumentError
 from lora_serve.common.lora_request import LoRARequest
+from lora_serve.common.queueing import Queueing
 
 BAD_FIELDS = [
     ("model", ""),
@@ -26,6 +27,23 @@ BAD_FIELDS = [
     ("max_loras", 0),
     ("max_lora_rank", 0),
     ("max_lora_rank", 8.0),
+    ("lora_memory_gb", 0),
+    ("lora_memory_gb", -1.0),
+    ("lora_memory_gb", float("inf")),
+    ("lora_memory_gb", "8"),
+    ("max_loading_adapters", 0),
+    ("adapter_patience_ms", -1),
+    ("adapter_patience_ms", 1.5),
+    ("adapter_time_slice_steps", -1),
+    ("adapter_pause_ms", -1),
+    ("scheduling_policy", "lifo"),
+    ("scheduling_policy", None),
+    ("priority_ageing_ms", 0),
+    ("max_queued_requests", -1),
+    ("max_queued_requests", True),
+    ("max_queued_tokens", -1),
+    ("max_requests_per_adapter", -1),
+    ("async_scheduling", 1),
     ("enable_prefix_caching", 1),
     ("lora_allowed_roots", "/adapters"),
     ("lora_allowed_roots", [""]),
@@ -46,7 +64,7 @@ def test_step_smaller_than_the_batch_is_refused_with_both_numbers():
 
 
 def test_defaults_are_valid_and_survive_a_message():
-    config = EngineConfig(model="m", lora_allowed_roots=["/a"], max_model_len=2)
+    config = EngineConfig(model="m", lora_allowed_roots=["/a"], max_model_len=2, lora_memory_gb=0.5)
     assert msgspec.msgpack.decode(msgspec.msgpack.encode(config), type=EngineConfig) == config
 
 
@@ -55,3 +73,22 @@ def test_lora_request_with_bad_fields_is_refused(arguments):
     with pytest.raises(InvalidArgumentError):
         LoRARequest(*arguments)
     assert LoRARequest("a").lora_path is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "field"),
+    [
+        ((1.0,), "priority"),
+        ((True,), "priority"),
+        ((2**31,), "priority"),
+        ((0, 0), "queue_timeout"),
+        ((0, -1.0), "queue_timeout"),
+        ((0, float("inf")), "queue_timeout"),
+        ((0, float("nan")), "queue_timeout"),
+        ((0, "1"), "queue_timeout"),
+    ],
+)
+def test_queueing_with_bad_fields_is_refused(arguments, field):
+    with pytest.raises(InvalidArgumentError, match=f"^{field} is "):
+        Queueing(*arguments)
+    assert Queueing(-(2**31), 0.001) == Queueing(priority=-(2**31), timeout_s=0.001)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 
 import pytest
 
@@ -57,16 +58,27 @@ def good_answers(http):
 
 
 def counts(http):
-    """Adapters with their pages and requests, and the engine's pages and requests; not what only grows."""
-    body = http.get("/v1/loras").json()
-    entries = [*body["data"], body["stats"]]
+    """Adapters with their pages and requests, and the engine's pages and requests; not what only grows.
+
+    Once nothing runs: what was aborted in a step that runs is freed when the step has ended.
+    """
+    for _ in range(500):
+        body = http.get("/v1/loras").json()
+        entries = [*body["data"], body["stats"]]
+        if not any(entry["num_running_requests"] + entry["num_waiting_requests"] for entry in entries):
+            break
+        time.sleep(0.01)
     return [{key: n for key, n in entry.items() if not key.startswith("total_")} for entry in entries]
 
 
 @pytest.fixture(scope="module")
 def untouched(http):
-    """The good answers and the counts before any bad input, with the good prompts already cached."""
+    """The good answers and the counts before any bad input, with the good prompts already cached.
+
+    So is the good half of the batch that has a bad one: it may run for some steps before it is aborted.
+    """
     good_answers(http)
+    http.post("/v1/completions", json={"model": "good", "prompt": "a", "temperature": 0})
     return good_answers(http), counts(http)
 
 
@@ -95,7 +107,11 @@ BAD_INPUTS = {
     "unknown adapter of the base": (completion(model="tiny:nobody"), 404, "/v1/load_lora_adapter"),
     "adapter of another base": (completion(model="other:good"), 404, "'other:good'"),
     "unknown lora_path": (completion(lora_path="nobody"), 404, "/v1/load_lora_adapter"),
-    "one unknown adapter in a batch": (completion(prompt=["a", "b"], lora_path=["good", "no"]), 404, "'no'"),
+    "one unknown adapter in a batch": (
+        completion(prompt=["a", "b"], lora_path=["good", "no"], temperature=0),
+        404,
+        "'no'",
+    ),
     "two adapters for one prompt": (completion(model="good", lora_path="other"), 400, "in one of them"),
     "too few adapters": (completion(prompt=["a", "b"], lora_path=["good"]), 400, "for each prompt"),
     "a stream of an unknown model": (completion(model="gpt-5", stream=True), 404, "GET /v1/models"),
@@ -152,7 +168,9 @@ BAD_INPUTS = {
     "structured output": (chat(response_format={"type": "json_object"}), 400, "not supported yet"),
     "best_of": (completion(best_of=4), 400, "best_of is 4"),
     "suffix": (completion(suffix="end"), 400, "suffix"),
-    "priority": (completion(priority=3), 400, "priorities"),
+    "priority beyond 32 bits": (completion(priority=-(2**31) - 1), 400, "priority is -2147483649"),
+    "queue_timeout of nothing": (chat(queue_timeout=0), 400, "queue_timeout is 0"),
+    "weight of nothing": (load("other", weight=0), 400, "weight is 0"),
     "unknown field": (completion(temprature=0), 400, "temprature is not a field"),
     "unknown endpoint": (("/v1/embeddings", {}), 404, "no endpoint /v1/embeddings"),
     # Adapters.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import threading
 from concurrent.futures import FIRST_COMPLETED, wait
@@ -14,7 +13,8 @@ from lora_serve.engine.engine_core import EngineCore
 from lora_serve.engine.messages import EngineRequest
 from lora_serve.lora.peft_adapter import HostAdapter
 from lora_serve.testing.oracle_adapters import OracleAdapterStore
-from lora_serve.testing.oracle_executor import OracleExecutor, OracleOptions, oracle_tokens
+from lora_serve.testing.oracle_executor import OracleExecutor, OracleOptions, Outcome
+from lora_serve.testing.oracle_tokens import oracle_tokens
 
 
 class FilesOfTheTest(OracleAdapterStore):
@@ -69,61 +69,68 @@ class TroubledExecutor(OracleExecutor):
         self.is_closed = False
         self.failing_loads = set()
         self.transfer_kinds = {}
+        self.load_outcome = self.end_load
 
-    def execute(self, plan, states=()):
+    def run_plan(self, plan, states):
         if self.raises is not None:
             raise self.raises
         assert not self.is_closed
-        self.options = OracleOptions(
-            **{**self.options.__dict__, "failing_adapter_ids": tuple(self.failing_loads)}
-        )
         kinds = zip(plan.transfer_ids.tolist(), plan.transfer_kinds.tolist(), strict=True)
         self.transfer_kinds.update(kinds)
-        result = super().execute(plan, states)
-        errors, tokens = {}, result.sampled_token_ids.copy()
-        for row, request_id in enumerate(plan.request_ids.tolist()):
-            if request_id in self.failing_request_ids and plan.samples_token[row]:
-                errors[row] = "logits are not finite"
-                tokens[row] = -1
-                states[row].output_token_ids.pop()
-        return dataclasses.replace(result, sampled_token_ids=tokens, row_errors=errors)
+        return super().run_plan(plan, states)
+
+    def find_row_errors(self, plan):
+        return {
+            row: "logits are not finite"
+            for row, request_id in enumerate(plan.request_ids.tolist())
+            if request_id in self.failing_request_ids and plan.samples_token[row]
+        }
+
+    def end_load(self, adapter_id):
+        return Outcome.FAILED if adapter_id in self.failing_loads else Outcome.DONE
 
     def close(self):
         self.is_closed = True
 
 
 class CoreDriver:
-    """An engine, what it has said so far, and the answers that each request would get alone."""
+    """An engine, what it has said so far, and the answers that each request would get alone.
 
-    def __init__(
-        self,
-        *,
-        num_device_pages=64,
-        max_num_seqs=4,
-        max_num_batched_tokens=16,
-        max_loras=2,
-        kv_write_policy="write_through",
-        **options,
-    ):
+    Options are those of the engine's configuration and of the oracle, whose memory follows the former.
+    """
+
+    async_scheduling = True
+    """For all drivers; the fixture of this name tries both."""
+    step_s = 0.001
+    """A step moves the engine's clock by so much."""
+
+    def __init__(self, **options):
+        fields = set(EngineConfig.__struct_fields__)
+        config = EngineConfig(
+            **{
+                "model": "oracle",
+                "page_size": 4,
+                "num_device_pages": 64,
+                "max_num_seqs": 4,
+                "max_num_batched_tokens": 16,
+                "max_loras": 2,
+                "async_scheduling": self.async_scheduling,
+                **{name: value for name, value in options.items() if name in fields},
+            }
+        )
         self.executor = TroubledExecutor(
             OracleOptions(
-                num_device_pages=num_device_pages,
-                page_size=4,
-                max_num_seqs=max_num_seqs,
+                num_device_pages=config.num_device_pages,
+                page_size=config.page_size,
+                max_num_seqs=config.max_num_seqs,
                 max_model_len=64,
-                **options,
+                adapter_memory_bytes=round((config.lora_memory_gb or 0) * 2**30),
+                **{name: value for name, value in options.items() if name not in fields},
             )
         )
         self.files = self.executor.lora
-        config = EngineConfig(
-            model="oracle",
-            page_size=4,
-            max_num_seqs=max_num_seqs,
-            max_num_batched_tokens=max_num_batched_tokens,
-            max_loras=max_loras,
-            kv_write_policy=kv_write_policy,
-        )
-        self.core = EngineCore(config, self.executor)
+        self.seconds = 1000.0
+        self.core = EngineCore(config, self.executor, clock_us=lambda: round(self.seconds * 1e6))
         self.outputs = {}
         self.errors = {}
         self.finish = {}
@@ -133,7 +140,7 @@ class CoreDriver:
 
     # --- Doing --------------------------------------------------------------------------------------------
 
-    def add(self, lora_name=None, prompt=None, **params):
+    def add(self, lora_name=None, prompt=None, *, priority=0, queue_timeout_s=None, **params):
         """Add a request; give its id."""
         request_id = self._next_id
         self._next_id += 1
@@ -141,7 +148,12 @@ class CoreDriver:
         params = SamplingParams(**{"max_tokens": 6, "temperature": 0, **params})
         admission = self.core.add_request(
             EngineRequest(
-                request_id=request_id, prompt_token_ids=prompt, sampling_params=params, lora_name=lora_name
+                request_id=request_id,
+                prompt_token_ids=prompt,
+                sampling_params=params,
+                lora_name=lora_name,
+                priority=priority,
+                queue_timeout_s=queue_timeout_s,
             )
         )
         self._requests[request_id] = (admission.adapter_id, prompt, params.max_tokens)
@@ -150,6 +162,7 @@ class CoreDriver:
 
     def step(self, num_steps=1):
         for _ in range(num_steps):
+            self.seconds += self.step_s
             for output in self.core.step():
                 request_id = output.request_id
                 assert request_id not in self.finish, f"request {request_id} got an output after its last"
@@ -171,14 +184,14 @@ class CoreDriver:
 
     def run(self):
         """Step until nothing is left to do, reads included."""
-        for _ in range(2000):
+        for _ in range(20_000):
             if self.core.has_work:
                 self.step()
             elif self.core.pending_reads:
                 wait(self.core.pending_reads, timeout=30)
             else:
                 return
-        raise AssertionError("the engine does not come to rest")
+        raise AssertionError(f"the engine does not come to rest: {self.core.stats()} {self.core.adapters()}")
 
     def load(self, name, path, **options):
         """Load and wait; give the result or raise."""

@@ -13,6 +13,8 @@ from lora_serve.common.errors import (
 
 from .core_driver import CoreDriver
 
+pytestmark = pytest.mark.usefixtures("async_scheduling")
+
 
 @pytest.fixture
 def driver():
@@ -152,7 +154,7 @@ def test_load_after_the_files_changed_serves_the_new_content_in_every_phase_of_t
         driver.wait_for_reads()
     if phase == "installing":
         driver.core._operations.poll()
-        assert driver.info("a")[0].state == "registered"
+        assert driver.info("a")[0].state == "loading"
     driver.files.contents["/a"] = "new weights"
     second = driver.core.load_adapter("a", "/a", load_inplace=True)
     if phase == "reading":
@@ -287,6 +289,7 @@ def test_failed_install_fails_the_load_and_leaves_nothing(driver):
 def test_failed_refetch_of_a_serving_generation_fails_its_requests_alone_and_retires_the_name(driver):
     driver.load("a", "/a")
     victim, other = driver.add("a"), driver.add(None, prompt=[5, 6])
+    driver.core._operations.before_failed({1: "device memory is full"})
     driver.core._operations.on_failed({1: "device memory is full"})
     with pytest.raises(AdapterNotFoundError):
         driver.add("a")
@@ -461,7 +464,7 @@ def test_unload_cancels_a_load_that_is_being_installed(driver):
     load = driver.core.load_adapter("a", "/a")
     driver.wait_for_reads()
     driver.core._operations.poll()
-    assert driver.info("a")[0].state == "registered"
+    assert driver.info("a")[0].state == "loading"
     unload = driver.core.unload_adapter("a")
     assert isinstance(error_of(load), AdapterConflictError)
     driver.wait_for(unload)

@@ -18,7 +18,7 @@ from lora_serve.common.errors import (
 )
 from lora_serve.common.sampling_params import SamplingParams
 from lora_serve.engine.engine_client import AsyncEngineClient
-from lora_serve.testing.oracle_executor import oracle_tokens
+from lora_serve.testing.oracle_tokens import oracle_tokens
 from support.tiny_checkpoint import VOCAB_SIZE, write_byte_tokenizer
 
 FAILURE_LIMIT_S = 10.0  # It takes 0.3 s; this is for a machine that does much else.

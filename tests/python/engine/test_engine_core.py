@@ -8,6 +8,8 @@ from lora_serve.engine.messages import EngineRequest
 
 from .core_driver import CoreDriver
 
+pytestmark = pytest.mark.usefixtures("async_scheduling")
+
 
 def test_requests_of_base_and_adapters_in_one_batch_get_the_tokens_of_a_run_alone():
     driver = CoreDriver()

@@ -8,9 +8,11 @@ from lora_serve.common.sampling_params import SamplingParams
 from lora_serve.engine.live_requests import LiveRequest
 from lora_serve.engine.messages import EngineRequest
 from lora_serve.executor.transfers import LOAD_BACK, WRITE_BACK
-from lora_serve.testing.oracle_executor import CopyOutcome
+from lora_serve.testing.oracle_executor import Outcome
 
 from .core_driver import CoreDriver
+
+pytestmark = pytest.mark.usefixtures("async_scheduling")
 
 PAGE_SIZE = 4
 POLICIES = ("write_through", "write_back", "off")
@@ -47,7 +49,7 @@ def test_failed_copies_are_reported_and_cost_only_time(name, kind):
     driver = make_driver()
     driver.load("a", "/a")
     kinds = driver.executor.transfer_kinds
-    driver.executor.copy_outcome = lambda i: CopyOutcome.FAILED if kinds[i] == kind else CopyOutcome.DONE
+    driver.executor.copy_outcome = lambda i: Outcome.FAILED if kinds[i] == kind else Outcome.DONE
     requests = add_three(driver, name)
     driver.run()
     stats = driver.core.stats()
@@ -59,7 +61,7 @@ def test_failed_copies_are_reported_and_cost_only_time(name, kind):
         assert stats.num_free_host_pages == stats.num_host_pages
 
 
-@pytest.mark.parametrize("outcome", [CopyOutcome.DONE, CopyOutcome.FAILED])
+@pytest.mark.parametrize("outcome", [Outcome.DONE, Outcome.FAILED])
 @pytest.mark.parametrize("name", [None, "a"])
 def test_copy_that_ends_while_nothing_runs_lets_its_request_go_on(name, outcome):
     driver = make_driver()
@@ -68,7 +70,7 @@ def test_copy_that_ends_while_nothing_runs_lets_its_request_go_on(name, outcome)
     driver.run()
     driver.add(prompt=list(range(100, 150)), max_tokens=14)  # Takes the whole device.
     driver.run()
-    driver.executor.copy_outcome = lambda transfer_id: CopyOutcome.UNDER_WAY
+    driver.executor.copy_outcome = lambda transfer_id: Outcome.UNDER_WAY
     request = driver.add(name, prompt=list(range(22)), max_tokens=3)
     driver.step(5)
     assert driver.core.has_work
@@ -78,7 +80,7 @@ def test_copy_that_ends_while_nothing_runs_lets_its_request_go_on(name, outcome)
     driver.executor.copy_outcome = lambda transfer_id: outcome
     driver.run()
     driver.assert_complete(request)
-    assert driver.cached[request] == (20 if outcome is CopyOutcome.DONE else 0)
+    assert driver.cached[request] == (20 if outcome is Outcome.DONE else 0)
 
 
 def test_tokens_from_the_host_are_cached_tokens():

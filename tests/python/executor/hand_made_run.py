@@ -8,6 +8,7 @@ from lora_serve.executor.executor import ExecutionResult
 from lora_serve.executor.sampling_state import SamplingState
 
 from .plans import PlanStandIn
+from .run_plan import run_plan
 
 
 class HandMadeRun:
@@ -48,7 +49,7 @@ class HandMadeRun:
     def step(self, num_tokens: int) -> ExecutionResult:
         """Compute the next `num_tokens` tokens; samples when they are the last known ones."""
         plan = self.plan(num_tokens)
-        result = self.executor.execute(plan, [self.state])
+        result = run_plan(self.executor, plan, [self.state])
         self._has_pages = True
         self.computed += num_tokens
         return result

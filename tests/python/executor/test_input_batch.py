@@ -16,7 +16,7 @@ PAGE_SIZE = 4
 def _build(plan: PlanStandIn, max_num_seqs: int = 4, max_pages: int = 8) -> InputBatch:
     table = PageTable(max_num_seqs, max_pages, 1000)
     table.apply_deltas(plan)
-    return build_input_batch(plan, table, page_size=PAGE_SIZE, max_loras=3, device=torch.device("cpu"))
+    return build_input_batch(plan, table, page_size=PAGE_SIZE, device=torch.device("cpu"))
 
 
 def _row(page_table_row: int, computed: int, scheduled: int, adapter_slot: int = -1) -> dict:
@@ -51,6 +51,10 @@ def test_mixed_step_gets_positions_slots_and_metadata():
     assert attention.page_table[1:].tolist() == [[1, 2, 900], [30, 20, 10]]
     assert attention.page_table[0, :2].tolist() == [9, 4]
     assert context.lora.token_lora_mapping.tolist() == [5, -1, 0, 0, 0, 0, 0, 0]
+    assert context.lora.token_indices_sorted_by_lora_ids.tolist() == [1, 2, 3, 4, 5, 6, 7, 0]
+    assert context.lora.active_lora_ids.tolist() == [-1, 0, 5, -1]
+    assert context.lora.num_tokens_per_lora.tolist() == [1, 6, 1, 0]
+    assert context.lora.lora_token_start_loc.tolist() == [0, 1, 7, 8, 8]
     assert not context.lora.no_adapter
     assert batch.query_start_loc.tolist() == [0, 1, 2, 8]
     assert {t.dtype for t in (batch.token_ids, context.positions, attention.slot_mapping)} == {torch.int64}
@@ -108,11 +112,23 @@ def test_batch_keeps_no_view_of_the_plan():
     assert batch.context.lora.token_lora_mapping.tolist() == [-1, -1]
 
 
+def test_token_that_only_the_executor_knows_stays_open_in_memory_of_its_own():
+    plan = PlanStandIn(
+        rows=[_row(0, 3, 1), _row(1, 0, 2)], tokens=[-1, 8, 9], deltas=[(0, 0, [3]), (1, 0, [4])]
+    )
+    batch = _build(plan)
+
+    assert batch.token_ids.tolist() == [-1, 8, 9]
+    batch.token_ids[0] = 7
+    assert batch.context.lora.token_lora_mapping.tolist() == [-1, -1, -1]
+    assert batch.context.positions.tolist() == [3, 0, 1]
+
+
 @pytest.mark.parametrize(
     ("rows", "tokens", "message"),
     [
         ([_row(0, 0, 3)], [1, 2], "schedules 3 tokens but gives 2"),
-        ([_row(0, 0, 2)], [1, -1], "does not overlap"),
+        ([_row(0, 0, 2)], [1, -2], "has token id -2"),
         ([_row(0, 7, 2)], [1, 1], "has 2 pages but the plan's tokens need 3"),
         ([_row(1, 0, 1)], [1], "row 1 has 0 pages"),
     ],

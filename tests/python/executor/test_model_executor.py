@@ -18,6 +18,7 @@ from lora_serve.testing.models import make_random_model
 
 from .hand_made_run import HandMadeRun
 from .plans import PlanStandIn
+from .run_plan import run_plan
 from .scheduler_run import SchedulerRun
 from .states import make_state
 
@@ -207,7 +208,7 @@ def test_failed_load_is_reported_and_the_rest_of_the_plan_is_done(model_path, re
     plan = run.plan(6)
     plan.load_adapter_ids, plan.load_adapter_slots = np.array([4, 5]), np.array([1, 0], dtype=np.int32)
 
-    result = executor.execute(plan, [run.state])
+    result = run_plan(executor, plan, [run.state])
 
     assert result.loaded_adapter_ids == [5]
     assert list(result.failed_adapter_ids) == [4]
@@ -223,9 +224,9 @@ def test_drained_adapter_is_gone_before_its_slot_is_loaded(model_path, reference
     first, second = _adapter(executor, 1, 2, ("v_proj", "down_proj")), _adapter(executor, 2, 2, ("q_proj",))
     executor.lora.add(1, first)
     executor.lora.add(2, second)
-    executor.execute(PlanStandIn(loads=[(1, 0)]), [])
+    run_plan(executor, PlanStandIn(loads=[(1, 0)]), [])
 
-    result = executor.execute(PlanStandIn(plan_id=2, drained=[1, 99], loads=[(2, 0)]), [])
+    result = run_plan(executor, PlanStandIn(plan_id=2, drained=[1, 99], loads=[(2, 0)]), [])
 
     assert (result.plan_id, result.loaded_adapter_ids, result.failed_adapter_ids) == (2, [2], {})
     assert result.sampled_token_ids.shape == (0,)
@@ -233,6 +234,171 @@ def test_drained_adapter_is_gone_before_its_slot_is_loaded(model_path, reference
     run = HandMadeRun(executor, _greedy(_prompt(6)), [3, 4, 5], slot=0)
     run.finish([6], 3)
     assert run.state.output_token_ids == reference.greedy(_prompt(6), 3, second)
+
+
+def test_evicted_adapter_is_off_the_device_and_comes_back_into_another_slot(model_path, reference):
+    executor = _executor(model_path)
+    adapter = _adapter(executor, 1, 2, ("v_proj", "down_proj"))
+    executor.lora.add(1, adapter)
+    run_plan(executor, PlanStandIn(loads=[(1, 0)]))
+    first = HandMadeRun(executor, _greedy(_prompt(6)), [0, 1, 2], slot=0)
+    first.finish([6], 3)
+
+    run_plan(executor, PlanStandIn(evicted=[1]))
+    slots = [entry.adapter_slot for entry in executor.lora.snapshot()]
+    run_plan(executor, PlanStandIn(loads=[(1, 2)]))
+    second = HandMadeRun(executor, _greedy(_prompt(6)), [3, 4, 5], row=1, slot=2)
+    second.finish([6], 3)
+
+    assert slots == [-1]
+    assert first.state.output_token_ids == second.state.output_token_ids
+    assert second.state.output_token_ids == reference.greedy(_prompt(6), 3, adapter)
+    with pytest.raises(InternalError, match="evicted but is in no slot"):
+        run_plan(executor, PlanStandIn(evicted=[1, 1]))
+
+
+def test_evicted_slot_serves_nothing(model_path):
+    executor = _executor(model_path)
+    executor.lora.add(1, _adapter(executor, 1, 2, ("v_proj",)))
+    run_plan(executor, PlanStandIn(loads=[(1, 0)]))
+    run_plan(executor, PlanStandIn(evicted=[1]))
+    with pytest.raises(LookupError, match="adapter slot 0 holds no adapter"):
+        HandMadeRun(executor, _greedy(_prompt(6)), [0, 1], slot=0).step(6)
+
+
+def test_slot_of_an_evicted_adapter_is_taken_in_the_same_plan(model_path, reference):
+    executor = _executor(model_path)
+    second = _adapter(executor, 2, 3, ("q_proj",))
+    executor.lora.add(1, _adapter(executor, 1, 2, ("v_proj", "down_proj")))
+    executor.lora.add(2, second)
+    run_plan(executor, PlanStandIn(loads=[(1, 0)]))
+
+    result = run_plan(executor, PlanStandIn(evicted=[1], loads=[(2, 0)]))
+
+    run = HandMadeRun(executor, _greedy(_prompt(6)), [0, 1, 2], slot=0)
+    run.finish([6], 3)
+    assert result.loaded_adapter_ids == [2]
+    assert [entry.adapter_slot for entry in executor.lora.snapshot()] == [-1, 0]
+    assert run.state.output_token_ids == reference.greedy(_prompt(6), 3, second)
+
+
+def test_rows_of_an_adapter_whose_load_fails_in_their_plan_fail_alone(model_path, reference):
+    """Also in the plan after it, which was made before anybody knew."""
+    executor = _executor(model_path)
+    states = [_greedy(_prompt(6)), _greedy(_prompt(6, seed=1))]
+    victim, other = (
+        HandMadeRun(executor, state, [4 * i, 4 * i + 1], row=i, slot=slot)
+        for i, (state, slot) in enumerate(zip(states, (0, -1), strict=True))
+    )
+    one, two = victim.plan(6), other.plan(6)
+    plan = dataclasses.replace(
+        one,
+        rows=[*one.rows, *two.rows],
+        tokens=[*one.tokens, *two.tokens],
+        deltas=[*one.deltas, *two.deltas],
+        loads=[(9, 0)],
+    )
+    executor.submit(plan, states)
+    rows = [{"page_table_row": i, "num_computed_tokens": 6, "adapter_slot": -i} for i in range(2)]
+    executor.submit(PlanStandIn(plan_id=2, rows=rows, tokens=[-1, -1]), states)
+    first, second = executor.collect(), executor.collect()
+    run_plan(executor, PlanStandIn(plan_id=3, evicted=[9]))  # Nobody knew when it was made, either.
+
+    assert list(first.failed_adapter_ids) == [9]
+    assert list(first.row_errors) == list(second.row_errors) == [0]
+    assert "could not be brought to the device" in second.row_errors[0]
+    assert states[0].output_token_ids == []
+    assert states[1].output_token_ids == reference.greedy(_prompt(6, seed=1), 2)
+
+
+# --- Overlap ------------------------------------------------------------------------------------------------
+
+
+def _decode_of_unknown(run: HandMadeRun, **fields) -> PlanStandIn:
+    """The decode step after the newest plan of the run, made before that plan has run."""
+    row = {"page_table_row": run.row, "num_computed_tokens": run.computed, "adapter_slot": run.slot}
+    return PlanStandIn(plan_id=50 + run.computed, rows=[row], tokens=[-1], **fields)
+
+
+def test_plan_made_before_its_input_token_is_known_reads_it_from_the_row(model_path, reference):
+    executor = _executor(model_path)
+    run = HandMadeRun(executor, _greedy(_prompt(9)), [0, 1, 2, 3], row=5)
+    executor.submit(run.plan(9), [run.state])
+    run.computed = 9
+    results = []
+    for _ in range(6):
+        executor.submit(_decode_of_unknown(run), [run.state])
+        run.computed += 1
+        results.append(executor.collect())
+    results.append(executor.collect())
+
+    expected = reference.greedy(_prompt(9), 7)
+    assert run.state.output_token_ids == expected
+    assert [int(result.sampled_token_ids[0]) for result in results] == expected
+
+
+@pytest.mark.parametrize("max_in_flight", [1, 2])
+@pytest.mark.parametrize(("num_pages", "chunk"), [(64, 64), (64, 9), (16, 16)])
+def test_penalties_and_seeds_see_the_token_of_the_plan_before(model_path, num_pages, chunk, max_in_flight):
+    params = [
+        {"temperature": 0.0, "repetition_penalty": 1.3, "frequency_penalty": 0.7, "presence_penalty": 0.4},
+        {"temperature": 1.1, "top_k": 20, "seed": 7, "repetition_penalty": 1.2},
+        {"temperature": 0.8, "top_p": 0.9, "seed": 8, "min_tokens": 6, "stop_token_ids": [3], "logprobs": 2},
+    ]
+    tokens = {}
+    for in_flight in {1, max_in_flight}:
+        executor = _executor(model_path, num_device_pages=num_pages)
+        run = _run(executor, max_num_batched_tokens=chunk, max_in_flight=in_flight)
+        for request_id in range(6):
+            state = make_state(
+                _prompt(7 + request_id, request_id), vocab_size=VOCAB, **params[request_id % 3]
+            )
+            run.add(request_id, state, max_tokens=18)
+            run.step()
+        run.finish()
+        tokens[in_flight] = [run.states[request_id].output_token_ids for request_id in range(6)]
+        executor.close()
+    assert tokens[1] == tokens[max_in_flight]
+    assert all(len(output) == 18 for output in tokens[1])
+
+
+def test_row_that_failed_fails_in_the_plan_that_waits_for_its_token_too(model_path, reference):
+    executor = _executor(model_path)
+    states = [_greedy(_prompt(6, seed=seed)) for seed in range(2)]
+    runs = [
+        HandMadeRun(executor, state, [4 * i, 4 * i + 1, 4 * i + 2], row=i) for i, state in enumerate(states)
+    ]
+    for run in runs:
+        run.step(6)
+    executor._kv_layers[0].v[4] = torch.nan
+
+    def plan_of(rows_of, tokens):
+        return PlanStandIn(rows=[row for plan in rows_of for row in plan.rows], tokens=tokens)
+
+    known = [run.plan(1) for run in runs]
+    executor.submit(plan_of(known, [token for plan in known for token in plan.tokens]), states)
+    for run in runs:
+        run.computed += 1
+    executor.submit(plan_of([_decode_of_unknown(run) for run in runs], [-1, -1]), states)
+    first, second = executor.collect(), executor.collect()
+
+    assert list(first.row_errors) == list(second.row_errors) == [1]
+    assert "not finite" in first.row_errors[1]
+    assert "no token to go on from" in second.row_errors[1]
+    assert second.sampled_token_ids[1] == -1
+    assert states[0].output_token_ids == reference.greedy(_prompt(6), 3)
+    assert len(states[1].output_token_ids) == 1
+
+
+def test_report_between_plans_is_empty_and_takes_nothing_from_a_plan_on_its_way(model_path):
+    executor = _executor_with_host_tier(model_path, 4)
+    executor.submit(PlanStandIn(transfers=[(3, WRITE_BACK, [5], [0])]), [])
+    early = executor.report()
+    result = executor.collect()
+    late = executor.report()
+
+    assert (early.plan_id, early.completed_transfer_ids, late.completed_transfer_ids) == (-1, [], [])
+    assert result.completed_transfer_ids == [3]
 
 
 # --- Copies between the tiers -------------------------------------------------------------------------------
@@ -248,11 +414,13 @@ def test_request_goes_on_elsewhere_from_pages_that_were_on_the_host(model_path, 
     run = HandMadeRun(executor, _greedy(_prompt(10)), [0, 1, 2, 3])
     run.finish([10], 4)  # The KV of 13 tokens: three full pages and a rest.
 
-    written = executor.execute(PlanStandIn(plan_id=90, transfers=[(5, WRITE_BACK, [0, 1, 2], [7, 2, 4])]), [])
+    written = run_plan(
+        executor, PlanStandIn(plan_id=90, transfers=[(5, WRITE_BACK, [0, 1, 2], [7, 2, 4])]), []
+    )
     HandMadeRun(executor, _greedy(_prompt(15, seed=3)), [0, 1, 2, 3], row=1).finish([15], 1)
     run.preempt([9, 0, 8, 20, 21], num_kept=12)
     plan = dataclasses.replace(run.plan(2), transfers=[(6, LOAD_BACK, [7, 2, 4], [9, 0, 8])])
-    loaded = executor.execute(plan, [run.state])  # The plan's rows read what its copies have brought.
+    loaded = run_plan(executor, plan, [run.state])  # The plan's rows read what its copies have brought.
 
     assert (written.completed_transfer_ids, written.failed_transfer_ids) == ([5], {})
     assert written.sampled_token_ids.shape == (0,)
@@ -270,7 +438,7 @@ def test_failed_copy_leaves_the_rows_of_its_plan_alone(model_path, reference, mo
     run = HandMadeRun(executor, _greedy(_prompt(6)), [0, 1, 2])
     plan = dataclasses.replace(run.plan(6), transfers=[(0, WRITE_BACK, [5], [0])])
 
-    result = executor.execute(plan, [run.state])
+    result = run_plan(executor, plan, [run.state])
 
     assert result.completed_transfer_ids == []
     assert result.failed_transfer_ids == {0: "RuntimeError: no such luck"}
@@ -282,7 +450,7 @@ def test_copy_without_a_host_tier_is_an_internal_error(model_path):
 
     assert executor.num_host_pages == 0
     with pytest.raises(InternalError, match=r"destination pages 0 to 0 .* in \[0, 0\)"):
-        executor.execute(PlanStandIn(transfers=[(0, WRITE_BACK, [0], [0])]), [])
+        run_plan(executor, PlanStandIn(transfers=[(0, WRITE_BACK, [0], [0])]), [])
 
 
 # --- Rows -------------------------------------------------------------------------------------------------
@@ -297,7 +465,8 @@ def test_row_with_nan_fails_alone(model_path, reference):
     executor._kv_layers[0].v[4] = torch.nan
     plans = [run.plan(1) for run in runs]
 
-    result = executor.execute(
+    result = run_plan(
+        executor,
         PlanStandIn(
             plan_id=9,
             rows=[row for plan in plans for row in plan.rows],
@@ -338,17 +507,30 @@ def test_logits_are_computed_only_for_rows_that_sample(model_path, monkeypatch):
     assert results[2].logprobs[0].token_id == run.state.output_token_ids[1]
 
 
-def test_plan_that_does_not_fit_its_states_is_an_internal_error(model_path):
+def test_plan_that_does_not_fit_its_states_breaks_the_executor_for_good(model_path):
     executor = _executor(model_path)
     run = HandMadeRun(executor, _greedy(_prompt(4)), [0, 1])
+    good = run.plan(4)
 
-    with pytest.raises(InternalError, match="1 rows but came with 0 states"):
-        executor.execute(run.plan(4), [])
+    executor.submit(run.plan(4), [])
+    executor.submit(good, [run.state])
+
+    for _ in range(2):
+        with pytest.raises(InternalError, match="1 rows but came with 0 states"):
+            executor.collect()
+    assert run.state.output_token_ids == []
+
+
+def test_token_of_another_position_is_an_internal_error(model_path):
+    executor = _executor(model_path)
+    run = HandMadeRun(executor, _greedy(_prompt(4)), [0, 1])
     run.step(4)
     run.state.append_output(3, 5)
     with pytest.raises(InternalError, match="next position is 6"):
-        run.executor.execute(
-            PlanStandIn(rows=[{"num_computed_tokens": 4}], tokens=[1], deltas=[(0, 0, [0, 1])]), [run.state]
+        run_plan(
+            executor,
+            PlanStandIn(rows=[{"num_computed_tokens": 4}], tokens=[1], deltas=[(0, 0, [0, 1])]),
+            [run.state],
         )
 
 

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 
+from lora_serve.common.errors import InternalError
 from lora_serve.executor import sampler
-from lora_serve.executor.sampler import Sampler
+from lora_serve.executor.sampler import sample
 
 from .states import make_state
 
@@ -33,7 +34,7 @@ def test_greedy_takes_the_best_token_and_the_lowest_id_among_equals():
     logits[1, [5, 9, 30]] = 50.0
     logits[3] = 0.0
 
-    result = Sampler(seed=0).sample(logits, [make_state(temperature=0.0)] * 4)
+    result = sample(logits, [make_state(temperature=0.0)] * 4)
 
     assert result.token_ids.tolist() == [int(logits[0].argmax()), 5, int(logits[2].argmax()), 0]
     assert result.token_ids.dtype == np.int32
@@ -44,7 +45,7 @@ def test_greedy_takes_the_best_token_and_the_lowest_id_among_equals():
 def test_adjusted_greedy_takes_the_lowest_id_among_equals():
     logits = torch.zeros(2, VOCAB)
 
-    result = Sampler(seed=0).sample(
+    result = sample(
         logits, [make_state(temperature=0.0, logit_bias={9: 4.0, 3: 4.0}), make_state(temperature=0.0)]
     )
 
@@ -57,7 +58,7 @@ def test_greedy_is_chosen_from_adjusted_logits_and_logprobs_are_of_the_raw_ones(
     state = make_state([1], temperature=0.0, logit_bias={best: -100.0}, logprobs=2)
     before = logits.clone()
 
-    result = Sampler(seed=0).sample(logits, [state])
+    result = sample(logits, [state])
 
     raw = torch.log_softmax(before[0], dim=-1)
     entry = result.logprobs[0]
@@ -97,7 +98,7 @@ def test_draws_follow_the_exact_distribution(params):
     expected = scaled.masked_fill(~kept, -torch.inf).softmax(-1).numpy()
     states = [make_state(vocab_size=12, seed=seed, **params) for seed in range(num_draws)]
 
-    result = Sampler(seed=0).sample(logits.expand(num_draws, -1), states)
+    result = sample(logits.expand(num_draws, -1), states)
 
     assert _chi_square_is_plausible(result.token_ids, expected)
     wrong = np.roll(expected, 1)
@@ -108,10 +109,9 @@ def test_tokens_drawn_at_the_positions_of_one_request_follow_the_distribution():
     num_draws = 5_000
     logits = _logits(1, seed=4, vocab_size=12)
     state = make_state([1], vocab_size=12, temperature=1.0, seed=11)
-    chooser = Sampler(seed=0)
 
     for position in range(1, num_draws + 1):
-        state.append_output(int(chooser.sample(logits, [state]).token_ids[0]), position)
+        state.append_output(int(sample(logits, [state]).token_ids[0]), position)
 
     expected = logits[0].double().softmax(-1).numpy()
     assert _chi_square_is_plausible(np.array(state.output_token_ids), expected)
@@ -121,64 +121,34 @@ def test_seeded_token_does_not_depend_on_the_batch():
     target = _logits(1, seed=7)
     other = _logits(9, seed=8)
     params = {"temperature": 1.3, "top_p": 0.95, "top_k": 20, "seed": -77}
-    alone = Sampler(seed=0).sample(target, [make_state([1], [4, 5], **params)]).token_ids[0]
+    alone = sample(target, [make_state([1], [4, 5], **params)]).token_ids[0]
 
     for row in (0, 4, 9):
         logits = torch.cat([other[:row], target, other[row:]])
         states = [
-            make_state(temperature=0.0 if i % 2 else 0.9, top_k=i, repetition_penalty=1 + i / 9)
+            make_state(temperature=0.0 if i % 2 else 0.9, top_k=i, repetition_penalty=1 + i / 9, seed=i)
             for i in range(9)
         ]
         states.insert(row, make_state([9, 9, 9], [4, 5], **params))
-        result = Sampler(seed=row).sample(logits, states)
+        result = sample(logits, states)
         assert result.token_ids[row] == alone
 
 
 def test_seed_and_output_position_both_change_the_draw():
     logits = torch.zeros(1, 1000)
-    chooser = Sampler(seed=0)
 
     def draw(seed: int, num_output: int) -> int:
         state = make_state([1], [2] * num_output, vocab_size=1000, temperature=1.0, seed=seed)
-        return int(chooser.sample(logits, [state]).token_ids[0])
+        return int(sample(logits, [state]).token_ids[0])
 
     drawn = [draw(seed, num_output) for seed in range(3) for num_output in range(3)]
     assert len(set(drawn)) > 5
     assert drawn == [draw(seed, num_output) for seed in range(3) for num_output in range(3)]
 
 
-def test_requests_without_a_seed_draw_from_the_engines_stream():
-    logits = torch.zeros(20, 1000)
-
-    def draw(engine_seed: int) -> list[int]:
-        states = [make_state(vocab_size=1000, temperature=1.0) for _ in range(20)]
-        return Sampler(engine_seed).sample(logits, states).token_ids.tolist()
-
-    assert draw(1) == draw(1)
-    assert draw(1) != draw(2)
-    assert len(set(draw(1))) > 10
-
-
-def test_request_without_a_seed_keeps_the_one_it_got():
-    state = make_state(vocab_size=1000, temperature=1.0)
-    chooser = Sampler(seed=3)
-    first = chooser.sample(torch.zeros(1, 1000), [state]).token_ids[0]
-    given = state.seed
-
-    second = chooser.sample(torch.zeros(1, 1000), [state]).token_ids[0]
-
-    assert given is not None
-    assert state.seed == given
-    assert first == second  # nothing was appended: the same output position
-
-
-def test_greedy_request_takes_no_seed_from_the_stream():
-    chooser = Sampler(seed=3)
-    greedy = make_state(temperature=0.0)
-
-    chooser.sample(_logits(1), [greedy])
-
-    assert greedy.seed is None
+def test_request_that_draws_without_a_seed_is_an_internal_error():
+    with pytest.raises(InternalError, match="without a seed"):
+        sample(torch.zeros(1, VOCAB), [make_state(temperature=1.0)])
 
 
 def test_stop_tokens_are_not_sampled_before_min_tokens():
@@ -187,10 +157,9 @@ def test_stop_tokens_are_not_sampled_before_min_tokens():
     logits[0, 7] = 10.0
     logits[0, 9] = 0.0
     state = make_state([1], temperature=0.0, min_tokens=2, stop_token_ids=[7], eos=(4,), ignore_eos=True)
-    chooser = Sampler(seed=0)
 
     for position in range(1, 4):
-        state.append_output(int(chooser.sample(logits, [state]).token_ids[0]), position)
+        state.append_output(int(sample(logits, [state]).token_ids[0]), position)
 
     assert state.output_token_ids == [9, 9, 4]
 
@@ -202,9 +171,9 @@ def test_row_without_finite_logits_is_an_error_and_the_others_go_on(bad):
     logits[2] = -torch.inf
     params = [{"temperature": 0.0}, {"temperature": 0.0}, {"temperature": 1.0, "logprobs": 1}]
     states = [make_state(seed=1, **p) for p in params] + [make_state(temperature=1.0, seed=2, logprobs=2)]
-    expected = Sampler(seed=0).sample(logits[[0, 3]], [states[0], states[3]])
+    expected = sample(logits[[0, 3]], [states[0], states[3]])
 
-    result = Sampler(seed=0).sample(logits, states)
+    result = sample(logits, states)
 
     assert sorted(result.row_errors) == [1, 2]
     assert "not finite" in result.row_errors[1]
@@ -216,10 +185,10 @@ def test_row_without_finite_logits_is_an_error_and_the_others_go_on(bad):
 def test_row_whose_every_token_is_banned_is_an_error(temperature):
     states = [
         make_state(temperature=temperature, vocab_size=3, min_tokens=3, stop_token_ids=[0, 1, 2]),
-        make_state(temperature=temperature, vocab_size=3, min_tokens=3, stop_token_ids=[0, 1]),
+        make_state(temperature=temperature, vocab_size=3, min_tokens=3, stop_token_ids=[0, 1], seed=0),
     ]
 
-    result = Sampler(seed=0).sample(torch.randn(2, 3, generator=torch.Generator().manual_seed(0)), states)
+    result = sample(torch.randn(2, 3, generator=torch.Generator().manual_seed(0)), states)
 
     assert list(result.row_errors) == [0]
     assert result.token_ids.tolist() == [-1, 2]
@@ -229,7 +198,7 @@ def test_smallest_temperature_draws_the_best_token():
     logits = _logits(5) * 1e4
     states = [make_state(temperature=1e-5, seed=seed) for seed in range(5)]
 
-    result = Sampler(seed=0).sample(logits, states)
+    result = sample(logits, states)
 
     assert result.token_ids.tolist() == logits.argmax(dim=-1).tolist()
 
@@ -240,13 +209,13 @@ def test_extreme_uniform_numbers_never_draw_a_dropped_token(uniform, token_id, m
     logits = torch.tensor([[-1.0, 2.0, -3.0, 2.0, -2.0]])
     state = make_state(vocab_size=5, temperature=1.0, top_k=2, seed=0)
 
-    result = Sampler(seed=0).sample(logits, [state])
+    result = sample(logits, [state])
 
     assert result.token_ids.tolist() == [token_id]
 
 
 def test_no_rows_give_no_tokens():
-    result = Sampler(seed=0).sample(torch.empty(0, VOCAB), [])
+    result = sample(torch.empty(0, VOCAB), [])
 
     assert result.token_ids.shape == (0,)
     assert (result.logprobs, result.row_errors) == ([], {})

@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from lora_serve.executor.uniform_stream import seeded_uniforms
+from lora_serve.executor.uniform_stream import SeedStream, seeded_uniforms
 
 NUM_DRAWS = 40_000
 
@@ -44,3 +44,13 @@ def test_seeds_are_taken_modulo_two_to_the_64():
     negative, beyond = seeded_uniforms([-1, 2**64 - 1 + 2**64], [5, 5])
 
     assert negative == beyond
+
+
+def test_stream_gives_the_same_different_seeds_again():
+    def seeds(of: int) -> list[int]:
+        stream = SeedStream(of)
+        return [stream.next_seed() for _ in range(100)]
+
+    assert seeds(1) == seeds(1)
+    assert len({*seeds(1), *seeds(2)}) == 200
+    assert all(0 <= seed < 2**52 for seed in seeds(3))

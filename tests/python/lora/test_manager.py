@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import gc
+import threading
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 
@@ -102,6 +103,59 @@ def test_slots_do_not_disturb_each_other(tmp_path):
     manager.remove(2)
     assert entries_of_slot(targets, 0) == before
     assert entries_of_slot(targets, 1) == [None] * len(before)
+
+
+def test_evicted_adapter_is_in_no_table_and_can_be_installed_again(tmp_path):
+    targets = make_targets()
+    manager = loaded_manager(targets, tmp_path, {"rank": 2}, {"rank": 4})
+    manager.install(1, 0)
+    manager.install(2, 1)
+    before = entries_of_slot(targets, 0)
+    other = entries_of_slot(targets, 1)
+
+    manager.evict(1)
+
+    assert [r.adapter_slot for r in manager.snapshot()] == [NO_SLOT, 1]
+    assert entries_of_slot(targets, 0) == [None] * len(before)
+    assert entries_of_slot(targets, 1) == other
+    assert 1 in manager
+    manager.install(1, 3)
+    for again, first in zip(entries_of_slot(targets, 3), before, strict=True):
+        assert [m is None for m in again] == [m is None for m in first]
+        assert all(m is n or torch.equal(m.a, n.a) for m, n in zip(again, first, strict=True))
+
+
+def test_evicting_what_is_not_on_the_device_is_an_error(tmp_path):
+    manager = loaded_manager(make_targets(), tmp_path, {"rank": 2})
+    with pytest.raises(InternalError, match="generation 1 is evicted but is in no slot"):
+        manager.evict(1)
+    with pytest.raises(AdapterNotFoundError):
+        manager.evict(2)
+
+
+def test_adapters_can_be_added_and_looked_up_while_others_come_and_go(tmp_path):
+    manager = loaded_manager(make_targets(), tmp_path, {"rank": 2}, {"rank": 4})
+    adapter = manager.read(str(tmp_path / "1"))
+    ends = threading.Event()
+
+    def run_steps():
+        while not ends.is_set():
+            for adapter_id in (1, 2):
+                manager.install(adapter_id, adapter_id)
+            for adapter_id in (1, 2):
+                manager.evict(adapter_id)
+
+    with ThreadPoolExecutor(1) as pool:
+        steps = pool.submit(run_steps)
+        for adapter_id in range(3, 1500):
+            manager.add(adapter_id, adapter)
+            held = manager.snapshot()
+            assert [r.adapter_id for r in held] == [1, 2, adapter_id]
+            assert {r.adapter_slot for r in held} <= {NO_SLOT, 1, 2}
+            manager.remove(adapter_id)
+            assert adapter_id not in manager
+        ends.set()
+        steps.result(timeout=30)
 
 
 @pytest.mark.parametrize("is_installed", [True, False])

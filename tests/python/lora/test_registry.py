@@ -126,15 +126,15 @@ def test_pin_changes_and_nothing_else_of_the_generation_does():
     registry = AdapterRegistry()
     old = registry.new_generation("sql", content("aa"))
     registry.publish(old)
-    pinned = registry.set_pinned(old.adapter_id, pinned=True)
+    pinned = registry.set_sharing(old.adapter_id, pinned=True, weight=1.0)
     assert pinned == dataclasses.replace(old, pinned=True)
     assert not old.pinned
     assert registry.find("sql") is registry.get(old.adapter_id) is registry.generations()[0] is pinned
-    assert registry.set_pinned(old.adapter_id, pinned=True) is pinned
+    assert registry.set_sharing(old.adapter_id, pinned=True, weight=1.0) is pinned
     assert registry.retire("sql") is pinned
     registry.forget(old.adapter_id)
     with pytest.raises(AdapterNotFoundError):
-        registry.set_pinned(old.adapter_id, pinned=False)
+        registry.set_sharing(old.adapter_id, pinned=False, weight=1.0)
 
 
 def test_pin_of_a_generation_without_the_name_does_not_give_it_the_name():
@@ -142,10 +142,10 @@ def test_pin_of_a_generation_without_the_name_does_not_give_it_the_name():
     old = registry.new_generation("sql", content("aa"))
     registry.publish(old)
     new = registry.new_generation("sql", content("bb"))
-    assert registry.set_pinned(new.adapter_id, pinned=True).pinned
+    assert registry.set_sharing(new.adapter_id, pinned=True, weight=1.0).pinned
     assert registry.find("sql") is old
     assert registry.publish(registry.get(new.adapter_id)) is old
-    assert registry.set_pinned(old.adapter_id, pinned=True).pinned
+    assert registry.set_sharing(old.adapter_id, pinned=True, weight=1.0).pinned
     assert registry.find("sql") is registry.get(new.adapter_id)
 
 

@@ -230,8 +230,9 @@ def test_errors_are_the_classes_of_common_errors(scheduler: Scheduler) -> None:
     with pytest.raises(InvalidArgumentError, match="request 1 is live already"):
         scheduler.add_request(make_request(1))
     scheduler.next_plan(0)
-    with pytest.raises(InternalError, match="plan 0 is outstanding"):
-        scheduler.next_plan(1)
+    scheduler.next_plan(1)
+    with pytest.raises(InternalError, match="outstanding"):
+        scheduler.next_plan(2)
     assert issubclass(AdapterNotFoundError, NotFoundError)
     assert issubclass(InternalError, LoraServeError)
 
@@ -245,7 +246,7 @@ def test_event_that_does_not_answer_the_plan_is_refused_and_changes_nothing(sche
         scheduler.advance(event_of(plan, is_finished=[]))
     with pytest.raises(InvalidArgumentError, match="the event of plan 9 came while plan 0"):
         scheduler.advance(event_of(plan, plan_id=9))
-    with pytest.raises(InvalidArgumentError, match="adapters \\[3\\]"):
+    with pytest.raises(InvalidArgumentError, match="the load of adapter 3"):
         scheduler.advance(event_of(plan, failed_adapter_ids=[3]))
     with pytest.raises(InvalidArgumentError, match="is_finished has the value 256"):
         event_of(plan, is_finished=[256])
@@ -257,7 +258,6 @@ def test_event_that_does_not_answer_the_plan_is_refused_and_changes_nothing(sche
 def test_failed_load_is_shown_and_its_requests_wait_for_the_caller(scheduler: Scheduler) -> None:
     scheduler.open_adapter(adapter_id=4, digest_seed=0, size_bytes=0)
     scheduler.add_request(make_request(1, adapter_id=4))
-    assert scheduler.stats().adapters[1].state == AdapterState.REGISTERED
     plan = scheduler.next_plan(0)
     assert scheduler.stats().adapters[1].state == AdapterState.LOADING
     scheduler.advance(event_of(plan, loaded_adapter_ids=(), failed_adapter_ids=plan.load_adapter_ids))

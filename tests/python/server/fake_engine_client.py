@@ -9,16 +9,11 @@ from typing import Any
 
 from lora_serve.common.errors import AdapterNotFoundError, InvalidArgumentError, LoraServeError
 from lora_serve.common.outputs import CompletionOutput, Logprob, RequestOutput
+from lora_serve.common.queueing import DEFAULT_QUEUEING, Queueing
 from lora_serve.common.sampling_params import SamplingParams
-from lora_serve.engine.messages import (
-    AdapterInfo,
-    AdmissionResult,
-    EngineStats,
-    LoadAdapterResult,
-    ModelInfo,
-    UnloadAdapterResult,
-)
+from lora_serve.engine.messages import AdmissionResult, LoadAdapterResult, ModelInfo, UnloadAdapterResult
 from lora_serve.engine.request_stream import RequestStream
+from lora_serve.engine.status import AdapterInfo, EngineStats
 
 VOCABULARY = 256
 MAX_MODEL_LEN = 128
@@ -38,6 +33,7 @@ class Submission:
     params: SamplingParams
     lora_name: str | None
     stream: RequestStream
+    queueing: Queueing
 
 
 @dataclass
@@ -78,6 +74,7 @@ class FakeEngineClient:
         *,
         lora_name: str | None = None,
         request_id: str | None = None,
+        queueing: Queueing = DEFAULT_QUEUEING,
     ) -> RequestStream:
         await asyncio.sleep(self.submit_delay_s)
         if lora_name is not None and lora_name not in self.adapters:
@@ -103,7 +100,7 @@ class FakeEngineClient:
                 AdmissionResult(adapter_id=info.adapter_id, content_digest=info.content_digest)
             )
         prompt = prompt if isinstance(prompt, str) else token_ids
-        self.submissions.append(Submission(prompt, sampling_params, lora_name, stream))
+        self.submissions.append(Submission(prompt, sampling_params, lora_name, stream, queueing))
         self._answer(stream, sampling_params, lora_name)
         return stream
 
@@ -153,11 +150,17 @@ class FakeEngineClient:
         return [ord(char) for message in messages for char in message["content"]]
 
     async def load_lora_adapter(
-        self, name: str, path: str, *, load_inplace: bool = False, pinned: bool = False
+        self,
+        name: str,
+        path: str,
+        *,
+        load_inplace: bool = False,
+        pinned: bool = False,
+        weight: float = 1.0,
     ) -> LoadAdapterResult:
         if self.load_error is not None:
             raise self.load_error
-        self.operations.append(("load", name, path, load_inplace, pinned))
+        self.operations.append(("load", name, path, load_inplace, pinned, weight))
         was_loaded = name in self.adapters
         info = self.adapters.setdefault(name, adapter_info(name, len(self.adapters) + 1))
         return LoadAdapterResult(
@@ -192,8 +195,12 @@ def adapter_info(name: str, adapter_id: int, *, is_serving: bool = True) -> Adap
         lora_rank=8,
         num_bytes=1000,
         pinned=False,
+        weight=1.0,
         is_serving=is_serving,
         state="resident" if is_serving else "draining",
+        is_closed=False,
+        is_paused=False,
+        load_failed=False,
         tier="device",
         adapter_slot=adapter_id - 1,
         num_waiting_requests=0,
@@ -203,6 +210,11 @@ def adapter_info(name: str, adapter_id: int, *, is_serving: bool = True) -> Adap
         num_host_pages=0,
         total_hit_tokens=0,
         total_missed_tokens=0,
+        total_scheduled_tokens=0,
+        total_started_requests=0,
+        total_queue_us=0,
+        total_loads=1,
+        total_evictions=0,
     )
 
 

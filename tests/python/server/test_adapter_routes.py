@@ -28,7 +28,7 @@ def test_load_and_unload_with_and_without_v1(prefix):
     }
     unloaded = call(app, "POST", f"{prefix}/unload_lora_adapter", json={"lora_name": "new", "force": True})
     assert unloaded.status_code == 200
-    assert client.operations == [("load", "new", "/adapters/new", False, True), ("unload", "new", True)]
+    assert client.operations == [("load", "new", "/adapters/new", False, True, 1.0), ("unload", "new", True)]
 
 
 def test_loading_what_is_loaded_says_so():
@@ -38,7 +38,7 @@ def test_loading_what_is_loaded_says_so():
     again = call(app, "POST", "/v1/load_lora_adapter", json={**LOAD, "load_inplace": True})
     assert again.status_code == 200
     assert again.json()["already_loaded"] is True
-    assert client.operations == [("load", "new", "/adapters/new", True, False)] * 2
+    assert client.operations == [("load", "new", "/adapters/new", True, False, 1.0)] * 2
     assert "already loaded" in again.json()["message"]
 
 

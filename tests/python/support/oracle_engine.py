@@ -13,9 +13,9 @@ from support.tiny_checkpoint import VOCAB_SIZE
 class SlowOracle(OracleExecutor):
     """Takes a moment for each step, so that a test can act while requests run."""
 
-    def execute(self, plan, states=()):
+    def run_plan(self, plan, states):
         time.sleep(0.02)
-        return super().execute(plan, states)
+        return super().run_plan(plan, states)
 
 
 class BreakingOracle(OracleExecutor):
@@ -23,11 +23,11 @@ class BreakingOracle(OracleExecutor):
 
     num_steps = 0
 
-    def execute(self, plan, states=()):
+    def run_plan(self, plan, states):
         self.num_steps += 1
         if self.num_steps == 3:
             raise RuntimeError("the third step broke")
-        return super().execute(plan, states)
+        return super().run_plan(plan, states)
 
 
 def _options(config: EngineConfig) -> OracleOptions:

@@ -7,15 +7,17 @@ import pytest
 
 from executor.hand_made_run import HandMadeRun
 from executor.plans import PlanStandIn
+from executor.run_plan import run_plan
 from executor.states import make_state
 from lora_serve.common.errors import InternalError
-from lora_serve.testing.oracle_executor import CopyOutcome, OracleExecutor, OracleOptions, oracle_tokens
+from lora_serve.testing.oracle_executor import OracleExecutor, OracleOptions, Outcome
+from lora_serve.testing.oracle_tokens import oracle_tokens
 
 VOCAB = 1000
 WRITE_BACK, LOAD_BACK = 0, 1
 
 
-def _oracle(outcome: CopyOutcome = CopyOutcome.DONE) -> OracleExecutor:
+def _oracle(outcome: Outcome = Outcome.DONE) -> OracleExecutor:
     oracle = OracleExecutor(
         OracleOptions(num_device_pages=20, page_size=4, max_num_seqs=8, max_model_len=64, num_host_pages=10)
     )
@@ -29,13 +31,13 @@ def _state(length: int, seed: int = 0):
 
 
 def _copy(oracle: OracleExecutor, *transfers: tuple[int, int, list[int], list[int]]):
-    return oracle.execute(PlanStandIn(transfers=list(transfers)))
+    return run_plan(oracle, PlanStandIn(transfers=list(transfers)))
 
 
 def _run_with_pages_on_host(oracle: OracleExecutor, adapter_id: int = 0) -> HandMadeRun:
     """A request of 13 tokens, eight of them in host pages 3 and 1 and no longer on the device."""
     if adapter_id:
-        oracle.execute(PlanStandIn(loads=[(adapter_id, 2)]))
+        run_plan(oracle, PlanStandIn(loads=[(adapter_id, 2)]))
     run = HandMadeRun(oracle, _state(13), [0, 4, 2, 5], slot=2 if adapter_id else -1)
     run.step(8)
     _copy(oracle, (0, WRITE_BACK, [0, 4], [3, 1]))
@@ -83,7 +85,7 @@ def test_copy_from_another_requests_page_changes_the_token():
 def test_failed_copy_leaves_nothing_to_read():
     oracle = _oracle()
     run = _run_with_pages_on_host(oracle)
-    oracle.copy_outcome = lambda transfer_id: CopyOutcome.FAILED
+    oracle.copy_outcome = lambda transfer_id: Outcome.FAILED
 
     result = _copy(oracle, (1, LOAD_BACK, [3, 1], [7, 6]))
     run.preempt([7, 6, 5, 8], num_kept=8)
@@ -95,19 +97,19 @@ def test_failed_copy_leaves_nothing_to_read():
 
 
 def test_copies_end_when_the_test_says_so_in_any_order():
-    oracle = _oracle(CopyOutcome.UNDER_WAY)
+    oracle = _oracle(Outcome.UNDER_WAY)
     HandMadeRun(oracle, _state(8), [0, 1]).step(8)
 
     started = _copy(oracle, (0, WRITE_BACK, [0], [0]), (1, WRITE_BACK, [1], [1]))
-    oracle.copy_outcome = lambda transfer_id: CopyOutcome.DONE if transfer_id else CopyOutcome.UNDER_WAY
-    first = oracle.report_copies()
-    oracle.copy_outcome = lambda transfer_id: CopyOutcome.DONE
-    second = oracle.execute(PlanStandIn(loads=[(3, 0)]))
+    oracle.copy_outcome = lambda transfer_id: Outcome.DONE if transfer_id else Outcome.UNDER_WAY
+    first = oracle.report()
+    oracle.copy_outcome = lambda transfer_id: Outcome.DONE
+    second = run_plan(oracle, PlanStandIn(loads=[(3, 0)]))
 
     assert started.completed_transfer_ids == []
     assert (first.plan_id, first.completed_transfer_ids) == (-1, [1])
     assert second.completed_transfer_ids == [0]
-    assert oracle.report_copies().completed_transfer_ids == []
+    assert oracle.report().completed_transfer_ids == []
 
 
 # --- What may not be touched while it is copied -----------------------------------------------------------
@@ -116,7 +118,7 @@ def test_copies_end_when_the_test_says_so_in_any_order():
 def test_row_that_reads_a_page_before_it_has_arrived_is_reported():
     oracle = _oracle()
     run = _run_with_pages_on_host(oracle)
-    oracle.copy_outcome = lambda transfer_id: CopyOutcome.UNDER_WAY
+    oracle.copy_outcome = lambda transfer_id: Outcome.UNDER_WAY
     _copy(oracle, (1, LOAD_BACK, [3, 1], [7, 6]))
     run.preempt([7, 6, 5, 8], num_kept=8)
 
@@ -128,7 +130,7 @@ def test_row_that_reads_a_page_before_it_has_arrived_is_reported():
 def test_row_that_writes_a_page_while_it_is_copied_is_reported(pages):
     oracle = _oracle()
     _run_with_pages_on_host(oracle)
-    oracle.copy_outcome = lambda transfer_id: CopyOutcome.UNDER_WAY
+    oracle.copy_outcome = lambda transfer_id: Outcome.UNDER_WAY
     _copy(oracle, (1, WRITE_BACK, [0, 4], [5, 6]), (2, LOAD_BACK, [3, 1], [7, 6]))
 
     with pytest.raises(InternalError, match=r"a row writes device page [47] while it is copied"):
@@ -154,7 +156,7 @@ def test_copy_that_disturbs_another_or_copies_no_whole_page_is_reported(transfer
     run = _run_with_pages_on_host(oracle)
     run.preempt([10, 11, 2])
     run.step(10)  # leaves page 2 with two tokens
-    oracle.copy_outcome = lambda transfer_id: CopyOutcome.UNDER_WAY
+    oracle.copy_outcome = lambda transfer_id: Outcome.UNDER_WAY
     _copy(oracle, (0, LOAD_BACK, [3, 1], [15, 16]), (1, WRITE_BACK, [0, 4], [5, 6]))
 
     with pytest.raises(InternalError, match=message):

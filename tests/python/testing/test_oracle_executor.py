@@ -5,11 +5,13 @@ import pytest
 
 from executor.hand_made_run import HandMadeRun
 from executor.plans import PlanStandIn
+from executor.run_plan import run_plan
 from executor.scheduler_run import SchedulerRun
 from executor.states import make_state
 from lora_serve.common.errors import AdapterNotFoundError, InternalError
 from lora_serve.testing.oracle_adapters import OracleAdapterStore
-from lora_serve.testing.oracle_executor import OracleExecutor, OracleOptions, oracle_tokens
+from lora_serve.testing.oracle_executor import OracleExecutor, OracleOptions, Outcome
+from lora_serve.testing.oracle_tokens import oracle_tokens
 
 VOCAB = 1000
 
@@ -57,7 +59,7 @@ def test_tokens_depend_on_adapter_and_on_every_prompt_token_and_its_place():
 def test_hand_made_run_gives_the_tokens_of_the_request_alone(chunks, adapter_id):
     oracle = _oracle()
     if adapter_id:
-        oracle.execute(PlanStandIn(loads=[(adapter_id, 2)]))
+        run_plan(oracle, PlanStandIn(loads=[(adapter_id, 2)]))
     state = _state(_prompt(13))
     run = HandMadeRun(oracle, state, [30, 2, 17, 5, 9, 0], slot=2 if adapter_id else -1)
 
@@ -72,9 +74,9 @@ def test_loads_and_drains_move_adapters_between_slots():
     oracle = _oracle(failing_adapter_ids={6})
     oracle.lora.add(5, oracle.lora.read("some/path"))
 
-    loaded = oracle.execute(PlanStandIn(loads=[(5, 0), (6, 1)]))
+    loaded = run_plan(oracle, PlanStandIn(loads=[(5, 0), (6, 1)]))
     before = oracle.lora.snapshot()
-    oracle.execute(PlanStandIn(drained=[5, 77]))
+    run_plan(oracle, PlanStandIn(drained=[5, 77]))
 
     assert loaded.loaded_adapter_ids == [5]
     assert list(loaded.failed_adapter_ids) == [6]
@@ -111,7 +113,7 @@ def test_reading_a_page_that_was_never_written_is_reported():
 
 def test_reading_another_adapters_page_is_reported():
     oracle = _oracle()
-    oracle.execute(PlanStandIn(loads=[(7, 0)]))
+    run_plan(oracle, PlanStandIn(loads=[(7, 0)]))
     HandMadeRun(oracle, _state(_prompt(8)), [0, 1, 2], slot=0).step(8)
     run = HandMadeRun(oracle, _state(_prompt(8)), [0, 1, 2], row=1)
     run.preempt([0, 3, 4], num_kept=4)
@@ -150,7 +152,88 @@ def test_two_rows_that_write_one_entry_are_reported():
     )
 
     with pytest.raises(InternalError, match="writes an entry twice"):
-        _oracle().execute(merged)
+        run_plan(_oracle(), merged)
+
+
+def test_row_that_uses_an_adapter_before_its_load_has_ended_is_reported():
+    oracle = _oracle()
+    oracle.load_outcome = lambda adapter_id: Outcome.UNDER_WAY
+    begun = run_plan(oracle, PlanStandIn(loads=[(5, 0)]))
+    with pytest.raises(InternalError, match="slot 0, which holds no adapter"):
+        HandMadeRun(oracle, _state([1]), [0], slot=0).step(1)
+    assert begun.loaded_adapter_ids == []
+
+
+def test_row_that_uses_an_adapter_that_was_evicted_is_reported():
+    oracle = _oracle()
+    run_plan(oracle, PlanStandIn(loads=[(5, 0)]))
+    HandMadeRun(oracle, _state([1]), [0], slot=0).step(1)
+    run_plan(oracle, PlanStandIn(evicted=[5]))
+    with pytest.raises(InternalError, match="slot 0, which holds no adapter"):
+        HandMadeRun(oracle, _state([1]), [1], slot=0, row=1).step(1)
+
+
+@pytest.mark.parametrize(
+    ("plan", "message"),
+    [
+        ({"loads": [(2, 0)]}, "slot 0, which is taken"),
+        ({"loads": [(1, 3)]}, "generation 1 is loaded to slot 3 but has 0"),
+        ({"loads": [(3, 2)]}, "to 3072 bytes but it holds 2048"),
+        ({"evicted": [3]}, "generation 3 is evicted but is in no slot"),
+        ({"evicted": [2]}, "generation 2 is evicted but is in no slot"),
+        ({"drained": [2]}, "removed while its load is under way"),
+    ],
+)
+def test_plan_that_moves_adapters_wrongly_is_reported(plan, message):
+    oracle = _oracle(adapter_memory_bytes=2048)
+    for adapter_id in (1, 2, 3):
+        oracle.lora.add(adapter_id, oracle.lora.read("some/path"))
+    oracle.load_outcome = lambda adapter_id: Outcome.DONE if adapter_id == 1 else Outcome.UNDER_WAY
+    run_plan(oracle, PlanStandIn(loads=[(1, 0), (2, 1)]))
+    with pytest.raises(InternalError, match=message):
+        run_plan(oracle, PlanStandIn(**plan))
+
+
+def test_loads_end_when_the_test_says_so_with_a_plan_or_without():
+    oracle = _oracle()
+    outcomes = dict.fromkeys((5, 6, 7), Outcome.UNDER_WAY)
+    oracle.load_outcome = outcomes.__getitem__
+    begun = run_plan(oracle, PlanStandIn(loads=[(7, 0), (5, 1), (6, 2)]))
+    outcomes[6] = Outcome.DONE
+    first = oracle.report()
+    outcomes.update({5: Outcome.FAILED, 7: Outcome.DONE})
+    second = run_plan(oracle, PlanStandIn(loads=[]))
+
+    assert (begun.loaded_adapter_ids, begun.failed_adapter_ids) == ([], {})
+    assert (first.plan_id, first.loaded_adapter_ids) == (-1, [6])
+    assert (second.loaded_adapter_ids, list(second.failed_adapter_ids)) == ([7], [5])
+    assert oracle.report().loaded_adapter_ids == []
+
+
+# --- Plans on their way -----------------------------------------------------------------------------------
+
+
+def test_plan_runs_when_it_is_collected_and_reads_the_token_of_the_one_before():
+    oracle = _oracle()
+    state = _state(_prompt(6))
+    run = HandMadeRun(oracle, state, [0, 1, 2, 3])
+    oracle.submit(run.plan(6), [state])
+    oracle.submit(PlanStandIn(plan_id=2, rows=[{"num_computed_tokens": 6}], tokens=[-1]), [state])
+    assert state.output_token_ids == []
+    with pytest.raises(InternalError, match="while 2 plans are on their way"):
+        oracle.submit(PlanStandIn(plan_id=3), [])
+    assert [oracle.collect().plan_id, oracle.collect().plan_id] == [1, 2]
+    assert state.output_token_ids == oracle_tokens(0, _prompt(6), 2, VOCAB)
+    with pytest.raises(InternalError, match="no plan is on its way"):
+        oracle.collect()
+
+
+def test_token_that_no_plan_before_has_sampled_is_reported():
+    run = HandMadeRun(_oracle(), _state(_prompt(6)), [0, 1, 2, 3])
+    run.step(4)
+    plan = PlanStandIn(plan_id=2, rows=[{"num_computed_tokens": 4}], tokens=[-1])
+    with pytest.raises(InternalError, match="has sampled none"):
+        run_plan(run.executor, plan, [run.state])
 
 
 # --- With the real scheduler ------------------------------------------------------------------------------
@@ -196,7 +279,28 @@ def test_adapter_store_refuses_unknown_and_repeated_generations():
         store.add(1, store.read("a"))
     with pytest.raises(AdapterNotFoundError):
         store.remove(2)
-    store.install(1, 4)
-    store.install(2, 4)
-    assert [(entry.adapter_id, entry.adapter_slot) for entry in store.snapshot()] == [(1, -1)]
-    assert store.adapter_in(4) == 2
+
+
+def test_adapter_store_refuses_moves_that_do_not_fit_where_an_adapter_is():
+    store = OracleAdapterStore()
+    store.add(1, store.read("a"))
+    store.begin_load(1, 4)
+    assert (store.adapter_in(4), store.loads_under_way, store.num_device_bytes) == (None, [1], 1024)
+    for action in (
+        lambda: store.begin_load(1, 5),
+        lambda: store.begin_load(2, 4),
+        lambda: store.evict(1),
+        lambda: store.remove(1),
+    ):
+        with pytest.raises(InternalError):
+            action()
+    store.end_load(1, failed=False)
+    assert [(entry.adapter_id, entry.adapter_slot) for entry in store.snapshot()] == [(1, 4)]
+    for action in (lambda: store.begin_load(1, 5), lambda: store.begin_load(2, 4), lambda: store.evict(2)):
+        with pytest.raises(InternalError):
+            action()
+    store.evict(1)
+    assert (store.adapter_in(4), store.num_device_bytes, 1 in store) == (None, 0, True)
+    store.begin_load(1, 0)
+    store.end_load(1, failed=True)
+    assert (store.adapter_in(0), store.loads_under_way) == (None, [])

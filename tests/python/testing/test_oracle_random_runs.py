@@ -1,19 +1,22 @@
-"""The real scheduler against the oracle: random arrivals, aborts, adapters opened, failing and drained, and
-copies between the tiers that take their time or fail.
+"""The real scheduler against the oracle: random arrivals, aborts, stops, priorities and deadlines; adapters
+opened, brought in and taken off, failing and drained; copies between the tiers that take their time or fail.
+With and without a plan that is made while another runs.
 """
 
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass, field
+from collections import Counter
+from dataclasses import dataclass, field, replace
 
 import pytest
 
 from executor.scheduler_run import SchedulerRun
 from executor.states import make_state
-from lora_serve.executor.executor import ExecutionResult
-from lora_serve.scheduler import ExecutionEvent
-from lora_serve.testing.oracle_executor import CopyOutcome, OracleExecutor, OracleOptions, oracle_tokens
+from lora_serve.common.errors import CapacityError
+from lora_serve.lora.peft_adapter import HostAdapter
+from lora_serve.testing.oracle_executor import OracleExecutor, OracleOptions, Outcome
+from lora_serve.testing.oracle_tokens import oracle_tokens
 
 VOCAB = 1000
 PAGE_SIZE = 4
@@ -21,35 +24,28 @@ MAX_MODEL_LEN = 48
 
 
 @dataclass(frozen=True)
-class Tiers:
-    """The host tier of a run. Slowness and failures are probabilities, per copy and step."""
+class Machine:
+    """What a run is made on. Slowness and failures are probabilities, per copy or load and step."""
 
+    num_pages: int
+    chunk: int
+    max_loras: int
     num_host_pages: int = 0
     write_policy: str = "write_through"
     slowness: float = 0.0
     failures: float = 0.0
-
-
-class TieredRun(SchedulerRun):
-    """Also steps when the plan is empty because everything waits for copies."""
-
-    def step(self) -> ExecutionResult | None:
-        result = super().step()
-        if result is None:
-            self.report_copies()
-        return result
-
-    def report_copies(self) -> None:
-        """Report the copies that end now, without a plan."""
-        result = self.executor.report_copies()
-        if result.completed_transfer_ids or result.failed_transfer_ids:
-            event = ExecutionEvent(
-                plan_id=-1,
-                completed_transfer_ids=result.completed_transfer_ids,
-                failed_transfer_ids=list(result.failed_transfer_ids),
-            )
-            self.scheduler.advance(event)
-            self.scheduler.check_invariants()
+    adapter_memory_bytes: int = 0
+    """Adapters have 1 to 3 bytes; 0 = no limit."""
+    load_slowness: float = 0.0
+    load_failures: float = 0.0
+    is_staged: bool = False
+    adapter_time_slice_steps: int = 0
+    scheduling_policy: str = "fair"
+    max_queued_requests: int = 0
+    max_queued_tokens: int = 0
+    max_requests_per_adapter: int = 0
+    deadlines: float = 0.0
+    """Part of the requests that have one."""
 
 
 @dataclass
@@ -57,52 +53,85 @@ class RandomRun:
     """One seeded run; `check` compares every request with the same request alone."""
 
     seed: int
-    num_pages: int
-    chunk: int
-    max_loras: int
-    tiers: Tiers = Tiers()
+    machine: Machine
+    overlap: bool
     asked: dict[int, tuple[int, int]] = field(default_factory=dict)
     aborted: set[int] = field(default_factory=set)
     live_adapters: list[int] = field(default_factory=list)
     drained: set[int] = field(default_factory=set)
+    failed: set[int] = field(default_factory=set)
+    seen: Counter[str] = field(default_factory=Counter)
     num_steps: int = 0
 
     def __post_init__(self) -> None:
         self.rng = random.Random(self.seed)
-        self.failing = {adapter_id for adapter_id in range(1, 10_000) if adapter_id % 5 == 4}
-        options = OracleOptions(
-            num_device_pages=self.num_pages,
-            page_size=PAGE_SIZE,
-            max_num_seqs=8,
-            max_model_len=MAX_MODEL_LEN,
-            vocab_size=VOCAB,
-            failing_adapter_ids=self.failing,
-            num_host_pages=self.tiers.num_host_pages,
+        machine = self.machine
+        oracle = OracleExecutor(
+            OracleOptions(
+                num_device_pages=machine.num_pages,
+                page_size=PAGE_SIZE,
+                max_num_seqs=8,
+                max_model_len=MAX_MODEL_LEN,
+                vocab_size=VOCAB,
+                num_host_pages=machine.num_host_pages,
+                adapter_memory_bytes=machine.adapter_memory_bytes,
+            )
         )
-        oracle = OracleExecutor(options)
-        oracle.copy_outcome = self.copy_outcome
-        self.run = TieredRun(
+        oracle.lora.is_staged = machine.is_staged
+        oracle.copy_outcome = lambda _: self.outcome(machine.slowness, machine.failures)
+        oracle.load_outcome = lambda _: self.outcome(machine.load_slowness, machine.load_failures)
+        self.run = SchedulerRun(
             oracle,
-            write_policy=self.tiers.write_policy,
+            max_in_flight=2 if self.overlap else 1,
+            write_policy=machine.write_policy,
             page_size=PAGE_SIZE,
             max_num_seqs=8,
-            max_num_batched_tokens=self.chunk,
-            max_loras=self.max_loras,
+            max_num_batched_tokens=machine.chunk,
+            max_loras=machine.max_loras,
+            adapter_memory_bytes=machine.adapter_memory_bytes,
+            adapter_time_slice_steps=machine.adapter_time_slice_steps,
+            scheduling_policy=machine.scheduling_policy,
+            priority_ageing_us=20_000,
+            max_queued_requests=machine.max_queued_requests,
+            max_queued_tokens=machine.max_queued_tokens,
+            max_requests_per_adapter=machine.max_requests_per_adapter,
         )
+        self.run.before_failed = self.abort_requests_of
         self.shared = [[self.rng.randrange(VOCAB) for _ in range(40)] for _ in range(3)]
         self.next_adapter = 1
 
-    def copy_outcome(self, transfer_id: int) -> CopyOutcome:
-        if self.rng.random() < self.tiers.slowness:
-            return CopyOutcome.UNDER_WAY
-        return CopyOutcome.FAILED if self.rng.random() < self.tiers.failures else CopyOutcome.DONE
+    def outcome(self, slowness: float, failures: float) -> Outcome:
+        if self.rng.random() < slowness:
+            return Outcome.UNDER_WAY
+        return Outcome.FAILED if self.rng.random() < failures else Outcome.DONE
+
+    # --- Operations ---------------------------------------------------------------------------------------
 
     def open_adapter(self) -> None:
-        self.run.scheduler.open_adapter(
-            adapter_id=self.next_adapter, digest_seed=self.next_adapter, size_bytes=1
-        )
-        self.live_adapters.append(self.next_adapter)
+        adapter_id, num_bytes = self.next_adapter, self.rng.randint(1, 3)
         self.next_adapter += 1
+        self.run.executor.lora.add(adapter_id, HostAdapter("", {}, "", num_bytes, 1))
+        try:
+            self.run.scheduler.open_adapter(
+                adapter_id,
+                digest_seed=adapter_id,
+                size_bytes=num_bytes,
+                weight=self.rng.choice([0.5, 1.0, 4.0]),
+                is_pinned=self.rng.random() < 0.1,
+                is_staged=self.machine.is_staged,
+            )
+        except CapacityError:
+            self.seen["refused adapter"] += 1
+            self.run.executor.lora.remove(adapter_id)
+        else:
+            self.live_adapters.append(adapter_id)
+
+    def pin(self, adapter_id: int) -> None:
+        try:
+            self.run.scheduler.set_adapter_pinned(adapter_id, self.rng.random() < 0.3)
+            self.run.scheduler.set_adapter_weight(adapter_id, self.rng.choice([0.5, 1.0, 4.0]))
+        except CapacityError:
+            self.seen["refused pin"] += 1
 
     def drain_adapter(self, adapter_id: int) -> None:
         self.live_adapters.remove(adapter_id)
@@ -110,83 +139,130 @@ class RandomRun:
         self.drained.add(adapter_id)
 
     def add_request(self) -> None:
-        rng, request_id = self.rng, len(self.asked) + 1
+        rng, request_id = self.rng, len(self.run.states) + 1
         head = rng.choice(self.shared)[: rng.randint(0, 40)]
         prompt = (head + [rng.randrange(VOCAB) for _ in range(rng.randint(1, 12))])[: MAX_MODEL_LEN - 16]
         adapter_id, max_tokens = rng.choice([0, *self.live_adapters]), rng.randint(1, 16)
         state = make_state(prompt, vocab_size=VOCAB, prompt_logprobs=0 if rng.random() < 0.1 else None)
-        self.run.add(request_id, state, max_tokens, adapter_id)
+        fields = {"priority": rng.choice([0, 0, 0, -1, 2]), "arrival_us": self.run.now_us}
+        if rng.random() < self.machine.deadlines:
+            fields["deadline_us"] = self.run.now_us + rng.randint(0, 40_000)
+        try:
+            self.run.add(request_id, state, max_tokens, adapter_id, **fields)
+        except CapacityError:
+            self.seen["refused request"] += 1
+            return
         self.asked[request_id] = (adapter_id, max_tokens)
+        if rng.random() < 0.2:
+            self.run.stop_after[request_id] = rng.randint(1, max_tokens)
 
     def abort(self, request_id: int) -> None:
-        if self.run.scheduler.abort(request_id):
+        if self.run.abort(request_id):
             self.aborted.add(request_id)
+
+    def abort_requests_of(self, adapter_ids: list[int]) -> None:
+        """Before the scheduler hears that these loads have failed."""
+        for request_id, (owner, _) in self.asked.items():
+            if owner in adapter_ids:
+                self.abort(request_id)
 
     def step(self) -> None:
         result = self.run.step()
-        self.num_steps += result is not None
+        self.num_steps += 1
         for adapter_id in result.failed_adapter_ids if result else ():
+            self.failed.add(adapter_id)
             if adapter_id in self.live_adapters:
                 self.drain_adapter(adapter_id)
-            for request_id, (owner, _) in self.asked.items():
-                if owner == adapter_id:
-                    self.abort(request_id)
         stats = self.run.scheduler.stats()
         accounted = stats.num_free_pages + stats.num_tree_pages + stats.num_private_pages
         assert accounted == stats.num_device_pages
         used_host_pages = sum(adapter.num_host_pages for adapter in stats.adapters)
-        assert stats.num_free_host_pages + used_host_pages == self.tiers.num_host_pages
+        assert stats.num_free_host_pages + used_host_pages == self.machine.num_host_pages
 
     def operate(self) -> None:
         """One random operation; arrivals stop while much is queued, so that the run stays about as full."""
         choice = self.rng.random()
-        if choice < 0.3 and self.run.scheduler.stats().num_waiting_requests < 20:
+        if choice < 0.3 and self.run.scheduler.counters().num_queued_requests < 20:
             self.add_request()
         elif choice < 0.33 and self.asked:
-            self.abort(self.rng.randint(max(1, len(self.asked) - 30), len(self.asked)))
+            self.abort(self.rng.choice(list(self.asked)[-30:]))
         elif choice < 0.36 and len(self.live_adapters) < 6:
             self.open_adapter()
         elif choice < 0.38 and self.live_adapters:
             self.drain_adapter(self.rng.choice(self.live_adapters))
+        elif choice < 0.39 and self.live_adapters:
+            self.pin(self.rng.choice(self.live_adapters))
         else:
             self.step()
+
+    # --- The end ------------------------------------------------------------------------------------------
 
     def check(self) -> None:
         for adapter_id in list(self.live_adapters):
             self.drain_adapter(adapter_id)
+        last_step = self.num_steps + 5000
         while self.run.scheduler.has_work:
+            assert self.num_steps < last_step, "work is left that nothing moves on"
             self.step()
         while self.run.scheduler.stats().num_transfers:
-            self.run.report_copies()
-        for request_id, (adapter_id, max_tokens) in self.asked.items():
-            state = self.run.states[request_id]
-            prompt = state.prompt_token_ids.tolist()
-            num_tokens = len(state.output_token_ids) if request_id in self.aborted else max_tokens
-            assert state.output_token_ids == oracle_tokens(adapter_id, prompt, num_tokens, VOCAB), request_id
-            if state.output_token_ids:
-                assert state.missing_prompt_logprobs() == [], request_id
+            self.run.report()
+        assert not self.run.in_flight
+        assert self.run.ended == set(self.asked), "every request has ended"
+        expired = set(self.run.expired)
+        assert len(expired) == len(self.run.expired)
+        assert not expired & self.aborted
+        for request_id in self.asked:
+            self.check_request(request_id, is_expired=request_id in expired)
         assert set(self.run.drained) == self.drained
+        assert len(self.run.drained) == len(self.drained)
+        self.check_counts(len(expired))
+
+    def check_request(self, request_id: int, *, is_expired: bool) -> None:
+        adapter_id, max_tokens = self.asked[request_id]
+        state, output = self.run.states[request_id], self.run.outputs[request_id]
+        num_tokens = self.run.stop_after.get(request_id, max_tokens)
+        if request_id in self.aborted:
+            num_tokens = len(output)
+        elif is_expired:
+            num_tokens = 0
+        prompt = state.prompt_token_ids.tolist()
+        assert output == oracle_tokens(adapter_id, prompt, num_tokens, VOCAB), request_id
+        assert len(state.output_token_ids) - len(output) in ((0, 1) if self.overlap else (0,)), request_id
+        if output:
+            assert state.missing_prompt_logprobs() == [], request_id
+
+    def check_counts(self, num_expired: int) -> None:
         stats = self.run.scheduler.stats()
         assert [adapter.adapter_id for adapter in stats.adapters] == [0]
         assert stats.num_private_pages == 0
         assert stats.num_tree_pages == stats.adapters[0].num_tree_pages
+        now = (stats.num_queued_requests, stats.num_queued_tokens, stats.num_running_requests)
+        assert now == (0, 0, 0)
+        assert (stats.num_resident_adapters, stats.num_loading_adapters, stats.num_adapter_bytes) == (0, 0, 0)
+        assert stats.total_expired_requests == num_expired
+        assert stats.total_aborted_requests == len(self.aborted)
+        assert stats.total_finished_requests == len(self.asked) - num_expired - len(self.aborted)
+        assert stats.total_rejected_requests == self.seen["refused request"]
+        assert stats.total_failed_adapter_loads == len(self.failed)
 
 
-def _run_steps(run: RandomRun, num_steps: int) -> None:
+def _run_steps(run: RandomRun, num_steps: int) -> RandomRun:
     try:
         while run.num_steps < num_steps:
             run.operate()
         run.check()
     except BaseException as error:
-        raise AssertionError(
-            f"{run.seed=} {run.num_pages=} {run.chunk=} {run.max_loras=} {run.tiers=}"
-        ) from error
+        raise AssertionError(f"{run.seed=} {run.machine=} {run.overlap=}, step {run.num_steps}") from error
     stats = run.run.scheduler.stats()
     assert stats.total_hit_tokens > 0
-    assert run.num_pages >= 40 or stats.total_preemptions > 0
-    assert run.failing & run.drained
+    assert run.machine.num_pages >= 40 or stats.total_preemptions > 0
+    return run
 
 
+overlap_or_not = pytest.mark.parametrize("overlap", [True, False], ids=["overlap", "in turn"])
+
+
+@overlap_or_not
 @pytest.mark.parametrize(
     ("num_pages", "chunk", "max_loras"),
     [
@@ -200,23 +276,73 @@ def _run_steps(run: RandomRun, num_steps: int) -> None:
         (200, 33, 2),
     ],
 )
-def test_random_requests_get_the_tokens_that_they_get_alone(num_pages, chunk, max_loras):
-    _run_steps(RandomRun(num_pages, num_pages, chunk, max_loras), num_steps=2500)
+def test_random_requests_get_the_tokens_that_they_get_alone(num_pages, chunk, max_loras, overlap):
+    machine = Machine(num_pages, chunk, max_loras, load_failures=0.3)
+    run = _run_steps(RandomRun(num_pages, machine, overlap), num_steps=1000)
+    assert run.failed
 
 
+@overlap_or_not
 @pytest.mark.parametrize(
     "tiers",
     [
-        Tiers(40),
-        Tiers(100, "off"),
-        Tiers(100, "write_back", slowness=0.5),
-        Tiers(100, slowness=0.8, failures=0.3),
-        Tiers(15, slowness=0.3, failures=0.1),
+        {"num_host_pages": 40},
+        {"num_host_pages": 100, "write_policy": "off"},
+        {"num_host_pages": 100, "write_policy": "write_back", "slowness": 0.5},
+        {"num_host_pages": 100, "slowness": 0.8, "failures": 0.3},
+        {"num_host_pages": 15, "slowness": 0.3, "failures": 0.1},
     ],
-    ids=lambda tiers: f"{tiers.num_host_pages} pages, {tiers.write_policy}, slow {tiers.slowness}",
+    ids=str,
 )
-def test_random_requests_get_the_tokens_that_they_get_alone_with_a_host_tier(tiers):
-    run = RandomRun(7, 14, 24, 2, tiers)
-    _run_steps(run, num_steps=2000)
+def test_random_requests_get_the_tokens_that_they_get_alone_with_a_host_tier(tiers, overlap):
+    run = _run_steps(RandomRun(7, Machine(14, 24, 2, **tiers), overlap), num_steps=1000)
+    assert run.run.scheduler.stats().total_host_hit_tokens > 0 or run.machine.write_policy == "off"
 
-    assert run.run.scheduler.stats().total_host_hit_tokens > 0 or tiers.write_policy == "off"
+
+EVERYTHING = Machine(
+    18,
+    24,
+    3,
+    num_host_pages=30,
+    slowness=0.3,
+    failures=0.05,
+    adapter_memory_bytes=5,
+    load_slowness=0.5,
+    load_failures=0.2,
+    max_queued_requests=15,
+    max_queued_tokens=200,
+    max_requests_per_adapter=9,
+    deadlines=0.3,
+)
+
+
+@overlap_or_not
+@pytest.mark.parametrize("is_staged", [False, True], ids=["unstaged", "staged"])
+@pytest.mark.parametrize("adapter_time_slice_steps", [0, 3])
+@pytest.mark.parametrize("policy", ["fair", "fcfs", "lpm"])
+def test_random_requests_with_everything_that_can_happen_to_them(
+    policy, adapter_time_slice_steps, is_staged, overlap
+):
+    machine = replace(
+        EVERYTHING,
+        scheduling_policy=policy,
+        adapter_time_slice_steps=adapter_time_slice_steps,
+        is_staged=is_staged,
+    )
+    met: Counter[str] = Counter()
+    for seed in range(3):
+        run = _run_steps(RandomRun(seed, machine, overlap), num_steps=500)
+        stats = run.run.scheduler.stats()
+        met.update({name: getattr(stats, name) for name in dir(stats) if name.startswith("total_")})
+        met.update(run.seen)
+    # The runs were worth their name.
+    assert met["total_finished_requests"] > 200
+    for name in (
+        "total_adapter_evictions",
+        "total_failed_adapter_loads",
+        "total_expired_requests",
+        "total_aborted_requests",
+        "total_host_hit_tokens",
+        "refused request",
+    ):
+        assert met[name] > 3, (name, met)

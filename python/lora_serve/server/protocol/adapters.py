@@ -20,12 +20,15 @@ class LoadAdapterRequest(RequestModel):
         Replace what the name has when its content differs, instead of answering 409.
     pinned : bool or None
         Keep the adapter on the device.
+    weight : float or None
+        Its share of the steps beside other adapters, in (0, 1000]; 1 when it is not given.
     """
 
     lora_name: str
     lora_path: str
     load_inplace: bool | None = None
     pinned: bool | None = None
+    weight: float | None = None
 
 
 class UnloadAdapterRequest(RequestModel):

@@ -50,7 +50,8 @@ class StreamOptions(RequestModel):
 class GenerationRequest(RequestModel):
     """What a completion and a chat completion have in common. A field that is null takes its default.
 
-    The sampling fields have the names, meanings and limits of `SamplingParams`, which checks their values.
+    The sampling fields have the names, meanings and limits of `SamplingParams`, which checks their values;
+    `priority` and `queue_timeout` (seconds) those of `Queueing`.
     """
 
     model: str
@@ -77,6 +78,9 @@ class GenerationRequest(RequestModel):
     return_token_ids: bool | None = None
     echo: bool | None = None
 
+    priority: int | None = None
+    queue_timeout: float | None = None
+
     # Known, and accepted as long as they change nothing.
     user: str | None = None
     metadata: dict[str, Any] | None = None
@@ -93,10 +97,6 @@ class GenerationRequest(RequestModel):
     store: Annotated[
         bool | None,
         AfterValidator(refuse_unless(False, because="nothing is stored; send false or nothing")),
-    ] = None
-    priority: Annotated[
-        int | None,
-        AfterValidator(refuse_unless(0, because="priorities are not supported yet; send 0 or nothing")),
     ] = None
     best_of: int | None = None
 

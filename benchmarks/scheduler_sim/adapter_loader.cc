@@ -1,0 +1,82 @@
+#include "scheduler_sim/adapter_loader.h"
+
+#include <utility>
+
+#include "common/check.h"
+
+namespace lora_serve::sim {
+
+AdapterLoader::AdapterLoader(const AdapterCatalog& catalog, const LoadPathModel& disk_to_host,
+                             const LoadPathModel& host_to_device, std::int64_t max_host_bytes)
+    : catalog_(catalog), host_(catalog, max_host_bytes) {
+  disk_.model = disk_to_host;
+  copy_.model = host_to_device;
+}
+
+void AdapterLoader::Start(std::int64_t id, TimeUs now_us) {
+  LS_CHECK(pinned_.insert(id).second, "adapter ", id, " is being loaded already");
+  if (host_.Contains(id)) {
+    host_.Touch(id);
+    ++num_host_loads_;
+    copy_.waiting.push_back(id);
+    StartWaiting(copy_, true, now_us);
+  } else {
+    ++num_disk_loads_;
+    disk_.waiting.push_back(id);
+    StartWaiting(disk_, false, now_us);
+  }
+}
+
+void AdapterLoader::StartWaiting(Path& path, bool is_copy, TimeUs now_us) {
+  while (path.num_under_way < path.model.num_parallel && !path.waiting.empty()) {
+    const std::int64_t id = path.waiting.front();
+    // A read waits until the host has room: copies under way hold theirs.
+    if (!is_copy) {
+      const bool has_room =
+          host_.Add(id, [&](std::int64_t other) { return !pinned_.contains(other); });
+      for (const std::int64_t gone : host_.TakeEvicted()) host_changes_.push_back({gone, false});
+      if (!has_room) return;
+    }
+    path.waiting.pop_front();
+    ++path.num_under_way;
+    ends_.push({.time_us = now_us + path.model.LoadUs(catalog_.BytesOf(id)),
+                .order = next_order_++,
+                .adapter_id = id,
+                .is_copy = is_copy});
+  }
+}
+
+TimeUs AdapterLoader::NextEventUs() const { return ends_.empty() ? kNever : ends_.top().time_us; }
+
+void AdapterLoader::AdvanceTo(TimeUs now_us) {
+  while (NextEventUs() <= now_us) {
+    const End end = ends_.top();
+    ends_.pop();
+    if (end.is_copy) {
+      --copy_.num_under_way;
+      pinned_.erase(end.adapter_id);
+      loaded_.push_back(end.adapter_id);
+    } else {
+      --disk_.num_under_way;
+      host_changes_.push_back({end.adapter_id, true});
+      copy_.waiting.push_back(end.adapter_id);
+    }
+    StartWaiting(copy_, true, end.time_us);
+    StartWaiting(disk_, false, end.time_us);
+  }
+}
+
+std::vector<std::int64_t> AdapterLoader::TakeLoaded() { return std::exchange(loaded_, {}); }
+
+std::vector<AdapterLoader::HostChange> AdapterLoader::TakeHostChanges() {
+  return std::exchange(host_changes_, {});
+}
+
+double AdapterLoader::StepFactor() const {
+  double factor = 1.0;
+  if (disk_.num_under_way > 0) factor += disk_.model.step_slowdown;
+  if (copy_.num_under_way > 0) factor += copy_.model.step_slowdown;
+  return factor;
+}
+
+}  // namespace lora_serve::sim
