@@ -69,8 +69,12 @@ void AdapterResidency::Serve(Changes& changes) {
 void AdapterResidency::StartLoads(std::vector<AdapterId>& evicted) {
   while (adapters_backptr_->num_loading() + adapters_backptr_->num_due() < max_loading_) {
     Adapter* needy = FirstWithoutBytes();
-    // Nobody behind it takes the room that comes together for it.
-    if (needy == nullptr || !MakeRoom(*needy, evicted)) return;
+    // One that this plan has evicted comes back with a later one. And nobody behind the first takes
+    // the room that comes together for it.
+    if (needy == nullptr || std::ranges::find(evicted, needy->id) != evicted.end() ||
+        !MakeRoom(*needy, evicted)) {
+      return;
+    }
     adapters_backptr_->ReserveBytes(*needy);
   }
 }

@@ -95,7 +95,8 @@ class Scheduler::Impl {
   PlanId newest_ended_plan_ = kNoPlan;
   std::int64_t next_plan_id_ = 0;
   std::int64_t last_now_us_ = 0;
-  bool had_rows_ = false;  // the last plan
+  bool had_rows_ = false;          // the last plan
+  bool nobody_could_run_ = false;  // in the last plan or one before it, but there were requests
 
   // What the parts do not count, since the scheduler was made.
   std::int64_t num_finished_requests_ = 0;

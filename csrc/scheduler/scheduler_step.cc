@@ -37,13 +37,14 @@ void Scheduler::Impl::NextPlan(std::int64_t now_us, ExecutionPlan& plan) {
   // The rows of this step may evict what the last one computed, so it is copied before. But pages
   // whose copies fail again and again must not be kept from the rows for ever.
   // Nor may copies take turns in keeping the pages from a request that needs all of them.
-  const bool rows_come_first = std::exchange(has_write_back_failed_, false) || !had_rows_;
+  const bool rows_come_first = std::exchange(has_write_back_failed_, false) || nobody_could_run_;
   if (!rows_come_first) StartWriteBacks();
   std::vector<ScheduledRow> rows =
       policy_.ScheduleStep(now_us, newest_ended_plan_, changes.newcomers);
   had_rows_ = !rows.empty();
+  nobody_could_run_ = rows.empty() && outstanding_.empty() && !requests_.IsEmpty();
   plan_builder_.WriteRows(rows, plan);
-  if (rows_come_first && (had_rows_ || requests_.IsEmpty())) StartWriteBacks();
+  if (rows_come_first && !nobody_could_run_) StartWriteBacks();
   transfers_.Collect();
   WriteTransfers(transfers_.TakeOrders(), plan);
   if (plan.IsEmpty()) return;
