@@ -71,6 +71,8 @@ struct Adapter {
   /// From the first admission of a request to the end of the last started one, but for pauses.
   bool is_in_place = false;
   std::int64_t placed_at_step = 0;
+  /// The last step in which it was paused.
+  std::int64_t left_at_step = -1;
   /// It is about to be paused: plans have no rows of it any more.
   bool is_leaving = false;
   /// The newest plan with rows of it.

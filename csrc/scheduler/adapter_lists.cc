@@ -67,6 +67,7 @@ void AdapterTable::LeavePlace(Adapter& adapter) {
   adapter.is_in_place = false;
   adapter.is_leaving = false;
   adapter.is_closed = false;
+  adapter.left_at_step = num_steps_;
   Relist(adapter);
 }
 

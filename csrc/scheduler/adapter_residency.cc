@@ -41,7 +41,10 @@ class MergedLines {
 
 AdapterResidency::Changes AdapterResidency::Plan(const Now& now) {
   Changes changes;
-  had_rows_ = now.had_rows;
+  // Before anybody leaves: it is about the places that there are to share.
+  num_holders_ = std::max<std::int64_t>(1, std::ssize(adapters_backptr_->placed()));
+  num_waiting_ = std::ssize(adapters_backptr_->paused()) + std::ssize(adapters_backptr_->line()) +
+                 std::ssize(adapters_backptr_->unplaced());
   is_stalled_ = !now.had_rows && !now.is_under_way &&
                 std::ranges::any_of(adapters_backptr_->paused(), [](const auto& entry) {
                   return entry.second->num_running_requests > 0;
@@ -57,9 +60,7 @@ AdapterResidency::Changes AdapterResidency::Plan(const Now& now) {
 // --- Giving the room that there is ---------------------------------------------------------------
 
 void AdapterResidency::Serve(Changes& changes) {
-  // When nothing runs, who is back goes on before those in front of it evict it again. Otherwise
-  // this would give an adapter that was just paused its place back.
-  if (!had_rows_) GivePlaces(changes.newcomers);
+  GivePlaces(changes.newcomers);  // first: who is back goes on before those in front evict it again
   StartLoads(changes.evicted);
   const std::vector<const Adapter*> loads = adapters_backptr_->TakeDue();
   changes.loads.insert(changes.loads.end(), loads.begin(), loads.end());
@@ -127,7 +128,11 @@ void AdapterResidency::GivePlaces(std::vector<Adapter*>& newcomers) {
   std::vector<Adapter*> candidates;
   MergedLines<2> lines({&adapters.unplaced(), &adapters.paused()});
   while (Adapter* adapter = lines.Next()) {
-    if (adapter->load_state == LoadState::kResident) candidates.push_back(adapter);
+    // Who was paused in this step was so for somebody else.
+    const bool has_just_left = adapter->left_at_step == adapters.num_steps();
+    if (adapter->load_state == LoadState::kResident && !has_just_left) {
+      candidates.push_back(adapter);
+    }
   }
   if (StartedComeFirst()) std::ranges::stable_partition(candidates, &Adapter::HasStarted);
   std::int32_t num_places = adapters.num_free_places();
@@ -202,20 +207,11 @@ bool AdapterResidency::MayPauseFor(const Adapter& needy, const Now& now) const {
   return needy.HasStarted() || now.num_free_rows > 0;
 }
 
-bool AdapterResidency::IsCrowded() const {
-  return NumWaiting() > kCrowdedFactor * std::ssize(adapters_backptr_->placed());
-}
+bool AdapterResidency::IsCrowded() const { return num_waiting_ > kCrowdedFactor * num_holders_; }
 
 std::int64_t AdapterResidency::TimeSlice() const {
-  const std::int64_t waiting = NumWaiting();
-  const std::int64_t placed = std::ssize(adapters_backptr_->placed());
-  return time_slice_steps_ * waiting * waiting * waiting / (placed * placed * placed);
-}
-
-std::int64_t AdapterResidency::NumWaiting() const {
-  const AdapterTable& adapters = *adapters_backptr_;
-  return std::ssize(adapters.paused()) + std::ssize(adapters.line()) +
-         std::ssize(adapters.unplaced());
+  return time_slice_steps_ * num_waiting_ * num_waiting_ * num_waiting_ /
+         (num_holders_ * num_holders_ * num_holders_);
 }
 
 bool AdapterResidency::StartedComeFirst() const {

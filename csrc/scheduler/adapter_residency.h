@@ -87,7 +87,6 @@ class AdapterResidency {
   [[nodiscard]] bool IsCrowded() const;
   /// Steps. Few that wait are served at once; a crowd must not spend the places on swapping.
   [[nodiscard]] std::int64_t TimeSlice() const;
-  [[nodiscard]] std::int64_t NumWaiting() const;
   /// Paused adapters go before new ones: where many wait, and where nobody could run otherwise.
   [[nodiscard]] bool StartedComeFirst() const;
   [[nodiscard]] bool MayTakeRoom(const Adapter& adapter) const;
@@ -107,7 +106,8 @@ class AdapterResidency {
   AdapterTable* adapters_backptr_;
   const RequestTable* requests_backptr_;
   // In this step.
-  bool had_rows_ = true;
+  std::int64_t num_holders_ = 1;
+  std::int64_t num_waiting_ = 0;
   /// Nothing runs, and nothing is under way that will change that, but paused requests hold pages
   /// that all others may lack: only they are served.
   bool is_stalled_ = false;

@@ -101,9 +101,12 @@ TEST_P(SharedPlaceTest, TwoBusyAdaptersEachHaveHalfOfTheSteps) {
       if (slot >= 0) ++num_plans_with_rows[adapter_of_slot.at(slot)];
     }
   }
+  // A swap of adapters that are not staged costs plans without rows: more of them with time slices.
+  const std::int64_t num_plans = num_plans_with_rows[busy[0]] + num_plans_with_rows[busy[1]];
+  EXPECT_GE(num_plans, time_slice > 0 ? 600 : 800);
   for (const AdapterId id : busy) {
-    EXPECT_GE(num_plans_with_rows[id], 400) << "adapter " << id;
-    EXPECT_LE(num_plans_with_rows[id], 600) << "adapter " << id;
+    EXPECT_GE(10 * num_plans_with_rows[id], 4 * num_plans) << "adapter " << id;
+    EXPECT_LE(10 * num_plans_with_rows[id], 6 * num_plans) << "adapter " << id;
   }
   scheduler.CheckInvariants();
 }
