@@ -189,16 +189,19 @@ class LLM:
         pinned : bool
             Keep it on the device.
         weight : float
-            Its share of the steps beside other adapters, in (0, 1000].
+            Its share of the steps beside other adapters under the policy 'fair', in (0, 1000].
 
         Raises
         ------
         InvalidArgumentError
-            The files cannot be applied exactly, or may not be read, or the weight is out of range.
+            The name is no adapter name, the weight is out of range, or the files cannot be applied exactly or
+            may not be read.
         AdapterConflictError
             The name serves other content and `load_inplace` is not set.
         CapacityError
-            It can never be on the device beside the pinned adapters.
+            It can never be on the device beside the pinned adapters, or pinned beside others that are open.
+        InternalError
+            The weights could not be brought to the device, or the engine has stopped.
         """
         return self._wait_for(
             self._core.load_adapter(name, path, load_inplace=load_inplace, pinned=pinned, weight=weight)

@@ -111,19 +111,9 @@ class AdapterOperations:
     def load(
         self, name: str, path: str, *, load_inplace: bool, pinned: bool, weight: float
     ) -> Future[LoadAdapterResult]:
-        """Begin a load; see the class for its order. All errors come through the future.
+        """Begin a load; see `EngineCore.load_adapter`, and the class for its order.
 
-        With the content that the name serves already, only `pinned` and `weight` are taken over, either way.
-
-        Raises in the future
-        --------------------
-        InvalidArgumentError
-            The name is no adapter name, the weight is out of range, or the files cannot be applied exactly or
-            may not be read.
-        AdapterConflictError
-            The name serves other content and `load_inplace` is not set, or an unload cancelled the load.
-        CapacityError
-            It can never be on the device beside the pinned adapters, or pinned beside others that are open.
+        All errors come through the future.
         """
         caller: Future[LoadAdapterResult] = _new_caller()
         try:
@@ -142,10 +132,7 @@ class AdapterOperations:
     def unload(self, name: str, *, force: bool) -> Future[UnloadAdapterResult]:
         """Retire a name now, and complete when nothing of its generations is left.
 
-        Raises in the future
-        --------------------
-        AdapterNotFoundError
-            The name does not serve and no load of it is pending.
+        As `EngineCore.unload_adapter`. All errors come through the future.
         """
         caller: Future[UnloadAdapterResult] = _new_caller()
         loads = self._loads.pop_all(name)

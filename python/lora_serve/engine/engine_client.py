@@ -227,19 +227,7 @@ class AsyncEngineClient:
     ) -> LoadAdapterResult:
         """Load an adapter; return when it is ready to serve.
 
-        With the content that `name` serves already, only `pinned` and `weight` are taken over: False unpins.
-
-        Raises
-        ------
-        InvalidArgumentError
-            The files cannot be applied exactly, or lie outside the allowed roots.
-        AdapterConflictError
-            The name serves other content and `load_inplace` is not set, or the load was cancelled by an
-            unload of the name.
-        CapacityError
-            It can never be on the device beside the pinned adapters.
-        InternalError
-            The engine has stopped.
+        Parameters, and errors, which are raised here: as of `EngineCore.load_adapter`.
         """
         check_text("lora_name", name)
         check_text("lora_path", path)

@@ -180,6 +180,9 @@ class EngineConnection:
         try:
             while True:
                 self._handle(self._decoder.decode(await engine.recv()), ready)
+                # Messages that wait come without a pause. One is given, so that whoever waits for a reply has
+                # taken it before the next message, which may hold outputs of the request it admits.
+                await asyncio.sleep(0)
         except Exception as error:
             logger.exception("reading the engine's messages failed")
             reason = f"{type(error).__name__}: {error}"

@@ -241,17 +241,29 @@ class EngineCore:
 
         It is ready when it is on the device, or, where there is no room for it beside the others, when it
         can be brought in as soon as requests want it. With the content that `name` serves already, only
-        `pinned` and `weight` are taken over. With other content, `load_inplace` is needed: new requests then
-        get the new generation once it is ready, and the old one drains.
+        `pinned` and `weight` are taken over, either way.
+
+        Parameters
+        ----------
+        name, path : str
+            What to call it, and its PEFT directory.
+        load_inplace : bool
+            Replace what the name serves when its content differs: new requests get the new generation once
+            it is ready, and the old one drains.
+        pinned : bool
+            Keep it on the device.
+        weight : float
+            Its share of the steps beside other adapters under the policy 'fair', in (0, 1000].
 
         Raises in the future
         --------------------
         InvalidArgumentError
-            The name is none, or the files cannot be applied exactly or may not be read.
+            The name is no adapter name, the weight is out of range, or the files cannot be applied exactly or
+            may not be read.
         AdapterConflictError
             The name serves other content and `load_inplace` is not set, or an unload cancelled the load.
         CapacityError
-            It can never be on the device beside the pinned adapters.
+            It can never be on the device beside the pinned adapters, or pinned beside others that are open.
         InternalError
             The weights could not be brought to the device, or the engine has stopped.
         """

@@ -46,7 +46,8 @@ class StepLoop:
     stop token, an abort, a failed row). Those rows run; what they give is dropped here, an error too. With
     one, a step makes a plan and waits for it.
 
-    Owns the plans in flight. Results are taken in the order of the plans, by the thread that makes them.
+    Owns the plans in flight, and the memory that their blocks are written into. Results are taken in the
+    order of the plans, by the thread that makes them.
 
     Parameters
     ----------
@@ -90,6 +91,9 @@ class StepLoop:
         self._fail_request = fail_request
         self._max_in_flight = max_in_flight
         self._in_flight: deque[PlanInFlight] = deque()
+        # A plan is read until its result is taken: so one block of memory more than plans in flight, in turn.
+        block_size = scheduler.plan_block_size
+        self._blocks = deque(np.empty(block_size, dtype=np.int32) for _ in range(max_in_flight + 1))
         self.num_steps = 0
         self.num_recomputed_tokens = 0
         self.is_stalled = False
@@ -108,7 +112,7 @@ class StepLoop:
         now_us : int
             The scheduler's clock.
         """
-        plan = self._scheduler.next_plan(now_us)
+        plan = self._scheduler.next_plan(now_us, self._blocks[0])
         self._expire(plan.expired_request_ids.tolist())
         if not plan.is_empty:
             self._submit(plan)
@@ -136,6 +140,7 @@ class StepLoop:
         if not self._in_flight:
             self.throughput.resume()
         self._in_flight.append(PlanInFlight(plan, rows))
+        self._blocks.rotate(-1)
         self._executor.submit(plan, [live.state for live in rows])
         self.num_steps += 1
 

@@ -134,7 +134,8 @@ class Executor(Protocol):
         Parameters
         ----------
         plan : ExecutionPlan
-            Not empty; plans come in order of `plan_id`. It is read until its result is collected.
+            Not empty; plans come in order of `plan_id`. It is read until its result is collected, and not
+            after: its memory is used again.
         states : sequence of SamplingState
             [B], one a row. Sampled tokens are appended to `output_token_ids`, and prompt log probabilities
             are written into `prompt_logprobs`; they are complete when the request's first token is sampled.

@@ -88,7 +88,7 @@ class _BlockOnDevice:
     def __init__(self, plan: ExecutionPlan, device: torch.device) -> None:
         self._plan = plan
         self._layout = plan.layout
-        # The block is a read-only view of memory that the scheduler reuses: always a copy.
+        # A copy also on the CPU: the memory is read-only here, and a later plan is written into it.
         self._block = torch.from_numpy(plan.block.copy()).to(device)
 
     def __getitem__(self, name: str) -> Tensor:

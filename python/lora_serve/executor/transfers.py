@@ -176,5 +176,5 @@ class PageTransfers:
 
 
 def _to_index(pages: npt.NDArray[np.int32]) -> Tensor:
-    # A copy: the plan's arrays are read-only views of memory that the scheduler reuses.
+    # A copy: torch takes no arrays that are read-only, as the plan's are.
     return torch.from_numpy(pages.astype(np.int64))

@@ -315,6 +315,22 @@ def test_adapter_goes_through_its_life_over_the_wire(engine):
     engine.run(main())
 
 
+def test_deltas_name_the_generation_also_when_they_arrive_together_with_the_admission(engine):
+    async def main():
+        client = engine.client
+        load = await client.load_lora_adapter("late", "/late")
+        submission = asyncio.create_task(client.submit(PROMPT[:8], params(3), lora_name="late"))
+        await asyncio.sleep(0)
+        time.sleep(0.3)  # Nothing is read meanwhile; a step takes 0.02 s.
+        deltas = [delta async for delta in await submission]
+        await client.unload_lora_adapter("late")
+        return load.adapter_id, [delta.adapter_id for delta in deltas]
+
+    adapter_id, ids_of_deltas = engine.run(main())
+    assert len(ids_of_deltas) == 3
+    assert set(ids_of_deltas) == {adapter_id}
+
+
 def test_forced_unload_ends_streams_with_abort(engine):
     async def main():
         await engine.client.load_lora_adapter("f", "/f")

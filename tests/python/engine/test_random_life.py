@@ -122,9 +122,7 @@ class RandomLife:
         return reason
 
 
-# Time slices are off: test_oracle_random_runs has them, with runs that repeat exactly, which these do not
-# because threads read the adapters.
-TWO_ADAPTERS = {"lora_memory_gb": 2 * 1024 / 2**30, "adapter_time_slice_steps": 0}
+TWO_ADAPTERS = {"lora_memory_gb": 2 * 1024 / 2**30}
 MACHINES = {
     "device only": {},
     "write_through": {"num_host_pages": 30},
@@ -132,6 +130,14 @@ MACHINES = {
     "off": {"num_host_pages": 9, "kv_write_policy": "off"},
     "two adapters": {**TWO_ADAPTERS},
     "two adapters, staged": {**TWO_ADAPTERS, "is_staged": True, "num_host_pages": 30},
+    "two adapters, short slices": {
+        **TWO_ADAPTERS,
+        "adapter_patience_ms": 3,
+        "adapter_time_slice_steps": 2,
+        "adapter_pause_ms": 5,
+        "num_host_pages": 9,
+        "kv_write_policy": "write_back",
+    },
     "two adapters, fcfs": {
         **TWO_ADAPTERS,
         "scheduling_policy": "fcfs",
@@ -173,7 +179,8 @@ def test_every_token_is_that_of_a_run_alone_and_nothing_is_left_behind(seed, mac
     assert driver.files.snapshot() == []
     driver.assert_pages_free()
     driver.executor.copy_outcome = lambda transfer_id: Outcome.DONE
-    driver.step()  # Reports the copies that nobody waits for.
+    driver.step()  # Reports the copies that nobody waits for, and may begin the last ones.
+    driver.run()
     stats = driver.core.stats()
     assert stats.num_transfers == 0
     assert (stats.num_resident_adapters, stats.num_loading_adapters, stats.num_adapter_bytes) == (0, 0, 0)
@@ -193,6 +200,7 @@ def test_random_lives_meet_what_they_are_for():
             "total_adapter_evictions",
             "total_expired_requests",
             "total_rejected_requests",
+            "total_adapter_pauses",
             "total_failed_adapter_loads",
         ),
         0,
