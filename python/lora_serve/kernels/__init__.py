@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from lora_serve.kernels.lora_embedding import add_lora_embedding, lora_lookup
+from lora_serve.kernels.lora_logits import add_lora_logits
 from lora_serve.kernels.lora_metadata import LoRAMetadata, LoRASegment, build_lora_metadata
 from lora_serve.kernels.lora_ops import add_lora_linear, lora_expand, lora_shrink
 from lora_serve.kernels.lora_weights import LoRALayerTable, LoRALayerWeights, LoRASliceWeights
@@ -12,8 +14,11 @@ __all__ = [
     "LoRAMetadata",
     "LoRASegment",
     "LoRASliceWeights",
+    "add_lora_embedding",
     "add_lora_linear",
+    "add_lora_logits",
     "build_lora_metadata",
     "lora_expand",
+    "lora_lookup",
     "lora_shrink",
 ]

@@ -96,8 +96,12 @@ class LoRAMetadata:
         )
 
 
-def build_lora_metadata(token_lora_mapping: Tensor, max_loras: int) -> LoRAMetadata:
+def build_lora_metadata(
+    token_lora_mapping: Tensor, max_loras: int, *, device: torch.device | None = None
+) -> LoRAMetadata:
     """Group the tokens of a step by adapter slot, as the scheduler's core does for its plans.
+
+    The tokens may be any rows: those whose logits are computed have a grouping of their own.
 
     Parameters
     ----------
@@ -106,11 +110,13 @@ def build_lora_metadata(token_lora_mapping: Tensor, max_loras: int) -> LoRAMetad
     max_loras
         Largest number of distinct adapters in one step, >= 1. Sizes the arrays; slot numbers themselves
         are not bounded by it.
+    device
+        Where the result goes, by one copy of all its tensors. None = where ``token_lora_mapping`` is.
 
     Returns
     -------
     LoRAMetadata
-        On the device of ``token_lora_mapping``.
+        Its tensors are views of one.
 
     Raises
     ------
@@ -125,7 +131,7 @@ def build_lora_metadata(token_lora_mapping: Tensor, max_loras: int) -> LoRAMetad
             f"token_lora_mapping has shape {tuple(token_lora_mapping.shape)} and dtype "
             f"{token_lora_mapping.dtype}, expected [T] int32 or int64"
         )
-    mapping = token_lora_mapping.to(torch.int32, copy=True)
+    mapping = token_lora_mapping.to(torch.int32)
     num_tokens = mapping.shape[0]
     slots, counts = torch.unique(mapping, sorted=True, return_counts=True)
     num_groups = slots.shape[0]
@@ -135,19 +141,21 @@ def build_lora_metadata(token_lora_mapping: Tensor, max_loras: int) -> LoRAMetad
     if num_adapters > max_loras:
         raise ValueError(f"the step holds {num_adapters} distinct adapters, expected at most {max_loras}")
 
-    device = mapping.device
-    num_tokens_per_lora = torch.zeros(max_loras + 1, dtype=torch.int32, device=device)
-    num_tokens_per_lora[:num_groups] = counts.to(torch.int32)
-    lora_token_start_loc = torch.zeros(max_loras + 2, dtype=torch.int32, device=device)
-    lora_token_start_loc[1:] = torch.cumsum(num_tokens_per_lora, 0)
-    active_lora_ids = torch.full((max_loras + 1,), -1, dtype=torch.int32, device=device)
-    active_lora_ids[:num_groups] = slots
-    order = torch.argsort(mapping, stable=True) if num_tokens else mapping
+    block = torch.zeros(2 * num_tokens + 3 * max_loras + 4, dtype=torch.int32, device=mapping.device)
+    sizes = [num_tokens, num_tokens, max_loras + 1, max_loras + 2, max_loras + 1]
+    token_slots, order, group_sizes, group_starts, group_slots = torch.split(block, sizes)
+    token_slots.copy_(mapping)
+    if num_tokens:
+        order.copy_(torch.argsort(mapping, stable=True))
+    group_sizes[:num_groups] = counts
+    torch.cumsum(group_sizes, 0, dtype=torch.int32, out=group_starts[1:])
+    group_slots.fill_(-1)[:num_groups] = slots
+    token_slots, order, group_sizes, group_starts, group_slots = torch.split(block.to(device), sizes)
     return LoRAMetadata(
-        token_lora_mapping=mapping,
-        token_indices_sorted_by_lora_ids=order.to(torch.int32),
-        num_tokens_per_lora=num_tokens_per_lora,
-        lora_token_start_loc=lora_token_start_loc,
-        active_lora_ids=active_lora_ids,
+        token_lora_mapping=token_slots,
+        token_indices_sorted_by_lora_ids=order,
+        num_tokens_per_lora=group_sizes,
+        lora_token_start_loc=group_starts,
+        active_lora_ids=group_slots,
         no_adapter=num_adapters == 0,
     )

@@ -7,16 +7,17 @@ For token t with adapter slot l, and slice s of a packed layer at column offset 
     v[s, t, r]            = scaling[l, s] * sum_h x[t, h] * A[l, s][r, h]
     y[t, offset_s + o]  (+)= sum_r v[s, t, r] * B[l, s][r, o]
 
-Scaling is applied once, in fp32, before ``v`` is rounded to the dtype of ``x``. Both sums are accumulated in
+Scaling is applied once, in fp32, before ``v`` is rounded to the dtype of ``y``. Both sums are accumulated in
 fp32 (fp64 for fp64 inputs); ``y`` is rounded once, to its own dtype, which never changes. Tokens of slot -1
 give rows of zeros in ``v`` and keep their rows of ``y`` bit for bit. A slice on which the adapter has no
 module counts as rank 0. Columns outside the slices are not touched. An empty step is fine. Nothing is summed
 in an order that depends on chance, so the same inputs give the same bits.
 
-This file is the seam that layers call; behind it stands plain torch, one matrix product for each (adapter,
-slice), which is the reference and the CPU path. The operators are ordinary functions: their weights are
-Python tables of tensors, which a torch custom operator cannot take as arguments. They become registered
-operators with the device tables of offsets, ranks and scalings, which are tensors.
+With ``lora_embedding`` and ``lora_logits`` this file is the seam that layers call; behind it stands plain
+torch, one matrix product for each (adapter, slice), which is the reference and the CPU path. The operators
+are ordinary functions: their weights are Python tables of tensors, which a torch custom operator cannot take
+as arguments. They become registered operators with the device tables of offsets, ranks and scalings, which
+are tensors.
 
 Source: the split in shrink and expand, and grouping tokens by adapter, are Punica's (Chen et al., 2023) and
 S-LoRA's (Sheng et al., 2023). Different here: A and B are both stored [R, features] at their exact rank.
@@ -28,10 +29,13 @@ import torch
 from torch import Tensor
 
 from lora_serve.kernels.lora_metadata import LoRAMetadata
-from lora_serve.kernels.lora_weights import LoRALayerTable, LoRALayerWeights
+from lora_serve.kernels.lora_segments import check_rows, compute_dtype, largest_rank, weights_by_segment
+from lora_serve.kernels.lora_weights import LoRALayerTable
 
 
-def lora_shrink(x: Tensor, table: LoRALayerTable, metadata: LoRAMetadata) -> Tensor:
+def lora_shrink(
+    x: Tensor, table: LoRALayerTable, metadata: LoRAMetadata, *, dtype: torch.dtype | None = None
+) -> Tensor:
     """Project the input onto each adapter's rank: ``v[s] = scaling * x A[s]^T``.
 
     Parameters
@@ -42,34 +46,39 @@ def lora_shrink(x: Tensor, table: LoRALayerTable, metadata: LoRAMetadata) -> Ten
         Weights by adapter slot, on the device of ``x``.
     metadata
         Grouping of the T tokens; slot -1 = no adapter.
+    dtype
+        Of v: that of the output that it will be added to. None = that of ``x``.
 
     Returns
     -------
     Tensor
-        v [S, T, R], the dtype and device of ``x``; R is the largest rank on this layer among the adapters of
-        the step (0 where none has a module). Rows of slot -1, slices without a module and columns at or above
-        an adapter's own rank are 0.
+        v [S, T, R] on the device of ``x``; R is the largest rank on this layer among the adapters of the step
+        (0 where none has a module). Rows of slot -1, slices without a module and columns at or above an
+        adapter's own rank are 0.
 
     Raises
     ------
     ValueError
-        ``x`` is not [T, H] of floating point with the table's H and the metadata's T.
+        ``x`` is not [T, H] of floating point with the table's H and the metadata's T, or the table is an
+        embedding's.
     LookupError
         A token names an adapter slot that holds no adapter.
     """
-    _check_rows("x", x, metadata, table.in_features)
-    modules = _step_weights(table, metadata)
-    max_rank = max((m.lora_rank for weights in modules for m in weights if m is not None), default=0)
-    v = x.new_zeros((table.num_slices, x.shape[0], max_rank))
-    compute_dtype = _compute_dtype(x)
-    for segment, weights in zip(metadata.segments, modules, strict=True):
+    if table.is_embedding:
+        raise ValueError("the table is an embedding's, expected one of a linear layer")
+    check_rows("x", x, metadata, table.in_features)
+    step_weights = weights_by_segment(table, metadata)
+    shape = (table.num_slices, x.shape[0], largest_rank(step_weights))
+    v = x.new_zeros(shape, dtype=x.dtype if dtype is None else dtype)
+    product_dtype = compute_dtype(x.dtype)
+    for segment, weights in zip(metadata.segments, step_weights, strict=True):
         if all(module is None for module in weights):
             continue
-        rows = x.index_select(0, segment.rows).to(compute_dtype)
+        rows = x.index_select(0, segment.rows).to(product_dtype)
         for v_slice, module in zip(v, weights, strict=True):
             if module is None:
                 continue
-            product = torch.mm(rows, module.a.to(compute_dtype).t()).mul_(module.scaling)
+            product = torch.mm(rows, module.a.to(product_dtype).t()).mul_(module.scaling)
             v_slice[:, : module.lora_rank].index_copy_(0, segment.rows, product.to(v.dtype))
     return v
 
@@ -109,8 +118,8 @@ def lora_expand(
         A token names an adapter slot that holds no adapter.
     """
     _check_expand_shapes(y, v, table, metadata, offset_start)
-    compute_dtype = _compute_dtype(y)
-    for segment, weights in zip(metadata.segments, _step_weights(table, metadata), strict=True):
+    product_dtype = compute_dtype(y.dtype)
+    for segment, weights in zip(metadata.segments, weights_by_segment(table, metadata), strict=True):
         offset = offset_start
         for v_slice, module, width in zip(v, weights, table.output_slices, strict=True):
             columns = y[:, offset : offset + width]
@@ -124,8 +133,8 @@ def lora_expand(
                     f"v has {v.shape[2]} columns of rank, the adapter in slot {segment.slot} has rank "
                     f"{module.lora_rank}: v must come from lora_shrink with the same table and metadata"
                 )
-            rows = v_slice[:, : module.lora_rank].index_select(0, segment.rows).to(compute_dtype)
-            delta = torch.mm(rows, module.b.to(compute_dtype))
+            rows = v_slice[:, : module.lora_rank].index_select(0, segment.rows).to(product_dtype)
+            delta = torch.mm(rows, module.b.to(product_dtype))
             if add_inputs:
                 delta.add_(columns.index_select(0, segment.rows))
             columns.index_copy_(0, segment.rows, delta.to(y.dtype))
@@ -157,33 +166,6 @@ def add_lora_linear(y: Tensor, x: Tensor, table: LoRALayerTable, metadata: LoRAM
     lora_expand(y, lora_shrink(x, table, metadata), table, metadata)
 
 
-def _compute_dtype(tensor: Tensor) -> torch.dtype:
-    return torch.promote_types(tensor.dtype, torch.float32)
-
-
-def _step_weights(table: LoRALayerTable, metadata: LoRAMetadata) -> list[LoRALayerWeights]:
-    step_weights: list[LoRALayerWeights] = []
-    for segment in metadata.segments:
-        weights = table.get(segment.slot)
-        if weights is None:
-            # Going on without the adapter would answer with the base model in its name.
-            raise LookupError(
-                f"adapter slot {segment.slot} holds no adapter but {segment.rows.shape[0]} tokens of this "
-                f"step name it; installed slots are {table.installed_slots}"
-            )
-        step_weights.append(weights)
-    return step_weights
-
-
-def _check_rows(name: str, tensor: Tensor, metadata: LoRAMetadata, features: int) -> None:
-    expected = (metadata.num_tokens, features)
-    if tuple(tensor.shape) != expected or not tensor.is_floating_point():
-        raise ValueError(
-            f"{name} has shape {tuple(tensor.shape)} and dtype {tensor.dtype}, expected {expected} of a "
-            "floating-point dtype"
-        )
-
-
 def _check_expand_shapes(
     y: Tensor, v: Tensor, table: LoRALayerTable, metadata: LoRAMetadata, offset_start: int
 ) -> None:
@@ -193,7 +175,7 @@ def _check_expand_shapes(
             f"y has shape {tuple(y.shape)}, expected [T, O] with O >= {columns_needed}, which is "
             f"offset_start {offset_start} (0 or above) and slices {table.output_slices}"
         )
-    _check_rows("y", y, metadata, y.shape[1])
+    check_rows("y", y, metadata, y.shape[1])
     if v.dim() != 3 or tuple(v.shape[:2]) != (table.num_slices, metadata.num_tokens) or v.dtype != y.dtype:
         raise ValueError(
             f"v has shape {tuple(v.shape)} and dtype {v.dtype}, expected [{table.num_slices}, "

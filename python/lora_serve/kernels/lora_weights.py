@@ -23,7 +23,7 @@ class LoRASliceWeights:
     Parameters
     ----------
     a
-        [R, H], contiguous, the model's dtype: input features to rank.
+        [R, H], contiguous, the model's dtype: input features to rank. On an embedding [V, R], a row a token.
     b
         [R, O], contiguous, dtype and device of ``a``: rank to output features (PEFT stores it transposed).
     scaling
@@ -36,8 +36,8 @@ class LoRASliceWeights:
 
     @property
     def lora_rank(self) -> int:
-        """R, the number of rows of ``a`` and ``b``."""
-        return self.a.shape[0]
+        """R, the number of rows of ``b``."""
+        return self.b.shape[0]
 
     @property
     def num_bytes(self) -> int:
@@ -50,35 +50,43 @@ LoRALayerWeights = tuple[LoRASliceWeights | None, ...]
 
 
 class LoRALayerTable:
-    """Adapter slot to weights, for one packed layer.
+    """Adapter slot to weights, for one packed layer or one embedding.
 
     Owns: nothing but references; the tensors live as long as a table (or somebody else) holds them.
     Deliberately does not know: names, generations, files, who may replace what when. That is the LoRA
     manager's matter, which installs and clears between steps only.
-    Invariants: every stored entry has exactly S slices, each None or of shapes [R, H] and [R, O_s], R >= 1;
-    an install replaces a slot's entry as a whole, so nothing of an earlier adapter stays behind.
+    Invariants: every stored entry has exactly S slices, each None or of shapes [R, H] and [R, O_s], R >= 1
+    ([H, R] and [R, O_s] for an embedding); an install replaces a slot's entry as a whole, so nothing of an
+    earlier adapter stays behind.
 
     Parameters
     ----------
     output_slices
         Widths O_s of the S slices, each >= 1.
     in_features
-        H, the width of the layer's input, >= 1.
+        H, the width of the layer's input, >= 1; the vocabulary's size V for an embedding.
+    is_embedding
+        True: the input is token ids, and A has a row for each.
 
     Raises
     ------
     ValueError
-        A width is below 1, or there is no slice.
+        A width is below 1, or there is no slice, or an embedding has several.
     """
 
-    def __init__(self, output_slices: tuple[int, ...], in_features: int) -> None:
+    def __init__(
+        self, output_slices: tuple[int, ...], in_features: int, *, is_embedding: bool = False
+    ) -> None:
         if not output_slices or min(output_slices) < 1 or in_features < 1:
             raise ValueError(
                 f"a LoRA layer table has output_slices {output_slices} and in_features {in_features}, "
                 "expected at least one slice and all widths at least 1"
             )
+        if is_embedding and len(output_slices) > 1:
+            raise ValueError(f"an embedding has output_slices {output_slices}, expected one")
         self.output_slices = tuple(output_slices)
         self.in_features = in_features
+        self.is_embedding = is_embedding
         self._slots: dict[int, LoRALayerWeights] = {}
 
     @property
@@ -107,8 +115,8 @@ class LoRALayerTable:
         Raises
         ------
         ValueError
-            Wrong number of slices, a shape that is not [R, H] / [R, O_s], rank 0, two dtypes or devices in
-            one module, or a scaling that is not finite.
+            Wrong number of slices, a shape that is not [R, H] / [R, O_s] ([H, R] / [R, O_s] for an
+            embedding), rank 0, two dtypes or devices in one module, or a scaling that is not finite.
         """
         if len(weights) != self.num_slices:
             raise ValueError(f"the layer has {self.num_slices} slices, the adapter's weights {len(weights)}")
@@ -117,11 +125,12 @@ class LoRALayerTable:
                 continue
             rank = module.lora_rank
             found = (tuple(module.a.shape), tuple(module.b.shape))
-            expected = ((rank, self.in_features), (rank, width))
-            if rank < 1 or found != expected:
+            shape_a = (self.in_features, rank) if self.is_embedding else (rank, self.in_features)
+            if rank < 1 or found != (shape_a, (rank, width)):
+                expected_a = f"({self.in_features}, R)" if self.is_embedding else f"(R, {self.in_features})"
                 raise ValueError(
-                    f"slice {index}: A and B have shapes {found[0]} and {found[1]}, expected "
-                    f"(R, {self.in_features}) and (R, {width}) with R >= 1"
+                    f"slice {index}: A and B have shapes {found[0]} and {found[1]}, expected {expected_a} "
+                    f"and (R, {width}) with R >= 1"
                 )
             if module.a.dtype != module.b.dtype or module.a.device != module.b.device:
                 raise ValueError(

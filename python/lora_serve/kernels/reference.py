@@ -37,7 +37,12 @@ def unit_roundoff(dtype: torch.dtype) -> float:
 
 
 def lora_shrink_reference(
-    x: Tensor, table: LoRALayerTable, token_lora_mapping: Tensor, max_rank: int
+    x: Tensor,
+    table: LoRALayerTable,
+    token_lora_mapping: Tensor,
+    max_rank: int,
+    *,
+    dtype: torch.dtype | None = None,
 ) -> ReferenceResult:
     """``v[s, t, r] = scaling * sum_h x[t, h] A[s][r, h]`` token by token, in fp64.
 
@@ -51,12 +56,14 @@ def lora_shrink_reference(
         [T] integers: adapter slot of each token; -1 = no adapter, its row is 0.
     max_rank
         R of the result; columns at or above an adapter's rank are 0.
+    dtype
+        Of the implementation's result. None = that of ``x``.
 
     Returns
     -------
     ReferenceResult
         [S, T, R]. The bound covers H products and additions in fp32 (fp64 for fp64 inputs), the scaling, and
-        one rounding to the dtype of ``x``.
+        one rounding to ``dtype``.
     """
     num_tokens, in_features = x.shape
     value = torch.zeros(table.num_slices, num_tokens, max_rank, dtype=torch.float64)
@@ -71,7 +78,49 @@ def lora_shrink_reference(
             value[s, t, :rank] = module.scaling * (matrix @ row)
             magnitude = abs(module.scaling) * (matrix.abs() @ row.abs())
             bound[s, t, :rank] = (in_features + 2) * accumulate * magnitude
-    return ReferenceResult(value, _with_output_rounding(bound, value, x.dtype))
+    return ReferenceResult(value, _with_output_rounding(bound, value, dtype or x.dtype))
+
+
+def lora_lookup_reference(
+    token_ids: Tensor,
+    table: LoRALayerTable,
+    token_lora_mapping: Tensor,
+    max_rank: int,
+    *,
+    dtype: torch.dtype,
+) -> ReferenceResult:
+    """``v[0, t, r] = scaling * A[token_ids[t], r]`` token by token, in fp64.
+
+    Parameters
+    ----------
+    token_ids
+        [T] integers in [0, V).
+    table
+        Weights by adapter slot, of an embedding.
+    token_lora_mapping
+        [T] integers: adapter slot of each token; -1 = no adapter, its row is 0.
+    max_rank
+        R of the result; columns at or above an adapter's rank are 0.
+    dtype
+        Of the implementation's result.
+
+    Returns
+    -------
+    ReferenceResult
+        [1, T, R]. The bound covers the scaling in fp32 (fp64 for fp64 weights) and one rounding to ``dtype``.
+    """
+    value = torch.zeros(1, len(token_ids), max_rank, dtype=torch.float64)
+    bound = torch.zeros_like(value)
+    for t, slot in enumerate(token_lora_mapping.tolist()):
+        weights = table.get(slot) if slot >= 0 else None
+        module = weights[0] if weights else None
+        if module is None:
+            continue
+        row = value[0, t, : module.lora_rank]
+        row.copy_(module.scaling * module.a[int(token_ids[t])].double())
+        accumulate = unit_roundoff(torch.promote_types(module.a.dtype, torch.float32))
+        bound[0, t, : module.lora_rank] = 2 * accumulate * row.abs()
+    return ReferenceResult(value, _with_output_rounding(bound, value, dtype))
 
 
 def lora_expand_reference(

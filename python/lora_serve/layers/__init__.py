@@ -10,7 +10,7 @@ from lora_serve.layers.attention import (
     register_attention_backend,
 )
 from lora_serve.layers.embedding import LogitsProjection, TokenEmbedding
-from lora_serve.layers.linear import LoRATarget, PackedLinear
+from lora_serve.layers.linear import LoRAKind, LoRATarget, PackedLinear
 from lora_serve.layers.rms_norm import RMSNorm
 from lora_serve.layers.rotary import RopeParameters, RotaryEmbedding, apply_rotary
 from lora_serve.layers.step_context import AttentionMetadata, StepContext
@@ -21,6 +21,7 @@ __all__ = [
     "AttentionMetadata",
     "AttentionSpec",
     "KVLayer",
+    "LoRAKind",
     "LoRATarget",
     "LogitsProjection",
     "PackedLinear",

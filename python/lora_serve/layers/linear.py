@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -11,6 +12,20 @@ from torch import Tensor, nn
 
 from lora_serve.kernels import LoRALayerTable, add_lora_linear
 from lora_serve.layers.step_context import StepContext
+
+
+class LoRAKind(enum.Enum):
+    """What a module does with its input, and so what an adapter's A and B mean there.
+
+    Shapes are those that the operators read; R rank, H input features, O output features, V vocabulary.
+    """
+
+    LINEAR = "linear"
+    """A projection of hidden states: A [R, H], B [R, O]."""
+    EMBEDDING = "embedding"
+    """Look-up by token id: A [V, R], a row a token; B [R, O], O the width of the hidden states."""
+    LOGITS = "logits"
+    """Hidden states to logits, on the sampled rows only: A [R, H], B [R, V]."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,15 +39,24 @@ class LoRATarget:
     slice_index
         Which slice of the packed layer it is, from 0.
     in_features
-        H, columns of the adapter's A.
+        H, columns of the adapter's A; V, rows of its A, for an embedding.
     out_features
         O, width of the slice.
+    kind
+        What the module does; it decides the shape of A and which operator reads the table.
     """
 
     table: LoRALayerTable
     slice_index: int
     in_features: int
     out_features: int
+    kind: LoRAKind = LoRAKind.LINEAR
+
+    def a_shape(self, lora_rank: int) -> tuple[int, int]:
+        """Shape of an adapter's A of this rank: [R, H], or [V, R] for an embedding."""
+        if self.kind is LoRAKind.EMBEDDING:
+            return self.in_features, lora_rank
+        return lora_rank, self.in_features
 
 
 class PackedLinear(nn.Module):
@@ -53,6 +77,9 @@ class PackedLinear(nn.Module):
         True: every slice has a bias.
     dtype, device
         Of the weights, which are left uninitialised.
+    fused_name
+        Name of the one module that other implementations of the model have in place of the slices, such as
+        ``qkv_proj``; adapters may be trained on it. None = there is none.
     """
 
     weight: Tensor
@@ -67,9 +94,11 @@ class PackedLinear(nn.Module):
         bias: bool,
         dtype: torch.dtype,
         device: torch.device,
+        fused_name: str | None = None,
     ) -> None:
         super().__init__()
         self.prefix = prefix
+        self.fused_name = fused_name
         self.slice_names = tuple(slices)
         self.output_slices = tuple(slices.values())
         self.in_features = in_features
@@ -119,3 +148,13 @@ class PackedLinear(nn.Module):
         """Yield each slice's full module path with its place in the LoRA table."""
         for index, (name, width) in enumerate(zip(self.slice_names, self.output_slices, strict=True)):
             yield f"{self.prefix}.{name}", LoRATarget(self.lora_table, index, self.in_features, width)
+
+    def fused_lora_targets(self) -> Iterator[tuple[str, tuple[str, ...]]]:
+        """Yield the slices' module path as one module with the paths of its members, in order.
+
+        An adapter trained on the one module has one A, which all members share, and a B whose output features
+        are the members' side by side.
+        """
+        if self.fused_name is not None:
+            members = tuple(f"{self.prefix}.{name}" for name in self.slice_names)
+            yield f"{self.prefix}.{self.fused_name}", members

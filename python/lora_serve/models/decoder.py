@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 
+from lora_serve.kernels import LoRAMetadata
 from lora_serve.layers import (
     KVLayer,
     LogitsProjection,
     LoRATarget,
+    PackedLinear,
     RMSNorm,
     RotaryEmbedding,
     StepContext,
@@ -50,7 +52,9 @@ class DecoderModel(nn.Module):
         self.device = device
         self.attention_backend = make_attention_backend(attention_backend)
         dtype = config.dtype
-        self.embed_tokens = TokenEmbedding(config.vocab_size, config.hidden_size, dtype=dtype, device=device)
+        self.embed_tokens = TokenEmbedding(
+            "model.embed_tokens", config.vocab_size, config.hidden_size, dtype=dtype, device=device
+        )
         layers = [
             DecoderLayer(config, layer, self.attention_backend, device) for layer in range(config.num_layers)
         ]
@@ -62,7 +66,7 @@ class DecoderModel(nn.Module):
         if not config.has_tied_embeddings:
             untied = torch.empty(config.vocab_size, config.hidden_size, dtype=dtype, device=device)
             logits_weight = nn.Parameter(untied, requires_grad=False)
-        self.lm_head = LogitsProjection(logits_weight)
+        self.lm_head = LogitsProjection("lm_head", logits_weight)
         self._rotary = RotaryEmbedding(config.rope, config.head_dim, device)
 
     @torch.inference_mode()
@@ -97,41 +101,61 @@ class DecoderModel(nn.Module):
             )
         plan = self.attention_backend.plan(ctx.attention, kv_layers[0], self._attention_specs)
         rotation = self._rotary.cos_sin(ctx.positions, self.config.dtype)
-        hidden = self.embed_tokens.forward(token_ids)
+        hidden = self.embed_tokens.forward(token_ids, ctx)
         for layer, kv_layer in zip(self._typed_layers, kv_layers, strict=True):
             hidden = layer.forward(hidden, rotation, ctx, kv_layer, plan)
         return self.norm.forward(hidden)
 
     @torch.no_grad()
-    def compute_logits(self, hidden: Tensor) -> Tensor:
+    def compute_logits(self, hidden: Tensor, lora: LoRAMetadata | None = None) -> Tensor:
         """Give logits of chosen tokens.
 
         Parameters
         ----------
         hidden
             [N, H]: rows of what :meth:`forward` gave.
+        lora
+            Those N rows grouped by adapter slot; not the step's tokens. None = no row has an adapter.
 
         Returns
         -------
         Tensor
             [N, V] float32; an ordinary tensor that may be changed in place.
+
+        Raises
+        ------
+        ValueError
+            ``lora`` is of another number of rows.
+        LookupError
+            A row names an adapter slot that holds no adapter.
         """
-        return self.lm_head.forward(hidden)
+        return self.lm_head.forward(hidden, lora)
 
     def lora_targets(self) -> dict[str, LoRATarget]:
-        """Give every linear projection of the layers by its full module path.
+        """Give every module that an adapter may have weights for by its full path.
 
         Returns
         -------
         dict[str, LoRATarget]
-            Keys such as ``model.layers.3.self_attn.q_proj``.
+            Keys ``model.embed_tokens``, then the layers' linear projections, such as
+            ``model.layers.3.self_attn.q_proj``, then ``lm_head``.
         """
-        return {
-            path: target
-            for layer in self._typed_layers
-            for linear in layer.packed_linears()
-            for path, target in linear.lora_targets()
-        }
+        targets = dict(self.embed_tokens.lora_targets())
+        for linear in self._packed_linears():
+            targets.update(linear.lora_targets())
+        targets.update(self.lm_head.lora_targets())
+        return targets
+
+    def fused_lora_targets(self) -> dict[str, tuple[str, ...]]:
+        """Give the modules that other implementations of the model have in place of several LoRA targets.
+
+        Returns
+        -------
+        dict[str, tuple[str, ...]]
+            Paths such as ``model.layers.3.self_attn.qkv_proj`` to the LoRA targets that are their members, in
+            the order of the fused module's output features.
+        """
+        return dict(fused for linear in self._packed_linears() for fused in linear.fused_lora_targets())
 
     def checkpoint_tensors(self) -> dict[str, Tensor]:
         """Give every tensor of a checkpoint by its name, with the (part of a) parameter that it fills.
@@ -150,3 +174,7 @@ class DecoderModel(nn.Module):
         if not self.config.has_tied_embeddings:
             tensors["lm_head.weight"] = self.lm_head.weight
         return tensors
+
+    def _packed_linears(self) -> Iterator[PackedLinear]:
+        for layer in self._typed_layers:
+            yield from layer.packed_linears()

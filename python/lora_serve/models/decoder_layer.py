@@ -56,6 +56,7 @@ class DecoderAttention(nn.Module):
             bias=config.has_qkv_bias,
             dtype=config.dtype,
             device=device,
+            fused_name="qkv_proj",
         )
         self.o_proj = PackedLinear(
             self.prefix,
@@ -143,6 +144,7 @@ class DecoderMLP(nn.Module):
             bias=config.has_mlp_bias,
             dtype=config.dtype,
             device=device,
+            fused_name="gate_up_proj",
         )
         self.down_proj = PackedLinear(
             prefix,

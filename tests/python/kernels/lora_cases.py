@@ -1,4 +1,4 @@
-"""Random steps and tables for the tests of the LoRA operators."""
+"""Random steps and tables for the tests of the LoRA operators, and how their results are checked."""
 
 from __future__ import annotations
 
@@ -14,9 +14,11 @@ from lora_serve.kernels import (
     LoRASliceWeights,
     build_lora_metadata,
 )
+from lora_serve.kernels.reference import ReferenceResult, find_bound_violations
 
 MAX_LORAS = 8
 LAST_SLOT = 7
+DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 
 
 @dataclass
@@ -46,7 +48,8 @@ def random_weights(
         if rank is None:
             weights.append(None)
             continue
-        a = signed(generator, rank, table.in_features, dtype=dtype)
+        shape_a = (table.in_features, rank) if table.is_embedding else (rank, table.in_features)
+        a = signed(generator, *shape_a, dtype=dtype)
         b = signed(generator, rank, width, dtype=dtype)
         scaling = float(torch.rand(1, generator=generator)) * 3 - 2.0
         weights.append(LoRASliceWeights(a, b, scaling))
@@ -84,3 +87,11 @@ def has_same_bits(left: Tensor, right: Tensor) -> bool:
     if left.dtype != right.dtype or left.shape != right.shape:
         return False
     return bool(torch.equal(left.contiguous().view(torch.uint8), right.contiguous().view(torch.uint8)))
+
+
+def assert_within_bounds(actual: Tensor, expected: ReferenceResult) -> None:
+    assert actual.shape == expected.value.shape
+    violations = find_bound_violations(actual, expected)
+    assert violations.numel() == 0, (
+        f"{len(violations)} elements are off, the first at {violations[0].tolist()}"
+    )

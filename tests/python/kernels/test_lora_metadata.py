@@ -30,6 +30,21 @@ def test_dtypes_are_int32():
     assert {tensor.dtype for tensor in tensors} == {torch.int32}
 
 
+def test_result_comes_to_the_device_as_views_of_one_tensor():
+    metadata = build_lora_metadata(torch.tensor([1, -1, 5]), max_loras=2, device=torch.device("meta"))
+    tensors = (
+        metadata.token_lora_mapping,
+        metadata.token_indices_sorted_by_lora_ids,
+        metadata.num_tokens_per_lora,
+        metadata.lora_token_start_loc,
+        metadata.active_lora_ids,
+    )
+    assert {tensor.device.type for tensor in tensors} == {"meta"}
+    assert [tensor.storage_offset() for tensor in tensors] == [0, 3, 6, 9, 13]
+    assert [tensor.shape[0] for tensor in tensors] == [3, 3, 3, 4, 3]
+    assert not metadata.no_adapter
+
+
 def test_step_without_base_tokens_has_no_base_group():
     metadata = build_lora_metadata(torch.tensor([5, 5, 2]), max_loras=2)
     assert metadata.active_lora_ids.tolist() == [2, 5, -1]

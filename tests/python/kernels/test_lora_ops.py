@@ -5,16 +5,17 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kernels.lora_cases import LAST_SLOT, LoRACase, has_same_bits, make_case
-from lora_serve.kernels import LoRALayerTable, add_lora_linear, build_lora_metadata, lora_expand, lora_shrink
-from lora_serve.kernels.reference import (
-    ReferenceResult,
-    find_bound_violations,
-    lora_expand_reference,
-    lora_shrink_reference,
+from kernels.lora_cases import (
+    DTYPES,
+    LAST_SLOT,
+    LoRACase,
+    assert_within_bounds,
+    has_same_bits,
+    make_case,
 )
+from lora_serve.kernels import LoRALayerTable, add_lora_linear, build_lora_metadata, lora_expand, lora_shrink
+from lora_serve.kernels.reference import lora_expand_reference, lora_shrink_reference
 
-DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 RANKS = [1, 3, 5, 8, 64]
 
 # Interleaved adapters of unequal ranks, modules missing on some slices, one adapter without any, base tokens
@@ -27,14 +28,6 @@ MIXED_RANKS = {
     LAST_SLOT: (8, 64, 1),
 }
 MIXED = [LAST_SLOT, -1, 0, 1, -1, 0, LAST_SLOT, 4, 1, 0, -1]
-
-
-def assert_within_bounds(actual: torch.Tensor, expected: ReferenceResult) -> None:
-    assert actual.shape == expected.value.shape
-    violations = find_bound_violations(actual, expected)
-    assert violations.numel() == 0, (
-        f"{len(violations)} elements are off, the first at {violations[0].tolist()}"
-    )
 
 
 def check_shrink(case: LoRACase) -> None:

@@ -66,3 +66,22 @@ def test_negative_slot_is_refused():
 def test_layer_without_width_is_refused(slices, in_features):
     with pytest.raises(ValueError, match="at least 1"):
         LoRALayerTable(slices, in_features)
+
+
+def test_embedding_keeps_a_row_of_a_for_each_token():
+    table = LoRALayerTable((6,), 40, is_embedding=True)
+    weights = LoRASliceWeights(torch.ones(40, 3), torch.ones(3, 6), 0.5)
+    table.install(0, (weights,))
+    assert table.get(0) == (weights,)
+    assert weights.lora_rank == 3
+    assert weights.num_bytes == 4 * 3 * (40 + 6)
+    with pytest.raises(ValueError, match=r"expected \(40, R\) and \(R, 6\)"):
+        table.install(0, (LoRASliceWeights(torch.ones(3, 40), torch.ones(3, 6), 0.5),))
+    with pytest.raises(ValueError, match="R >= 1"):
+        table.install(0, (LoRASliceWeights(torch.ones(40, 0), torch.ones(0, 6), 0.5),))
+    assert table.get(0) == (weights,)
+
+
+def test_embedding_of_several_slices_is_refused():
+    with pytest.raises(ValueError, match="expected one"):
+        LoRALayerTable((6, 6), 4, is_embedding=True)

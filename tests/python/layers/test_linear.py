@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lora_serve.kernels import LoRASliceWeights
-from lora_serve.layers import PackedLinear
+from lora_serve.layers import LoRAKind, PackedLinear
 from support.paged_sequences import PagedSequences
 
 IN_FEATURES = 24
@@ -21,6 +21,7 @@ def make_linear(bias: bool = True) -> PackedLinear:
         bias=bias,
         dtype=torch.float32,
         device=torch.device("cpu"),
+        fused_name="qkv_proj",
     )
     generator = torch.Generator().manual_seed(0)
     for _, part in linear.checkpoint_tensors():
@@ -107,5 +108,17 @@ def test_lora_targets_name_every_slice_with_its_shape() -> None:
     assert list(targets) == [f"model.layers.3.self_attn.{name}" for name in SLICES]
     for index, (target, width) in enumerate(zip(targets.values(), SLICES.values(), strict=True)):
         assert target.table is linear.lora_table
+        assert target.kind is LoRAKind.LINEAR
         assert (target.slice_index, target.in_features, target.out_features) == (index, IN_FEATURES, width)
     assert linear.lora_table.output_slices == tuple(SLICES.values())
+
+
+def test_fused_lora_targets_name_the_members_in_the_order_of_the_columns() -> None:
+    prefix = "model.layers.3.self_attn"
+    assert dict(make_linear().fused_lora_targets()) == {
+        f"{prefix}.qkv_proj": (f"{prefix}.q_proj", f"{prefix}.k_proj", f"{prefix}.v_proj")
+    }
+    alone = PackedLinear(
+        prefix, {"o_proj": 4}, 4, bias=False, dtype=torch.float32, device=torch.device("cpu")
+    )
+    assert list(alone.fused_lora_targets()) == []

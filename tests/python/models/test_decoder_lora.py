@@ -9,6 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from lora_serve.kernels import LoRASliceWeights
+from lora_serve.layers import LoRAKind
 from lora_serve.models import DecoderModel, load_model
 from lora_serve.testing.models import make_random_model
 from support.paged_sequences import PagedSequences
@@ -51,16 +52,35 @@ def merged(reference, adapter: dict):
     return model
 
 
-def test_lora_targets_are_the_linear_modules_of_transformers(path: str) -> None:
+def test_lora_targets_are_the_linears_and_the_embedding_of_transformers(path: str) -> None:
     reference = AutoModelForCausalLM.from_pretrained(path)
-    linears = {
-        name: (module.in_features, module.out_features)
-        for name, module in reference.named_modules()
-        if isinstance(module, torch.nn.Linear) and name != "lm_head"
-    }
+    expected: dict = {}
+    for name, module in reference.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            kind = LoRAKind.LOGITS if name == "lm_head" else LoRAKind.LINEAR
+            expected[name] = (module.in_features, module.out_features, kind)
+        elif isinstance(module, torch.nn.Embedding):
+            expected[name] = (module.num_embeddings, module.embedding_dim, LoRAKind.EMBEDDING)
     targets = load_model(path).lora_targets()
-    assert {name: (t.in_features, t.out_features) for name, t in targets.items()} == linears
-    assert len(linears) == 14
+    assert {name: (t.in_features, t.out_features, t.kind) for name, t in targets.items()} == expected
+    assert len(expected) == 16
+    order = list(targets)
+    assert (order[0], order[-1]) == ("model.embed_tokens", "lm_head")
+
+
+def test_fused_lora_targets_cover_the_packed_projections_of_every_layer(path: str) -> None:
+    model = load_model(path)
+    fused = model.fused_lora_targets()
+    attention, mlp = "model.layers.1.self_attn", "model.layers.1.mlp"
+    assert fused[f"{attention}.qkv_proj"] == tuple(f"{attention}.{x}_proj" for x in "qkv")
+    assert fused[f"{mlp}.gate_up_proj"] == (f"{mlp}.gate_proj", f"{mlp}.up_proj")
+    assert len(fused) == 4
+    targets = model.lora_targets()
+    for path_of_fused, members in fused.items():
+        assert path_of_fused not in targets
+        assert [targets[member].slice_index for member in members] == list(range(len(members)))
+        assert {id(targets[member].table) for member in members} == {id(targets[members[0]].table)}
+        assert len(members) == targets[members[0]].table.num_slices
 
 
 def test_adapters_and_base_mixed_over_steps_equal_merged_weights(path: str) -> None:
@@ -86,8 +106,10 @@ def test_adapters_and_base_mixed_over_steps_equal_merged_weights(path: str) -> N
     for num in (7, 1, 1, 11):
         chunks = [(name, num) for name in slots]
         ids = torch.cat([tokens[name][position : position + num] for name in slots])
-        hidden = model.forward(ids, sequences.step(chunks, list(slots.values())), kv_layers)
-        for name, part in zip(slots, model.compute_logits(hidden).split(num), strict=True):
+        context = sequences.step(chunks, list(slots.values()))
+        hidden = model.forward(ids, context, kv_layers)
+        # All tokens are rows of logits here, so that the step's own grouping is theirs.
+        for name, part in zip(slots, model.compute_logits(hidden, context.lora).split(num), strict=True):
             found[name].append(part)
         position += num
 

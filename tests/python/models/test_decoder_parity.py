@@ -89,7 +89,7 @@ def test_logits_of_a_whole_prefill_equal_the_reference(models) -> None:
 
     hidden = model.forward(tokens, sequences.step([("a", 45)]), sequences.make_kv_layers(model.config))
 
-    logits = model.compute_logits(hidden)
+    logits = model.compute_logits(hidden, None)
     assert logits.dtype == torch.float32
     assert_same_logits(logits, reference_logits(reference, tokens))
 
@@ -116,7 +116,7 @@ def test_chunks_and_decodes_of_a_mixed_batch_equal_each_sequence_alone(models, p
         ids = torch.cat([tokens[name][done[name] : done[name] + num] for name, num in chunks])
         hidden = model.forward(ids, sequences.step(chunks), kv_layers)
         for (name, num), part in zip(chunks, hidden.split([num for _, num in chunks]), strict=True):
-            found[name].append(model.compute_logits(part))
+            found[name].append(model.compute_logits(part, None))
             done[name] += num
 
     assert done == dict.fromkeys(names, length)
