@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Plant single-line faults in the KV prefix cache, one at a time, and see the tests find each.
 
-A test suite that passes says little until it has been seen to fail. Every fault below is built in
-a copy of the sources and must make ``kv_prefix_cache_test`` fail. Exit status 1 when one survives.
+Every fault below is built in a copy of the sources and must make ``kv_prefix_cache_test`` fail.
+Exit status 1 when one survives.
 
     scripts/mutate_cache.py                # all faults; several minutes
     scripts/mutate_cache.py --only 3 17    # some of them
@@ -11,29 +11,9 @@ a copy of the sources and must make ``kv_prefix_cache_test`` fail. Exit status 1
 
 from __future__ import annotations
 
-import argparse
-import os
-import shutil
-import subprocess
 import sys
-import time
-from dataclasses import dataclass
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-SOURCES = ("csrc", "tests/cpp", "benchmarks/scheduler_sim", "CMakeLists.txt", "CMakePresets.json")
-CACHE = Path("csrc/kv_prefix_cache")
-TARGET = "kv_prefix_cache_test"
-
-
-@dataclass(frozen=True)
-class Fault:
-    """One line of one file, and what it is replaced by."""
-
-    file: str
-    line: str
-    replacement: str
-
+from planted_faults import Campaign, Fault, main
 
 FAULTS = (
     # what the tiers hold
@@ -157,106 +137,13 @@ FAULTS = (
     ),
 )
 
-
-def build(tree: Path, cmake: str) -> subprocess.CompletedProcess[str]:
-    """Bring the test program in ``tree`` up to date."""
-    return subprocess.run(
-        [cmake, "--build", str(tree / "build"), "--target", TARGET, "-j", str(os.cpu_count() or 1)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-
-
-def run_tests(tree: Path, num_operations: int, timeout_s: float) -> str:
-    """Return what failed first; empty when all tests passed."""
-    environment = {**os.environ, "LORA_SERVE_TEST_OPERATIONS": str(num_operations)}
-    command = [str(tree / "build/tests/cpp" / TARGET), "--gtest_fail_fast", "--gtest_brief=1"]
-    try:
-        result = subprocess.run(
-            command, env=environment, capture_output=True, text=True, timeout=timeout_s, check=False
-        )
-    except subprocess.TimeoutExpired:
-        return f"did not end within {timeout_s:.0f} s"
-    if result.returncode == 0:
-        return ""
-    lines = [line for line in result.stdout.splitlines() if line.startswith("[  FAILED  ]")]
-    return lines[0].removeprefix("[  FAILED  ] ") if lines else f"exit status {result.returncode}"
-
-
-def check_fault(tree: Path, cmake: str, fault: Fault, arguments: argparse.Namespace) -> str:
-    """Plant the fault, build, test, repair; return the name of the test that failed, or ''."""
-    path = tree / CACHE / fault.file
-    source = path.read_text()
-    if source.count(fault.line) != 1:
-        raise SystemExit(
-            f"{fault.file}: found {source.count(fault.line)} places that read {fault.line!r}, "
-            "expected 1; bring the fault in scripts/mutate_cache.py up to date"
-        )
-    path.write_text(source.replace(fault.line, fault.replacement))
-    try:
-        built = build(tree, cmake)
-        if built.returncode != 0:
-            raise SystemExit(f"{fault.file}: {fault.replacement!r} does not compile:\n{built.stdout[-3000:]}")
-        return run_tests(tree, arguments.operations, arguments.timeout)
-    finally:
-        path.write_text(source)
-
-
-def main() -> int:
-    """Check all faults and print one line for each."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--list", action="store_true", help="print the faults and stop")
-    parser.add_argument("--only", type=int, nargs="+", help="numbers of the faults to check")
-    parser.add_argument("--operations", type=int, default=30_000, help="of each random test")
-    parser.add_argument("--timeout", type=float, default=300.0, help="seconds for one run of the tests")
-    parser.add_argument("--tree", type=Path, default=ROOT / "build/mutants", help="where to build")
-    parser.add_argument("--cmake", default=shutil.which("cmake") or str(ROOT / ".venv/bin/cmake"))
-    arguments = parser.parse_args()
-    numbers = arguments.only or range(1, len(FAULTS) + 1)
-    if arguments.list:
-        for number in numbers:
-            fault = FAULTS[number - 1]
-            print(f"{number:3} {fault.file}: {fault.line} -> {fault.replacement or 'nothing'}")
-        return 0
-
-    tree: Path = arguments.tree
-    for name in SOURCES:
-        source, copy = ROOT / name, tree / name
-        if source.is_dir():
-            shutil.rmtree(copy, ignore_errors=True)
-            # With new times: what an earlier run built of its last fault must not pass for up to date.
-            shutil.copytree(source, copy, copy_function=shutil.copy)
-        else:
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(source, copy)
-    # A fault may leave a variable unused: that is not what is to be found.
-    lists = tree / "CMakeLists.txt"
-    lists.write_text(lists.read_text().replace(" -Werror", ""))
-    options = ["-DLORA_SERVE_BUILD_TESTS=ON", "-DCMAKE_BUILD_TYPE=Debug", "-DCMAKE_CXX_FLAGS_DEBUG=-O1"]
-    subprocess.run(
-        [arguments.cmake, "-S", str(tree), "-B", str(tree / "build"), *options],
-        check=True,
-        stdout=subprocess.DEVNULL,
-    )
-    if build(tree, arguments.cmake).returncode != 0 or run_tests(
-        tree, arguments.operations, arguments.timeout
-    ):
-        raise SystemExit("the tests do not build and pass without a fault; nothing can be learned")
-
-    survivors = []
-    for number in numbers:
-        start = time.monotonic()
-        killer = check_fault(tree, arguments.cmake, FAULTS[number - 1], arguments)
-        verdict = f"killed by {killer}" if killer else "SURVIVED"
-        print(
-            f"{number:3} {FAULTS[number - 1].file}: {verdict} ({time.monotonic() - start:.0f} s)", flush=True
-        )
-        if not killer:
-            survivors.append(number)
-    print(f"{len(numbers) - len(survivors)} of {len(numbers)} faults killed")
-    return 1 if survivors else 0
-
+CAMPAIGN = Campaign(
+    folder="csrc/kv_prefix_cache",
+    target="kv_prefix_cache_test",
+    script="scripts/mutate_cache.py",
+    faults=FAULTS,
+    environment={"LORA_SERVE_TEST_OPERATIONS": "30000"},
+)
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(CAMPAIGN, __doc__.splitlines()[0]))

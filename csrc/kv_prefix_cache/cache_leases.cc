@@ -62,7 +62,8 @@ AcquireResult KVPrefixCache::Impl::Acquire(Namespace& ns, std::span<const TokenI
   if (point.is_in_flight) return {.outcome = AcquireOutcome::kInFlight, .lease = {}};
   const std::int32_t num_loaded_pages = point.num_pages - point.num_device_pages;
   const std::int32_t num_new_pages =
-      std::max(NumPagesFor(options.num_capacity_tokens), point.num_pages) - point.num_device_pages;
+      std::max(NumPagesFor(options.num_capacity_tokens, options_.page_size), point.num_pages) -
+      point.num_device_pages;
   if (!HasRoomFor(point, num_new_pages)) return {.outcome = AcquireOutcome::kNoRoom, .lease = {}};
 
   //   pages: [ on the device | to be loaded back | private, to be computed ]
@@ -123,7 +124,8 @@ bool KVPrefixCache::Impl::HasRoomFor(const ResumePoint& point, std::int32_t num_
 
 bool KVPrefixCache::Impl::Extend(Lease& lease, std::int32_t num_capacity_tokens) {
   const auto num_pages = static_cast<std::int32_t>(lease.pages_.size());
-  const std::int32_t num_new_pages = NumPagesFor(num_capacity_tokens) - num_pages;
+  const std::int32_t num_new_pages =
+      NumPagesFor(num_capacity_tokens, options_.page_size) - num_pages;
   if (num_new_pages <= 0) return true;
   if (!CanAllocate(num_new_pages, {})) return false;
   AddPrivatePages(lease, Allocate(Component::kFullAttention, Tier::kDevice, num_new_pages));
@@ -276,10 +278,6 @@ void KVPrefixCache::Impl::MovePin(Lease& lease, Node& node) noexcept {
 void KVPrefixCache::Impl::CountPrivatePages(Namespace& ns, std::int64_t delta) noexcept {
   ns.counts().private_pages += delta;
   num_private_pages_ += delta;
-}
-
-std::int32_t KVPrefixCache::Impl::NumPagesFor(std::int32_t num_tokens) const {
-  return num_tokens / options_.page_size + (num_tokens % options_.page_size != 0 ? 1 : 0);
 }
 
 std::size_t KVPrefixCache::Impl::NumTokens(std::int32_t num_pages) const {

@@ -12,6 +12,11 @@
 
 namespace lora_serve {
 
+/// Pages that `num_tokens` tokens take.
+[[nodiscard]] constexpr std::int32_t NumPagesFor(std::int32_t num_tokens, std::int32_t page_size) {
+  return num_tokens / page_size + (num_tokens % page_size != 0 ? 1 : 0);
+}
+
 /// When device pages are copied to the host tier.
 enum class WritePolicy : std::uint8_t {
   /// Never by itself; StartWriteBack still works.

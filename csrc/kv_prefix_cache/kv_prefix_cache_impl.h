@@ -102,7 +102,6 @@ class KVPrefixCache::Impl {
 
   [[nodiscard]] bool HasHostTier() const { return options_.num_host_pages > 0; }
   [[nodiscard]] bool HasState() const { return options_.num_device_state_slots > 0; }
-  [[nodiscard]] std::int32_t NumPagesFor(std::int32_t num_tokens) const;
   [[nodiscard]] std::size_t NumTokens(std::int32_t num_pages) const;
   [[nodiscard]] PagePool& Pool(Component component, Tier tier) {
     return *pools_[IndexOf(component)][IndexOf(tier)];

@@ -102,11 +102,6 @@ struct Adapter {
   }
   /// True when plans may have rows of it.
   [[nodiscard]] bool MayRun() const { return IsBase() || (is_in_place && !is_leaving); }
-  /// True when it waits for bytes or a place.
-  [[nodiscard]] bool Waits() const {
-    return standing == AdapterStanding::kInLine || standing == AdapterStanding::kUnplaced ||
-           standing == AdapterStanding::kPaused;
-  }
   [[nodiscard]] std::int64_t num_requests() const {
     return static_cast<std::int64_t>(queue.size()) + num_preempted_requests + num_running_requests;
   }

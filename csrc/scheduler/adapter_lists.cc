@@ -1,5 +1,5 @@
 #include <algorithm>
-#include <limits>
+#include <iterator>
 #include <set>
 #include <utility>
 
@@ -9,6 +9,20 @@
 // Who uses an adapter, what it waits for, and what that puts it in: the lists of AdapterTable.
 
 namespace lora_serve {
+namespace {
+
+void TakePlace(Adapter& adapter, std::int64_t step) {
+  adapter.is_in_place = true;
+  adapter.placed_at_step = step;
+}
+
+void GiveUpPlace(Adapter& adapter) {
+  adapter.is_in_place = false;
+  adapter.is_leaving = false;
+  adapter.is_closed = false;
+}
+
+}  // namespace
 
 void AdapterTable::MoveRequest(Request& request, RequestList from, RequestList to) {
   Adapter& adapter = request.adapter();
@@ -16,6 +30,50 @@ void AdapterTable::MoveRequest(Request& request, RequestList from, RequestList t
     // It was away: what it did not use then is not saved up.
     adapter.virtual_service = std::max(adapter.virtual_service, virtual_time_);
   }
+  CountMove(request, from, to);
+  if (from == RequestList::kQueued && to == RequestList::kRunning) {
+    if (!adapter.IsBase() && !adapter.is_in_place) {
+      BeginTurn(adapter);
+    } else if (adapter.num_turn_requests > 0) {
+      --adapter.num_turn_requests;
+    }
+  }
+  const bool had_started = from == RequestList::kRunning || from == RequestList::kPreempted;
+  if (had_started && !adapter.HasStarted()) {
+    GiveUpPlace(adapter);
+    adapter.num_turn_requests = 0;
+    adapter.last_used = next_use_number_++;
+  }
+  Relist(adapter);
+  CompleteDrainIfUnused(adapter);
+}
+
+void AdapterTable::BeginTurn(Adapter& adapter) {
+  // What had come by now, as far as rows go when all places share them. The first of it has left
+  // the queue already.
+  const auto num_places = static_cast<std::int64_t>(placed_.size()) + 1;
+  const std::int64_t max_turn = std::max<std::int64_t>(1, max_num_seqs_ / num_places);
+  adapter.num_turn_requests = std::min<std::int64_t>(std::ssize(adapter.queue), max_turn - 1);
+  TakePlace(adapter, num_steps_);
+}
+
+void AdapterTable::EnterPlace(Adapter& adapter) {
+  LS_CHECK(adapter.standing == AdapterStanding::kPaused &&
+               adapter.load_state == LoadState::kResident && num_free_places() > 0,
+           "adapter ", adapter.id, " cannot go on");
+  TakePlace(adapter, num_steps_);
+  Relist(adapter);
+}
+
+void AdapterTable::LeavePlace(Adapter& adapter) {
+  LS_CHECK(adapter.is_in_place, "adapter ", adapter.id, " holds no place");
+  GiveUpPlace(adapter);
+  adapter.left_at_step = num_steps_;
+  Relist(adapter);
+}
+
+void AdapterTable::CountMove(Request& request, RequestList from, RequestList to) {
+  Adapter& adapter = request.adapter();
   const auto count = [&](RequestList list, std::int64_t sign) {
     if (list == RequestList::kPreempted) adapter.num_preempted_requests += sign;
     if (list == RequestList::kRunning) adapter.num_running_requests += sign;
@@ -28,47 +86,6 @@ void AdapterTable::MoveRequest(Request& request, RequestList from, RequestList t
   LS_CHECK(adapter.num_preempted_requests >= 0 && adapter.num_running_requests >= 0, "adapter ",
            adapter.id);
   if (to == RequestList::kQueued) adapter.queue.emplace(request.seniority(), &request);
-  if (from == RequestList::kQueued && to == RequestList::kRunning) {
-    if (!adapter.IsBase() && !adapter.is_in_place) {
-      // A turn: what had come by now, as far as rows go when all places share them.
-      const auto num_places = static_cast<std::int64_t>(placed_.size()) + 1;
-      const std::int64_t max_turn = std::max<std::int64_t>(1, max_num_seqs_ / num_places);
-      adapter.num_turn_requests =
-          std::min(static_cast<std::int64_t>(adapter.queue.size()), max_turn - 1);
-      adapter.is_in_place = true;
-      adapter.placed_at_step = num_steps_;
-    } else if (adapter.num_turn_requests > 0) {
-      --adapter.num_turn_requests;
-    }
-  }
-  const bool had_started = from == RequestList::kRunning || from == RequestList::kPreempted;
-  if (had_started && !adapter.HasStarted()) {
-    adapter.is_in_place = false;
-    adapter.is_leaving = false;
-    adapter.is_closed = false;
-    adapter.num_turn_requests = 0;
-    adapter.last_used = next_use_number_++;
-  }
-  Relist(adapter);
-  CompleteDrainIfUnused(adapter);
-}
-
-void AdapterTable::EnterPlace(Adapter& adapter) {
-  LS_CHECK(adapter.standing == AdapterStanding::kPaused &&
-               adapter.load_state == LoadState::kResident && num_free_places() > 0,
-           "adapter ", adapter.id, " cannot go on");
-  adapter.is_in_place = true;
-  adapter.placed_at_step = num_steps_;
-  Relist(adapter);
-}
-
-void AdapterTable::LeavePlace(Adapter& adapter) {
-  LS_CHECK(adapter.is_in_place, "adapter ", adapter.id, " holds no place");
-  adapter.is_in_place = false;
-  adapter.is_leaving = false;
-  adapter.is_closed = false;
-  adapter.left_at_step = num_steps_;
-  Relist(adapter);
 }
 
 void AdapterTable::Charge(Adapter& adapter, std::int32_t num_tokens) {
@@ -97,15 +114,27 @@ AdapterStanding AdapterTable::StandingOf(const Adapter& adapter) {
   return needs_load ? AdapterStanding::kInLine : AdapterStanding::kNone;
 }
 
+AdapterTable::Line* AdapterTable::LineOf(AdapterStanding standing) {
+  switch (standing) {
+    case AdapterStanding::kInLine:
+      return &line_;
+    case AdapterStanding::kUnplaced:
+      return &unplaced_;
+    case AdapterStanding::kPaused:
+      return &paused_;
+    case AdapterStanding::kNone:
+    case AdapterStanding::kIdle:
+    case AdapterStanding::kPlaced:
+      break;
+  }
+  return nullptr;
+}
+
 void AdapterTable::Relist(Adapter& adapter) {
-  const AdapterStanding before = adapter.standing;
-  const AdapterStanding now = StandingOf(adapter);
-  const bool waited = adapter.Waits();
-  const bool waits = now == AdapterStanding::kInLine || now == AdapterStanding::kUnplaced ||
-                     now == AdapterStanding::kPaused;
+  const AdapterStanding standing = StandingOf(adapter);
   LineKey key = adapter.line_key;
-  if (waits) {
-    if (!waited) {
+  if (LineOf(standing) != nullptr) {
+    if (LineOf(adapter.standing) == nullptr) {  // it begins to wait
       adapter.waits_since_us = now_us_;
       key.join_number = next_join_number_++;
     }
@@ -113,52 +142,28 @@ void AdapterTable::Relist(Adapter& adapter) {
         adapter.queue.empty() ? 0 : adapter.queue.begin()->second->priority();
     key.virtual_since_us = adapter.waits_since_us + priority * priority_ageing_us_;
   }
-  if (now == before && (!waits || key == adapter.line_key)) return;
+  if (standing == adapter.standing && key == adapter.line_key) return;
   Unlist(adapter);
-  adapter.standing = now;
+  adapter.standing = standing;
   adapter.line_key = key;
-  switch (now) {
-    case AdapterStanding::kNone:
-      break;
-    case AdapterStanding::kIdle:
-      idle_.emplace(adapter.last_used, &adapter);
-      num_idle_bytes_ += adapter.options.size_bytes;
-      break;
-    case AdapterStanding::kInLine:
-      line_.emplace(key, &adapter);
-      break;
-    case AdapterStanding::kUnplaced:
-      unplaced_.emplace(key, &adapter);
-      break;
-    case AdapterStanding::kPlaced:
-      placed_.emplace(adapter.id, &adapter);
-      break;
-    case AdapterStanding::kPaused:
-      paused_.emplace(key, &adapter);
-      break;
+  List(adapter);
+}
+
+void AdapterTable::List(Adapter& adapter) {
+  if (Line* const line = LineOf(adapter.standing)) line->emplace(adapter.line_key, &adapter);
+  if (adapter.standing == AdapterStanding::kPlaced) placed_.emplace(adapter.id, &adapter);
+  if (adapter.standing == AdapterStanding::kIdle) {
+    idle_.emplace(adapter.last_used, &adapter);
+    num_idle_bytes_ += adapter.options.size_bytes;
   }
 }
 
-void AdapterTable::Unlist(Adapter& adapter) {
-  switch (adapter.standing) {
-    case AdapterStanding::kNone:
-      break;
-    case AdapterStanding::kIdle:
-      idle_.erase(adapter.last_used);
-      num_idle_bytes_ -= adapter.options.size_bytes;
-      break;
-    case AdapterStanding::kInLine:
-      line_.erase(adapter.line_key);
-      break;
-    case AdapterStanding::kUnplaced:
-      unplaced_.erase(adapter.line_key);
-      break;
-    case AdapterStanding::kPlaced:
-      placed_.erase(adapter.id);
-      break;
-    case AdapterStanding::kPaused:
-      paused_.erase(adapter.line_key);
-      break;
+void AdapterTable::Unlist(const Adapter& adapter) {
+  if (Line* const line = LineOf(adapter.standing)) line->erase(adapter.line_key);
+  if (adapter.standing == AdapterStanding::kPlaced) placed_.erase(adapter.id);
+  if (adapter.standing == AdapterStanding::kIdle) {
+    idle_.erase(adapter.last_used);
+    num_idle_bytes_ -= adapter.options.size_bytes;
   }
 }
 

@@ -43,9 +43,8 @@ AdapterResidency::Changes AdapterResidency::Plan(const Now& now) {
   Changes changes;
   // Before anybody leaves: it is about the places that there are to share.
   num_holders_ = std::max<std::int64_t>(1, std::ssize(adapters_backptr_->placed()));
-  num_waiting_ = std::ssize(adapters_backptr_->paused()) + std::ssize(adapters_backptr_->line()) +
-                 std::ssize(adapters_backptr_->unplaced());
-  is_stalled_ = !now.had_rows && !now.is_under_way &&
+  num_waiting_ = adapters_backptr_->num_waiting();
+  is_stalled_ = now.is_stuck && !now.is_under_way &&
                 std::ranges::any_of(adapters_backptr_->paused(), [](const auto& entry) {
                   return entry.second->num_running_requests > 0;
                 });
@@ -150,9 +149,7 @@ void AdapterResidency::GivePlaces(std::vector<Adapter*>& newcomers) {
 // --- Taking it from others -----------------------------------------------------------------------
 
 bool AdapterResidency::FinishLeaving(PlanId newest_ended_plan) {
-  const bool is_needed = !adapters_backptr_->line().empty() ||
-                         !adapters_backptr_->unplaced().empty() ||
-                         !adapters_backptr_->paused().empty();
+  const bool is_needed = adapters_backptr_->num_waiting() > 0;
   bool has_left = false;
   for (Adapter* adapter : std::exchange(leaving_, {})) {
     if (!adapter->is_leaving) continue;  // its last request has ended meanwhile
@@ -191,9 +188,9 @@ void AdapterResidency::TakeForThoseInNeed(const Now& now) {
     const bool lacks_pages = needy->lacked_pages_at_step + 1 == adapters.num_steps();
     if (!is_stalled_ && (waited_us < patience_us || lacks_pages)) continue;
     if (!std::exchange(are_holders_listed, true)) holders = ListHolders();
-    const bool may_pause = MayPauseFor(*needy, now);
-    while (room.IsShort() && PauseOne(holders, room, *needy, may_pause)) continue;
-    if (may_pause) {
+    const bool may_end_slices = MayEndSlicesFor(*needy, now);
+    while (room.IsShort() && PauseOne(holders, room, *needy, may_end_slices)) continue;
+    if (may_end_slices) {
       if (room.IsShort()) room = before;  // nobody's time is up: it waits for that
     } else {
       while (room.IsShort() && CloseOne(holders, room)) continue;
@@ -202,7 +199,7 @@ void AdapterResidency::TakeForThoseInNeed(const Now& now) {
   }
 }
 
-bool AdapterResidency::MayPauseFor(const Adapter& needy, const Now& now) const {
+bool AdapterResidency::MayEndSlicesFor(const Adapter& needy, const Now& now) const {
   if (time_slice_steps_ == 0 || IsCrowded()) return false;
   return needy.HasStarted() || now.num_free_rows > 0;
 }
@@ -215,7 +212,7 @@ std::int64_t AdapterResidency::TimeSlice() const {
 }
 
 bool AdapterResidency::StartedComeFirst() const {
-  return !adapters_backptr_->paused().empty() && (is_stalled_ || IsCrowded());
+  return !adapters_backptr_->paused().empty() && IsCrowded();
 }
 
 bool AdapterResidency::MayTakeRoom(const Adapter& adapter) const {
@@ -230,6 +227,8 @@ bool AdapterResidency::PauseOne(std::vector<Holder>& holders, Room& room, const 
   const std::int64_t time_slice = TimeSlice();
   const auto most = std::ranges::find_if(holders, [&](const Holder& holder) {
     const Adapter& adapter = *holder.adapter_backptr;
+    // Who has just come back must have a plan, or adapters take turns in which nothing runs.
+    if (adapter.placed_at_step == step) return false;
     const bool is_time_up = may_end_slices && step - adapter.placed_at_step >= time_slice;
     // It may wait for pages that the requests of the needy one hold.
     const bool does_nothing = needy.HasStarted() && adapter.num_running_requests == 0;

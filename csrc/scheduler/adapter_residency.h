@@ -32,8 +32,8 @@ class AdapterResidency {
     PlanId newest_ended_plan{-1};
     /// Page-table rows: without one a new adapter could not start.
     std::int32_t num_free_rows = 0;
-    /// The last plan had rows.
-    bool had_rows = true;
+    /// A plan was empty although nothing was under way, and none has had rows since.
+    bool is_stuck = false;
     /// Plans, loads or copies have not returned.
     bool is_under_way = false;
   };
@@ -81,17 +81,19 @@ class AdapterResidency {
   bool FinishLeaving(PlanId newest_ended_plan);
   /// Tells holders to leave, or closes them, for those whose room lacks.
   void TakeForThoseInNeed(const Now& now);
-  [[nodiscard]] bool MayPauseFor(const Adapter& needy, const Now& now) const;
+  /// True when an adapter whose time slice is over may be paused for this one.
+  [[nodiscard]] bool MayEndSlicesFor(const Adapter& needy, const Now& now) const;
   /// Several times more adapters wait than have room: then turns, which keep the batches large, do
   /// more for all than time slices, and those that have started end first.
   [[nodiscard]] bool IsCrowded() const;
   /// Steps. Few that wait are served at once; a crowd must not spend the places on swapping.
   [[nodiscard]] std::int64_t TimeSlice() const;
-  /// Paused adapters go before new ones: where many wait, and where nobody could run otherwise.
+  /// Paused adapters go before new ones, where many wait.
   [[nodiscard]] bool StartedComeFirst() const;
+  /// False when this one must let those pass that have started.
   [[nodiscard]] bool MayTakeRoom(const Adapter& adapter) const;
   /// Takes one holder out of the list and adds its room. False when none is fit. Who has nothing
-  /// but preempted requests gives way to a paused one at any time.
+  /// but preempted requests gives way to a paused one at any time, but for its first step.
   bool PauseOne(std::vector<Holder>& holders, Room& room, const Adapter& needy,
                 bool may_end_slices);
   bool CloseOne(std::vector<Holder>& holders, Room& room);

@@ -1,6 +1,7 @@
 #pragma once
 
 #include <cstdint>
+#include <iterator>
 #include <map>
 #include <set>
 #include <unordered_set>
@@ -40,8 +41,7 @@ class AdapterTable {
   AdapterTable(const AdapterTable&) = delete;
   AdapterTable& operator=(const AdapterTable&) = delete;
 
-  // --- Life
-  // -------------------------------------------------------------------------------------------
+  // --- Life -------------------------------------------------------------------------------------
   /// Returns true when the adapter got its bytes and is due.
   /// Throws: InvalidArgumentError when the id was used before, is the base's or negative, or a
   /// field is out of range; CapacityError when it can never fit beside the pinned ones.
@@ -58,8 +58,7 @@ class AdapterTable {
   /// Throws: AdapterNotFoundError as GetOpen; InvalidArgumentError.
   void SetWeight(AdapterId id, double weight);
 
-  // --- Plans
-  // ------------------------------------------------------------------------------------------
+  // --- Plans ------------------------------------------------------------------------------------
   /// The time of the step that begins; waiting counts from it.
   void BeginStep(std::int64_t now_us) {
     now_us_ = now_us;
@@ -96,8 +95,7 @@ class AdapterTable {
            !line_.empty();
   }
 
-  // --- Requests
-  // ---------------------------------------------------------------------------------------
+  // --- Requests ---------------------------------------------------------------------------------
   /// A request moved from one list of its adapter to another. When it ended (`to` is kNone) its
   /// namespace handle must be gone: this may complete a drain.
   void MoveRequest(Request& request, RequestList from, RequestList to);
@@ -107,13 +105,16 @@ class AdapterTable {
   /// no lower.
   void AdvanceVirtualTime(const Adapter& adapter);
 
-  // --- Lists
-  // ----------------------------------------------------------------------------------------
+  // --- Lists ------------------------------------------------------------------------------------
   /// Those whose standing is kInLine, kUnplaced, kPaused: who goes first is in front. They have
   /// one order in common.
   [[nodiscard]] const Line& line() const { return line_; }
   [[nodiscard]] const Line& unplaced() const { return unplaced_; }
   [[nodiscard]] const Line& paused() const { return paused_; }
+  /// In any of these three.
+  [[nodiscard]] std::int64_t num_waiting() const {
+    return std::ssize(line_) + std::ssize(unplaced_) + std::ssize(paused_);
+  }
   [[nodiscard]] const std::map<AdapterId, Adapter*>& placed() const { return placed_; }
   /// kIdle; the least recently used in front.
   [[nodiscard]] const std::map<std::int64_t, Adapter*>& idle() const { return idle_; }
@@ -148,9 +149,16 @@ class AdapterTable {
   void SetLoadState(Adapter& adapter, LoadState state);
   void CompleteDrainIfUnused(Adapter& adapter);
   [[nodiscard]] static AdapterStanding StandingOf(const Adapter& adapter);
+  /// The queue and the counts of a request's adapter.
+  static void CountMove(Request& request, RequestList from, RequestList to);
+  /// A first request of `adapter` was admitted: it gets its place, and its turn.
+  void BeginTurn(Adapter& adapter);
   /// Brings the lists up to date after a change of `adapter`.
   void Relist(Adapter& adapter);
-  void Unlist(Adapter& adapter);
+  void List(Adapter& adapter);
+  void Unlist(const Adapter& adapter);
+  /// Where adapters of this standing wait; nullptr when they wait for nothing.
+  [[nodiscard]] Line* LineOf(AdapterStanding standing);
 
   KVPrefixCache* cache_backptr_;
   const std::int32_t max_loras_;

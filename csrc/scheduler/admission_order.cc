@@ -6,6 +6,12 @@
 #include <utility>
 
 namespace lora_serve {
+namespace {
+
+/// Who is in the way of adapters in line goes first, so that its turn ends.
+std::int64_t AfterTurns(const Request& request) { return request.adapter().is_closed ? 0 : 1; }
+
+}  // namespace
 
 void AdmissionOrder::Begin(std::span<Adapter* const> adapters, std::int64_t now_us) {
   now_us_ = now_us;
@@ -48,8 +54,7 @@ void AdmissionOrder::OnAdmitted(Request& request) {
 void AdmissionOrder::PushFlow(Adapter& adapter,
                               std::map<Seniority, Request*>::const_iterator next) {
   if (next == adapter.queue.end() || !adapter.TakesNewcomers()) return;
-  flows_.push_back(
-      {.adapter_backptr = &adapter, .next = next, .rank = RankOf(adapter, *next->second)});
+  flows_.push_back({.adapter_backptr = &adapter, .next = next, .rank = RankOf(*next->second)});
   std::ranges::push_heap(flows_, std::ranges::greater{}, &Flow::rank);
 }
 
@@ -65,10 +70,10 @@ Request* AdmissionOrder::TakeFromFlows() {
   return flow.next->second;
 }
 
-AdmissionOrder::Rank AdmissionOrder::RankOf(const Adapter& adapter, const Request& head) const {
-  // Who is in the way of those in line goes first, so that its turn ends.
-  const std::int64_t after_turns = adapter.is_closed ? 0 : 1;
+AdmissionOrder::Rank AdmissionOrder::RankOf(const Request& head) const {
+  const std::int64_t after_turns = AfterTurns(head);
   if (policy_ == SchedulingPolicy::kFair) {
+    const Adapter& adapter = head.adapter();
     return {after_turns, EffectiveClass(head), adapter.virtual_service, adapter.id.value()};
   }
   return {after_turns, head.seniority().virtual_arrival_us, head.seniority().arrival_number, 0};
@@ -89,11 +94,9 @@ void AdmissionOrder::ChooseWindow() {
     by_seniority_.push_back(request);
   }
   const auto rank = [this](Request* request) -> Rank {
-    if (request->num_times_overtaken >= kMaxTimesOvertaken) {
-      return {-1, 0, 0, 0};
-    }
-    const std::int64_t after_turns = request->adapter().is_closed ? 0 : 1;
-    return {after_turns, EffectiveClass(*request), -request->prefix_hint().num_resumable_tokens, 0};
+    if (request->num_times_overtaken >= kMaxTimesOvertaken) return {-1, 0, 0, 0};
+    return {AfterTurns(*request), EffectiveClass(*request),
+            -request->prefix_hint().num_resumable_tokens, 0};
   };
   window_ = by_seniority_;
   std::ranges::stable_sort(window_, std::ranges::less{}, rank);

@@ -53,7 +53,8 @@ class AdmissionOrder {
 
   void PushFlow(Adapter& adapter, std::map<Seniority, Request*>::const_iterator next);
   [[nodiscard]] Request* TakeFromFlows();
-  [[nodiscard]] Rank RankOf(const Adapter& adapter, const Request& head) const;
+  /// Of an adapter's queue that begins with `head`.
+  [[nodiscard]] Rank RankOf(const Request& head) const;
   /// The class of priority that waiting has brought it to: no better than the best that waits.
   [[nodiscard]] std::int64_t EffectiveClass(const Request& request) const;
   void ChooseWindow();

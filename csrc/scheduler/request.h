@@ -48,8 +48,7 @@ class Request {
   [[nodiscard]] std::int64_t deadline_us() const { return deadline_us_; }
   [[nodiscard]] Adapter& adapter() const { return *adapter_backptr_; }
 
-  // --- Tokens
-  // -----------------------------------------------------------------------------------------
+  // --- Tokens -----------------------------------------------------------------------------------
   /// Prompt, then output.
   [[nodiscard]] std::span<const TokenId> tokens() const { return token_ids_; }
   [[nodiscard]] std::int32_t num_tokens() const {
@@ -70,8 +69,7 @@ class Request {
   /// The token that the oldest outstanding plan has sampled.
   void AppendToken(TokenId token);
 
-  // --- State
-  // ------------------------------------------------------------------------------------------
+  // --- State ------------------------------------------------------------------------------------
   [[nodiscard]] const RequestState& state() const { return state_; }
   template <typename State>
   [[nodiscard]] bool Is() const {
@@ -91,8 +89,7 @@ class Request {
   /// Throws: InternalError unless it waits (Queued, Preempted).
   [[nodiscard]] const NamespaceHandle& waiting_handle() const;
 
-  // --- Progress
-  // ---------------------------------------------------------------------------------------
+  // --- Progress ---------------------------------------------------------------------------------
   /// Known tokens without KV.
   [[nodiscard]] std::int32_t num_missing_tokens() const {
     return num_tokens() - running().num_computed_tokens;

@@ -55,8 +55,7 @@ class RequestTable {
   /// when the copy goes to the host. Complexity: O(running requests).
   [[nodiscard]] Request* FindLoading(TransferId id) const;
 
-  // --- Moves: each is one event of the transition table, and throws InternalError where that says
-  // so ------
+  // --- Moves: one event of the transition table each; where that says so, InternalError ---------
   /// Requires: `request.arrival_us` is set.
   void Add(NewRequest&& request, Adapter& adapter, NamespaceHandle namespace_handle);
   void Admit(Request& request, OwnedRow row, Lease lease);

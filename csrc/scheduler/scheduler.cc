@@ -38,10 +38,8 @@ SchedulerOptions Checked(const SchedulerOptions& options) {
                " (max_num_seqs, so that every running request can decode in one step)");
   CheckAtLeast("max_model_len", options.max_model_len, 2, " (a token of prompt and one of output)");
   CheckAtLeast("max_loras", options.max_loras, 1, "");
-  const std::int64_t num_pages =
-      (static_cast<std::int64_t>(options.max_model_len) + options.page_size - 1) /
-      options.page_size;
-  CheckAtLeast("num_device_pages", options.num_device_pages, num_pages,
+  CheckAtLeast("num_device_pages", options.num_device_pages,
+               NumPagesFor(options.max_model_len, options.page_size),
                " (one request of max_model_len " + std::to_string(options.max_model_len) +
                    "), or lower max_model_len");
   CheckAtLeast("num_host_pages", options.num_host_pages, 0, "");

@@ -95,7 +95,7 @@ class Scheduler::Impl {
   PlanId newest_ended_plan_ = kNoPlan;
   std::int64_t next_plan_id_ = 0;
   std::int64_t last_now_us_ = 0;
-  bool had_rows_ = false;          // the last plan
+  bool is_stuck_ = false;          // no rows since a plan was empty although nothing was under way
   bool nobody_could_run_ = false;  // in the last plan or one before it, but there were requests
 
   // What the parts do not count, since the scheduler was made.

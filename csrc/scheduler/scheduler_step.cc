@@ -29,7 +29,7 @@ void Scheduler::Impl::NextPlan(std::int64_t now_us, ExecutionPlan& plan) {
       residency_.Plan({.now_us = now_us,
                        .newest_ended_plan = newest_ended_plan_,
                        .num_free_rows = rows_.num_free(),
-                       .had_rows = had_rows_,
+                       .is_stuck = is_stuck_,
                        .is_under_way = is_under_way});
   num_adapter_loads_ += std::ssize(changes.loads);
   num_adapter_evictions_ += std::ssize(changes.evicted);
@@ -41,12 +41,13 @@ void Scheduler::Impl::NextPlan(std::int64_t now_us, ExecutionPlan& plan) {
   if (!rows_come_first) StartWriteBacks();
   std::vector<ScheduledRow> rows =
       policy_.ScheduleStep(now_us, newest_ended_plan_, changes.newcomers);
-  had_rows_ = !rows.empty();
   nobody_could_run_ = rows.empty() && outstanding_.empty() && !requests_.IsEmpty();
   plan_builder_.WriteRows(rows, plan);
   if (rows_come_first && !nobody_could_run_) StartWriteBacks();
   transfers_.Collect();
   WriteTransfers(transfers_.TakeOrders(), plan);
+  // Not after a plan without rows that loads: those who come then have not been tried yet.
+  is_stuck_ = !plan.HasRows() && (is_stuck_ || (plan.IsEmpty() && !is_under_way));
   if (plan.IsEmpty()) return;
   plan.plan_id = next_plan_id_++;
   if (plan.HasRows()) num_step_adapters_ += std::ssize(adapters_.placed());

@@ -7,13 +7,6 @@
 #include "common/check.h"
 
 namespace lora_serve {
-namespace {
-
-std::int64_t NumPagesFor(std::int32_t num_tokens, std::int32_t page_size) {
-  return (static_cast<std::int64_t>(num_tokens) + page_size - 1) / page_size;
-}
-
-}  // namespace
 
 StepPolicy::StepPolicy(const SchedulerOptions& options, const Parts& parts)
     : options_(options), parts_(parts), order_(options, parts.cache) {}
@@ -41,15 +34,14 @@ std::vector<ScheduledRow> StepPolicy::ScheduleStep(std::int64_t now_us, PlanId n
 
 // --- Rows --------------------------------------------------------------------------------------
 
-bool StepPolicy::MayRun(const Request& request) const {
-  return request.CanBePlanned() && request.adapter().MayRun() && HasRoom(request) &&
-         !SitsOut(request);
+bool StepPolicy::IsToRun(const Request& request) const {
+  return request.CanBePlanned() && request.adapter().MayRun() && !SitsOut(request);
 }
 
 void StepPolicy::ScheduleDecodes() {
   // Only now is it known who stays: a decode may have lost its pages to one after it in the list.
   for (Request* request : parts_.requests->running()) {
-    if (!request->DecodesNext() || !MayRun(*request)) continue;
+    if (!request->DecodesNext() || !IsToRun(*request) || !HasRoom(*request)) continue;
     AddRow(*request, 1);
     ++counters_.num_decode_rows;
   }
@@ -58,7 +50,8 @@ void StepPolicy::ScheduleDecodes() {
 void StepPolicy::SchedulePrefillChunks() {
   for (Request* request : parts_.requests->running()) {
     if (budget_ == 0) return;
-    if (!request->DecodesNext() && MayRun(*request)) AddPrefillChunk(*request);
+    if (request->DecodesNext() || !IsToRun(*request) || !HasRoom(*request)) continue;
+    AddPrefillChunk(*request);
   }
 }
 
@@ -99,9 +92,7 @@ void StepPolicy::RecordStart(Request& request) {
 void StepPolicy::MakeRoomForRunning() {
   const std::vector<Request*> running = parts_.requests->running();  // preemptions change the list
   for (Request* request : running) {
-    if (request->CanBePlanned() && request->adapter().MayRun() && !SitsOut(*request)) {
-      MakeRoom(*request);
-    }
+    if (IsToRun(*request)) MakeRoom(*request);
   }
 }
 

@@ -76,6 +76,8 @@ class StepPolicy {
   void RecordStart(Request& request);
 
   // --- Room for those that run -----------------------------------------------------------------
+  /// True when the next plan shall have a row of it, if it has room.
+  [[nodiscard]] bool IsToRun(const Request& request) const;
   void MakeRoomForRunning();
   /// True when the lease has pages for all tokens of the sequence.
   [[nodiscard]] bool HasRoom(const Request& request) const;
@@ -87,7 +89,6 @@ class StepPolicy {
   [[nodiscard]] bool AwaitsEnoughPages(const Request& request);
   /// True when the next plan has no row of it, so that its pages can be taken after that.
   [[nodiscard]] bool SitsOut(const Request& request) const;
-  [[nodiscard]] bool MayRun(const Request& request) const;
   void Preempt(Request& victim);
 
   // --- Admission -------------------------------------------------------------------------------

@@ -2,46 +2,21 @@
 
 #include <gtest/gtest.h>
 
-#include <memory>
-#include <utility>
 #include <vector>
 
 #include "common/errors.h"
+#include "support/scheduler_parts.h"
 
 namespace lora_serve {
 namespace {
 
 class AdapterTableTest : public ::testing::Test {
  protected:
-  using Requests = std::vector<std::unique_ptr<Request>>;
-
   Adapter& OpenResident(std::int64_t id, const AdapterOptions& options = {}) {
-    EXPECT_TRUE(table_.Open(AdapterId(id), options));
-    static_cast<void>(table_.TakeDue());
-    table_.OnLoaded(AdapterId(id));
-    return table_.GetOpen(AdapterId(id));
+    return parts_.OpenResident(id, options);
   }
-  /// A queued request.
   Request& Queue(Adapter& adapter, std::int32_t priority = 0) {
-    requests_.push_back(std::make_unique<Request>(
-        NewRequest{.request_id = RequestId(next_number_),
-                   .adapter_id = adapter.id,
-                   .prompt_token_ids = {1},
-                   .max_tokens = 1,
-                   .priority = priority,
-                   .arrival_us = 0},
-        Seniority{.virtual_arrival_us = priority, .arrival_number = next_number_}, &adapter,
-        cache_.RetainNamespace(adapter.namespace_id)));
-    ++next_number_;
-    table_.MoveRequest(*requests_.back(), RequestList::kNone, RequestList::kQueued);
-    return *requests_.back();
-  }
-  void Run(Request& request) {
-    table_.MoveRequest(request, RequestList::kQueued, RequestList::kRunning);
-  }
-  void End(Request& request, RequestList from = RequestList::kRunning) {
-    request.Take(request_event::Abort{});  // gives its handle back
-    table_.MoveRequest(request, from, RequestList::kNone);
+    return parts_.Queue(adapter, {.priority = priority, .arrival_us = 0});
   }
   std::vector<AdapterId> InLine() const {
     std::vector<AdapterId> ids;
@@ -54,10 +29,15 @@ class AdapterTableTest : public ::testing::Test {
     return ids;
   }
 
-  KVPrefixCache cache_{{.page_size = 2, .num_device_pages = 8, .num_host_pages = 8}};
-  AdapterTable table_{&cache_, {.max_num_seqs = 8, .max_loras = 2, .adapter_memory_bytes = 30}};
-  Requests requests_;
-  std::int64_t next_number_ = 0;
+  testing::SchedulerParts parts_{{.page_size = 2,
+                                  .num_device_pages = 8,
+                                  .max_num_seqs = 8,
+                                  .max_loras = 2,
+                                  .num_host_pages = 8,
+                                  .adapter_memory_bytes = 30,
+                                  .priority_ageing_us = 1'000'000}};
+  KVPrefixCache& cache_ = parts_.cache;
+  AdapterTable& table_ = parts_.adapters;
 };
 
 TEST_F(AdapterTableTest, WhatFitsIsDueOnceInTheOrderOfOpenWithTheLowestFreeSlot) {
@@ -101,6 +81,15 @@ TEST_F(AdapterTableTest, AFailedGenerationGivesItsBytesBackAndIsNeitherRetriedNo
   table_.CheckInvariants();
 }
 
+TEST_F(AdapterTableTest, AStagedLoadThatFailsAfterTheEvictionChangesNothing) {
+  table_.Open(AdapterId(1), {.size_bytes = 30, .is_staged = true});
+  static_cast<void>(table_.TakeDue());
+  table_.Evict(table_.GetOpen(AdapterId(1)));
+  table_.OnStagedFailed(AdapterId(1));
+  EXPECT_EQ(table_.GetOpen(AdapterId(1)).load_state, LoadState::kRegistered) << "it may be tried";
+  parts_.CheckInvariants();
+}
+
 TEST_F(AdapterTableTest, ADrainedGenerationThatWasNeverLoadedIsReportedAndNotLoaded) {
   table_.Open(AdapterId(1), {});
   table_.Drain(AdapterId(1));
@@ -117,7 +106,7 @@ TEST_F(AdapterTableTest, ADrainWaitsForTheLoadAndForTheLastRequest) {
   table_.Drain(AdapterId(1));
   table_.OnLoaded(AdapterId(1));
   EXPECT_TRUE(table_.TakeDrained().empty());
-  End(request, RequestList::kQueued);
+  parts_.End(request);
   EXPECT_EQ(table_.TakeDrained(), std::vector{AdapterId(1)});
   table_.CheckInvariants();
 }
@@ -155,15 +144,15 @@ TEST_F(AdapterTableTest, OnlyAdaptersWithStartedRequestsTakeAPlace) {
   EXPECT_EQ(table_.num_free_places(), 2);
   EXPECT_EQ(table_.unplaced().size(), 2U);
   EXPECT_TRUE(Idle().empty());
-  Run(one);
-  Run(two);
+  parts_.Start(one);
+  parts_.Start(two);
   EXPECT_EQ(table_.num_free_places(), 0);
-  End(two);
+  parts_.End(two);
   EXPECT_EQ(table_.num_free_places(), 1);
-  table_.MoveRequest(one, RequestList::kRunning, RequestList::kPreempted);
+  parts_.requests.Preempt(one);
   EXPECT_EQ(table_.num_free_places(), 1) << "a preempted request keeps its adapter's place";
   Request& base = Queue(table_.base());
-  Run(base);
+  parts_.Start(base);
   EXPECT_EQ(table_.num_free_places(), 1) << "the base model takes none";
 }
 
@@ -172,8 +161,8 @@ TEST_F(AdapterTableTest, TheIdleAreOrderedByTheEndOfTheirUse) {
   OpenResident(2);
   OpenResident(3);
   Request& request = Queue(first);
-  Run(request);
-  End(request);
+  parts_.Start(request);
+  parts_.End(request);
   EXPECT_EQ(Idle(), (std::vector{AdapterId(2), AdapterId(3), AdapterId(1)}));
 }
 

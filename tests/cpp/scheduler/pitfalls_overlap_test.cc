@@ -31,6 +31,11 @@ class PitfallsOverlapTest : public testing::SchedulerScenarioTest {
                                               .max_model_len = 32,
                                               .num_host_pages = 64};
 
+  static SchedulerOptions DeviceOnly() {
+    SchedulerOptions options = kTiers;
+    options.num_host_pages = 0;
+    return options;
+  }
   /// Three pages and a token.
   static std::vector<TokenId> HostPrompt() { return MakePrompt(13, 1); }
 
@@ -90,8 +95,7 @@ TEST_P(PitfallsOverlapTest, PagesOfARequestThatEndedAreNoTargetOfALoadWhileALate
 }
 
 TEST_P(PitfallsOverlapTest, PagesAndRowOfARequestThatEndedStayUntilTheLastPlanWithARowOfIt) {
-  SchedulerOptions options = kTiers;
-  options.num_host_pages = 0;
+  SchedulerOptions options = DeviceOnly();
   options.max_num_seqs = 1;
   SchedulerHarness harness(options, overlap());
   harness.OpenAndLoad(adapter());
@@ -109,15 +113,11 @@ TEST_P(PitfallsOverlapTest, PagesAndRowOfARequestThatEndedStayUntilTheLastPlanWi
     EXPECT_EQ(harness.scheduler().Stats().num_private_pages, 0);
   }
   EXPECT_EQ(harness.Step().request_ids, Ids{2});
-  harness.RunToEnd();
-  harness.ExpectRightOutputs();
-  harness.ExpectNothingLeft();
+  harness.RunToEndAndCheck();
 }
 
 TEST_P(PitfallsOverlapTest, AnAbortKeepsPagesAndRowUntilTheLastPlanWithARowOfIt) {
-  SchedulerOptions options = kTiers;
-  options.num_host_pages = 0;
-  SchedulerHarness harness(options, overlap());
+  SchedulerHarness harness(DeviceOnly(), overlap());
   harness.OpenAndLoad(adapter());
   harness.Add(1, adapter(), LongRunningPrompt(9, 8, 1), 8);
   harness.Step();
@@ -139,9 +139,7 @@ TEST_P(PitfallsOverlapTest, AnAbortKeepsPagesAndRowUntilTheLastPlanWithARowOfIt)
 }
 
 TEST_P(PitfallsOverlapTest, ARequestIsNotPreemptedWhileAPlanHasARowOfIt) {
-  SchedulerOptions options = kTiers;
-  options.num_host_pages = 0;
-  SchedulerHarness harness(options, overlap());
+  SchedulerHarness harness(DeviceOnly(), overlap());
   harness.OpenAndLoad(adapter());
   for (std::int64_t id = 1; id <= 2; ++id) {
     harness.Add(id, adapter(), LongRunningPrompt(8, 12, static_cast<TokenId>(id)), 12);
@@ -164,9 +162,25 @@ TEST_P(PitfallsOverlapTest, ARequestIsNotPreemptedWhileAPlanHasARowOfIt) {
   harness.ExpectNothingLeft();
 }
 
+TEST_P(PitfallsOverlapTest, NoMoreSitOutThanThePagesTake) {
+  SchedulerOptions options = DeviceOnly();
+  options.num_device_pages = 12;
+  SchedulerHarness harness(options, overlap());
+  harness.OpenAndLoad(adapter());
+  harness.Add(1, adapter(), LongRunningPrompt(8, 12, 1), 12);
+  for (std::int64_t id = 2; id <= 3; ++id) {  // these need their fifth page one step later
+    harness.Add(id, adapter(), LongRunningPrompt(7, 12, static_cast<TokenId>(id)), 12);
+  }
+  while (harness.request(1).newest_end() < 16) {
+    EXPECT_EQ(harness.Step().request_ids, (Ids{1, 2, 3}));
+  }
+  const RecordedPlan plan = harness.Step();
+  EXPECT_EQ(plan.request_ids, IsOverlapped() ? Ids{2} : (Ids{1, 2}));
+  harness.RunToEndAndCheck();
+}
+
 TEST_P(PitfallsOverlapTest, AVictimThatSatOutRunsOnWhenThePagesHaveComeFromElsewhere) {
-  SchedulerOptions options = kTiers;
-  options.num_host_pages = 0;
+  SchedulerOptions options = DeviceOnly();
   options.num_device_pages = 9;
   SchedulerHarness harness(options, overlap());
   harness.OpenAndLoad(adapter());
@@ -206,8 +220,7 @@ TEST_P(PitfallsOverlapTest, TheSlotOfADrainedAdapterIsNotLoadedOverBeforeItsPlan
 }
 
 TEST_P(PitfallsOverlapTest, TheSlotOfAnAdapterStaysWhileALatePlanHasARowOfIt) {
-  SchedulerOptions options = kTiers;
-  options.num_host_pages = 0;
+  SchedulerOptions options = DeviceOnly();
   options.adapter_memory_bytes = 10;
   SchedulerHarness harness(options, overlap());
   const AdapterId victim = IsBase() ? AdapterId(7) : adapter();
@@ -245,8 +258,7 @@ TEST_P(PitfallsOverlapTest, NoRowIsPlannedBeyondMaxTokens) {
 TEST_P(PitfallsOverlapTest, ALateRowPublishesNoTokenThatIsNotKnown) {
   // The stop token is the last of its page: the late row fills that page with a token that was
   // never part of the sequence.
-  SchedulerOptions options = kTiers;
-  options.num_host_pages = 0;
+  SchedulerOptions options = DeviceOnly();
   options.num_device_pages = 32;
   SchedulerHarness harness(options, overlap());
   harness.OpenAndLoad(adapter());

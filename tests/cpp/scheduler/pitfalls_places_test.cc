@@ -42,9 +42,7 @@ TEST_P(PitfallsPlacesTest, ARequestThatLacksPagesIsNotChargedForAPlace) {
   harness.Add(3, kSecond, MakePrompt(4, 3), 2);
   EXPECT_EQ(harness.Step().request_ids, (std::vector<std::int64_t>{1, 3}))
       << "the first adapter was charged although its request could not run";
-  harness.RunToEnd();
-  harness.ExpectRightOutputs();
-  harness.ExpectNothingLeft();
+  harness.RunToEndAndCheck();
 }
 
 // PITFALLS 17
@@ -61,9 +59,7 @@ TEST_P(PitfallsPlacesTest, AnAdapterThatIsStillBeingLoadedIsNotChargedForAPlace)
   EXPECT_TRUE(harness.request(1).is_finished);
   EXPECT_TRUE(harness.request(3).is_finished) << "it waited for somebody else's adapter";
   harness.executor().load_outcome = nullptr;
-  harness.RunToEnd();
-  harness.ExpectRightOutputs();
-  harness.ExpectNothingLeft();
+  harness.RunToEndAndCheck();
 }
 
 // PITFALLS 17
@@ -100,9 +96,7 @@ TEST_P(PitfallsPlacesTest, ARequestOverTheCapBlocksNobodyBehindIt) {
     EXPECT_GT(harness.request(id).num_steps, 0) << "request " << id << " stood behind the wall";
   }
   EXPECT_EQ(harness.request(2).num_steps, 0);
-  harness.RunToEnd();
-  harness.ExpectRightOutputs();
-  harness.ExpectNothingLeft();
+  harness.RunToEndAndCheck();
 }
 
 // PITFALLS 18

@@ -52,9 +52,7 @@ TEST_P(SchedulerBatchingTest, PrefillChunksFillTheBudgetThatDecodesLeave) {
   EXPECT_EQ(plan.num_scheduled_tokens, (Ints{1, 3, 2}));
   plan = harness.Step();
   EXPECT_EQ(plan.num_scheduled_tokens, (Ints{1, 1, 1})) << "decodes, in the order of admission";
-  harness.RunToEnd();
-  harness.ExpectRightOutputs();
-  harness.ExpectNothingLeft();
+  harness.RunToEndAndCheck();
 }
 
 TEST_P(SchedulerBatchingTest, AtMostMaxNumSeqsRequestsRunAndTheRestFollowInOrder) {

@@ -82,9 +82,7 @@ TEST_P(SchedulerLimitsTest, TooManyQueuedTokensAreRefusedButNotOneThatWaitsAlone
   ExpectRefused(harness, 1, "21 queued prompt tokens");
   harness.Abort(3);
   harness.Add(4, adapter(), MakePrompt(8, 4), 1);
-  harness.RunToEnd();
-  harness.ExpectRightOutputs();
-  harness.ExpectNothingLeft();
+  harness.RunToEndAndCheck();
 }
 
 TEST_P(SchedulerLimitsTest, OneAdapterMayNotHaveMoreThanItsShareOfLiveRequests) {
@@ -162,34 +160,34 @@ TEST_P(SchedulerLimitsTest, APreemptedRequestDoesNotExpire) {
   harness.ExpectRightOutputs();
 }
 
-TEST_P(SchedulerLimitsTest, WaitingCountsAsMuchAsAClassOfPriority) {
+TEST_P(SchedulerLimitsTest, WaitingCountsAsMuchAsAClassOfPriorityAlsoAmongAdapters) {
+  const AdapterId other(5);
   for (const SchedulingPolicy policy :
        {SchedulingPolicy::kFair, SchedulingPolicy::kFcfs, SchedulingPolicy::kLpm}) {
-    SchedulerOptions options = Options(1);
-    options.scheduling_policy = policy;
-    options.priority_ageing_us = 1000;
-    SchedulerHarness harness(options, overlap());
-    harness.OpenAndLoad(adapter());
-    harness.Add(Request(1, 6));
-    harness.Step();
-    NewRequest low = Request(2, 2);
-    low.priority = 3;
-    harness.Add(low);
-    harness.AdvanceClock(2500);  // not enough yet for three classes
-    harness.Step();
-    NewRequest better = Request(3, 2);
-    better.priority = 0;
-    harness.Add(better);
-    while (harness.request(3).num_steps == 0) harness.Step();
-    EXPECT_EQ(harness.request(2).num_steps, 0);
-    harness.AdvanceClock(1000);
-    harness.Step();
-    NewRequest newest = Request(4, 2);
-    newest.priority = 0;
-    harness.Add(newest);
-    harness.RunToEnd();
-    EXPECT_LT(harness.request(2).first_step, harness.request(4).first_step);
-    harness.ExpectRightOutputs();
+    for (const AdapterId better : {adapter(), other}) {
+      SchedulerOptions options = Options(1);
+      options.scheduling_policy = policy;
+      options.priority_ageing_us = 1000;
+      SchedulerHarness harness(options, overlap());
+      for (const AdapterId id : {adapter(), other}) harness.OpenAndLoad(id);
+      harness.Add(1, better, testing::MakeLongRunningPrompt(better, 4, 6, 1), 6);
+      harness.Step();
+      NewRequest low = Request(2, 2);
+      low.priority = 3;
+      harness.Add(low);
+      harness.AdvanceClock(2500);  // not enough yet for three classes
+      harness.Step();
+      harness.Add(3, better, MakePrompt(4, 3), 2);
+      while (harness.request(3).num_steps == 0) harness.Step();
+      EXPECT_EQ(harness.request(2).num_steps, 0);
+      harness.AdvanceClock(1000);
+      harness.Step();
+      harness.Add(4, better, MakePrompt(4, 4), 2);
+      harness.RunToEnd();
+      EXPECT_LT(harness.request(2).first_step, harness.request(4).first_step)
+          << "policy " << static_cast<int>(policy) << ", adapter " << better;
+      harness.ExpectRightOutputs();
+    }
   }
 }
 

@@ -54,9 +54,7 @@ TEST_P(SchedulerPreemptionTest, TheNewestRunningRequestGivesWayAndRecoversItsOwn
   EXPECT_EQ(plan.num_computed_tokens.at(0) + plan.num_scheduled_tokens.at(0), 17);
   EXPECT_EQ(plan.delta_starts, Ints{0}) << "a new row is told from its first entry";
   EXPECT_EQ(plan.num_cached_tokens, Ints{0}) << "a recovery is not reported as usage of the cache";
-  harness.RunToEnd();
-  harness.ExpectRightOutputs();
-  harness.ExpectNothingLeft();
+  harness.RunToEndAndCheck();
   EXPECT_EQ(harness.scheduler().Stats().total_preemptions, 1) << "no ping-pong";
   EXPECT_EQ(harness.scheduler().Stats().total_hit_tokens, 0);
 }
@@ -169,9 +167,7 @@ TEST_P(SchedulerPreemptionTest, APreemptedRequestOfADrainingAdapterEndsWithItsTo
     harness.scheduler().DrainAdapter(adapter());
     EXPECT_EQ(harness.StatsOf(adapter()).state, AdapterState::kDraining);
   }
-  harness.RunToEnd();
-  harness.ExpectRightOutputs();
-  harness.ExpectNothingLeft();
+  harness.RunToEndAndCheck();
   EXPECT_EQ(harness.drained().contains(adapter()), adapter() != kBaseAdapter);
 }
 

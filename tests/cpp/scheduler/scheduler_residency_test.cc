@@ -5,7 +5,7 @@
 #include <vector>
 
 #include "common/errors.h"
-#include "support/scheduler_harness.h"
+#include "support/scheduler_scenario.h"
 
 namespace lora_serve {
 namespace {
@@ -54,18 +54,8 @@ class SchedulerResidencyTest : public ::testing::TestWithParam<Overlap> {
     for (int step = 0; step < 40 && plan.evicted_adapter_ids.empty(); ++step) plan = harness.Step();
     return plan;
   }
-  static void ExpectAllRight(SchedulerHarness& harness) {
-    harness.RunToEnd();
-    harness.ExpectRightOutputs();
-    harness.ExpectNothingLeft();
-    harness.ExpectCountersAgree();
-  }
 };
-INSTANTIATE_TEST_SUITE_P(All, SchedulerResidencyTest,
-                         ::testing::Values(Overlap::kOff, Overlap::kOn),
-                         [](const auto& param_info) {
-                           return param_info.param == Overlap::kOn ? "Overlapped" : "Alone";
-                         });
+INSTANTIATE_TEST_SUITE_P(All, SchedulerResidencyTest, testing::BothWays(), testing::WayName);
 
 TEST_P(SchedulerResidencyTest, WhatFitsIsLoadedWhenItIsOpenedAndTheRestWhenItIsNeeded) {
   SchedulerHarness harness(OptionsWithMemory(20), GetParam());
@@ -81,7 +71,7 @@ TEST_P(SchedulerResidencyTest, WhatFitsIsLoadedWhenItIsOpenedAndTheRestWhenItIsN
   const RecordedPlan plan = harness.Step();
   EXPECT_EQ(plan.evicted_adapter_ids, Ids{1});
   EXPECT_EQ(plan.load_adapter_ids, Ids{3});
-  ExpectAllRight(harness);
+  harness.RunToEndAndCheck();
   EXPECT_EQ(harness.StatsOf(kA).num_evictions, 1);
   EXPECT_EQ(harness.StatsOf(kC).num_loads, 1);
 }
@@ -96,7 +86,7 @@ TEST_P(SchedulerResidencyTest, TheLeastRecentlyUsedOfTheIdleIsTheVictim) {
   Use(harness, 4, kA);
   harness.Add(5, kD, MakePrompt(3), 1);
   EXPECT_EQ(StepUntilEviction(harness).evicted_adapter_ids, Ids{2});
-  ExpectAllRight(harness);
+  harness.RunToEndAndCheck();
 }
 
 TEST_P(SchedulerResidencyTest, AsManyGoAsTheRoomTakesAndNoMore) {
@@ -105,7 +95,7 @@ TEST_P(SchedulerResidencyTest, AsManyGoAsTheRoomTakesAndNoMore) {
   harness.OpenAdapter(kD, {.size_bytes = 20});
   harness.Add(1, kD, MakePrompt(3), 1);
   EXPECT_EQ(StepUntilEviction(harness).evicted_adapter_ids, (Ids{1, 2}));
-  ExpectAllRight(harness);
+  harness.RunToEndAndCheck();
 }
 
 TEST_P(SchedulerResidencyTest, WhoIsOpenedDoesNotTakeTheRoomThatComesTogetherForAnother) {
@@ -122,7 +112,7 @@ TEST_P(SchedulerResidencyTest, WhoIsOpenedDoesNotTakeTheRoomThatComesTogetherFor
     harness.Step();
     EXPECT_EQ(harness.request(3).num_steps, 0);
   }
-  ExpectAllRight(harness);
+  harness.RunToEndAndCheck();
 }
 
 TEST_P(SchedulerResidencyTest, WhoHasWaitingRequestsGoesAfterTheIdle) {
@@ -137,7 +127,7 @@ TEST_P(SchedulerResidencyTest, WhoHasWaitingRequestsGoesAfterTheIdle) {
   harness.Add(2, kB, MakePrompt(3, 2), 2);  // lacks the place
   harness.Add(3, kD, MakePrompt(3, 3), 2);
   EXPECT_EQ(StepUntilEviction(harness).evicted_adapter_ids, Ids{3});
-  ExpectAllRight(harness);
+  harness.RunToEndAndCheck();
 }
 
 TEST_P(SchedulerResidencyTest, APinnedAdapterStaysAndIsLoadedWithoutRequests) {
@@ -155,7 +145,7 @@ TEST_P(SchedulerResidencyTest, APinnedAdapterStaysAndIsLoadedWithoutRequests) {
   harness.SetAdapterPinned(kB, true);
   EXPECT_TRUE(harness.scheduler().HasWork()) << "a load is due";
   EXPECT_EQ(StepUntilEviction(harness).load_adapter_ids, Ids{2});
-  ExpectAllRight(harness);
+  harness.RunToEndAndCheck();
 }
 
 TEST_P(SchedulerResidencyTest, PinningMoreThanFitsIsRefusedWithNumbers) {
@@ -179,7 +169,7 @@ TEST_P(SchedulerResidencyTest, PinningMoreThanFitsIsRefusedWithNumbers) {
   harness.SetAdapterPinned(kA, false);
   harness.SetAdapterPinned(kB, true);
   harness.OpenAdapter(kD, {.size_bytes = 15});
-  ExpectAllRight(harness);
+  harness.RunToEndAndCheck();
   EXPECT_THROW(harness.scheduler().SetAdapterPinned(kBaseAdapter, true), AdapterNotFoundError);
   EXPECT_THROW(harness.scheduler().SetAdapterPinned(AdapterId(99), true), AdapterNotFoundError);
   EXPECT_THROW(harness.OpenAdapter(AdapterId(5), {.size_bytes = 26}), CapacityError);
@@ -203,7 +193,7 @@ TEST_P(SchedulerResidencyTest, LoadsStartInTheOrderOfTheQueueAndAFewAtOnce) {
   harness.Step();
   harness.AdvanceAll();
   EXPECT_EQ(harness.Step().load_adapter_ids, (Ids{4, 2}));
-  ExpectAllRight(harness);
+  harness.RunToEndAndCheck();
 }
 
 TEST_P(SchedulerResidencyTest, ALoadStartsAlthoughNoRowIsFree) {
@@ -220,7 +210,7 @@ TEST_P(SchedulerResidencyTest, ALoadStartsAlthoughNoRowIsFree) {
   EXPECT_EQ(plan.evicted_adapter_ids, Ids{2});
   EXPECT_EQ(plan.load_adapter_ids, Ids{3});
   EXPECT_FALSE(harness.request(1).is_finished) << "it is brought in ahead of need";
-  ExpectAllRight(harness);
+  harness.RunToEndAndCheck();
 }
 
 TEST_P(SchedulerResidencyTest, AFailedLoadStopsOnlyItsOwnRequestsAndItsBytesAreFree) {
@@ -239,7 +229,7 @@ TEST_P(SchedulerResidencyTest, AFailedLoadStopsOnlyItsOwnRequestsAndItsBytesAreF
   EXPECT_THROW(harness.Add(3, kA, MakePrompt(3), 2), AdapterNotFoundError);
   harness.Abort(1);
   harness.scheduler().DrainAdapter(kA);
-  ExpectAllRight(harness);
+  harness.RunToEndAndCheck();
   EXPECT_TRUE(harness.drained().contains(kA));
 }
 
@@ -253,7 +243,7 @@ TEST_P(SchedulerResidencyTest, AnEvictedAdapterKeepsItsCachedPrefixes) {
   harness.RunToEnd();
   EXPECT_EQ(harness.request(2).num_cached_tokens, 0) << "the same tokens of another adapter";
   harness.Add(3, kA, MakePrompt(13), 1);
-  ExpectAllRight(harness);
+  harness.RunToEndAndCheck();
   EXPECT_EQ(harness.request(3).num_cached_tokens, 12);
   EXPECT_EQ(harness.num_reloads(), 1);
 }
@@ -267,12 +257,12 @@ TEST_P(SchedulerResidencyTest, TheRowsOfThePlanThatLoadsAStagedAdapterUseIt) {
   const RecordedPlan plan = harness.Step();
   EXPECT_EQ(plan.load_adapter_ids, (Ids{1, 2}));
   EXPECT_EQ(plan.request_ids, Ids{1}) << "B's load must be reported first";
-  ExpectAllRight(harness);
+  harness.RunToEndAndCheck();
   harness.OpenAdapter(kC, kTenBytes);
   harness.SetAdapterStaged(kC, true);
   harness.Add(3, kC, MakePrompt(3, 3), 2);
   EXPECT_EQ(harness.Step().request_ids, Ids{3});
-  ExpectAllRight(harness);
+  harness.RunToEndAndCheck();
 }
 
 TEST_P(SchedulerResidencyTest, RequestsOfAStagedAdapterThatFailsEndAndOthersGoOn) {
@@ -289,11 +279,10 @@ TEST_P(SchedulerResidencyTest, RequestsOfAStagedAdapterThatFailsEndAndOthersGoOn
   EXPECT_TRUE(harness.request(1).is_aborted);
   EXPECT_TRUE(harness.StatsOf(kA).load_failed);
   harness.scheduler().DrainAdapter(kA);
-  ExpectAllRight(harness);
+  harness.RunToEndAndCheck();
 }
 
-// --- Closing
-// ---------------------------------------------------------------------------------------
+// --- Closing ------------------------------------------------------------------------------------
 
 class SchedulerClosingTest : public SchedulerResidencyTest {
  protected:
@@ -310,10 +299,7 @@ class SchedulerClosingTest : public SchedulerResidencyTest {
     return options;
   }
 };
-INSTANTIATE_TEST_SUITE_P(All, SchedulerClosingTest, ::testing::Values(Overlap::kOff, Overlap::kOn),
-                         [](const auto& param_info) {
-                           return param_info.param == Overlap::kOn ? "Overlapped" : "Alone";
-                         });
+INSTANTIATE_TEST_SUITE_P(All, SchedulerClosingTest, testing::BothWays(), testing::WayName);
 
 TEST_P(SchedulerClosingTest, AClosedAdapterTakesNoNewcomersUntilTheOneThatWaitsGotIn) {
   SchedulerHarness harness(OnePlace(), GetParam());
@@ -330,7 +316,7 @@ TEST_P(SchedulerClosingTest, AClosedAdapterTakesNoNewcomersUntilTheOneThatWaitsG
   harness.RunToEnd();
   EXPECT_GT(harness.request(3).first_step, harness.request(2).first_step);
   EXPECT_GT(harness.scheduler().Counters().total_closings, 0);
-  ExpectAllRight(harness);
+  harness.RunToEndAndCheck();
 }
 
 TEST_P(SchedulerClosingTest, NobodyIsClosedWhileTheOneThatWaitsIsPatient) {
@@ -346,7 +332,7 @@ TEST_P(SchedulerClosingTest, NobodyIsClosedWhileTheOneThatWaitsIsPatient) {
   harness.AdvanceClock(1000);
   harness.Step();
   EXPECT_TRUE(harness.StatsOf(kA).is_closed);
-  ExpectAllRight(harness);
+  harness.RunToEndAndCheck();
 }
 
 TEST_P(SchedulerClosingTest, TheAdapterWithTheLeastRemainingWorkIsClosed) {
@@ -361,7 +347,7 @@ TEST_P(SchedulerClosingTest, TheAdapterWithTheLeastRemainingWorkIsClosed) {
   harness.Step();
   EXPECT_FALSE(harness.StatsOf(kA).is_closed);
   EXPECT_TRUE(harness.StatsOf(kB).is_closed);
-  ExpectAllRight(harness);
+  harness.RunToEndAndCheck();
   EXPECT_GT(harness.request(3).first_step, 0);
 }
 
@@ -376,7 +362,7 @@ TEST_P(SchedulerClosingTest, ATurnIsWhatWaitedAtItsBeginningAndFitsTheRows) {
   std::int64_t num_started = 0;
   for (std::int64_t id = 1; id <= 6; ++id) num_started += harness.request(id).num_steps > 0;
   EXPECT_EQ(num_started, 4) << "four rows, one place";
-  ExpectAllRight(harness);
+  harness.RunToEndAndCheck();
 }
 
 TEST_P(SchedulerClosingTest, OfThoseThatWaitTheBetterPriorityGetsInFirst) {
@@ -389,7 +375,7 @@ TEST_P(SchedulerClosingTest, OfThoseThatWaitTheBetterPriorityGetsInFirst) {
                .prompt_token_ids = MakePrompt(3, 3),
                .max_tokens = 2,
                .priority = -1});
-  ExpectAllRight(harness);
+  harness.RunToEndAndCheck();
   EXPECT_LT(harness.request(3).first_step, harness.request(2).first_step);
 }
 

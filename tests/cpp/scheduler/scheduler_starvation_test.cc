@@ -10,6 +10,7 @@
 #include <tuple>
 #include <vector>
 
+#include "support/scheduler_scenario.h"
 #include "support/trivial_executor.h"
 
 namespace lora_serve {
@@ -54,8 +55,7 @@ class Traffic {
   std::int64_t next_id_ = 0;
 };
 
-// --- Two adapters, one place
-// -----------------------------------------------------------------------
+// --- Two adapters, one place --------------------------------------------------------------------
 
 enum class Scarce : std::uint8_t { kPlaces, kBytes };
 
@@ -111,8 +111,7 @@ TEST_P(SharedPlaceTest, TwoBusyAdaptersEachHaveHalfOfTheSteps) {
   scheduler.CheckInvariants();
 }
 
-// --- Weights
-// -----------------------------------------------------------------------------------------
+// --- Weights ------------------------------------------------------------------------------------
 
 class FairSharesTest : public ::testing::TestWithParam<Overlap> {
  protected:
@@ -156,10 +155,7 @@ class FairSharesTest : public ::testing::TestWithParam<Overlap> {
     }
   }
 };
-INSTANTIATE_TEST_SUITE_P(All, FairSharesTest, ::testing::Values(Overlap::kOff, Overlap::kOn),
-                         [](const auto& param_info) {
-                           return param_info.param == Overlap::kOn ? "Overlapped" : "Alone";
-                         });
+INSTANTIATE_TEST_SUITE_P(All, FairSharesTest, testing::BothWays(), testing::WayName);
 
 TEST_P(FairSharesTest, RowsUnderContentionGiveTokensInProportionToWeights) {
   Scheduler scheduler(kFewRows);
@@ -220,8 +216,7 @@ TEST_P(FairSharesTest, WhoWasAwayDoesNotSaveUpAndShutOutTheOthers) {
                {{AdapterId(1), 1.0}, {AdapterId(2), 1.0}});
 }
 
-// --- The bound
-// ---------------------------------------------------------------------------------------
+// --- The bound ----------------------------------------------------------------------------------
 
 /// The traffic and the scheduler of one simulation, in the letters of the README.
 struct Bound {

@@ -280,9 +280,7 @@ TEST_P(SchedulerTierPreemptionTest, WhenOneVictimIsNotEnoughAnotherIsTaken) {
   StepUntilPreemption(harness);
   EXPECT_EQ(NumPreemptions(harness), 4) << "four pages for the other four";
   EXPECT_EQ(harness.Step().request_ids, (Ids{1, 2, 3, 4}));
-  harness.RunToEnd();
-  harness.ExpectRightOutputs();
-  harness.ExpectNothingLeft();
+  harness.RunToEndAndCheck();
 }
 
 TEST_P(SchedulerTierPreemptionTest, AFailedWriteBackIsRecomputedWithTheSameTokens) {
@@ -297,9 +295,7 @@ TEST_P(SchedulerTierPreemptionTest, AFailedWriteBackIsRecomputedWithTheSameToken
   const RecordedPlan plan = harness.Step();
   EXPECT_EQ(plan.request_ids, Ids{2});
   EXPECT_EQ(plan.num_computed_tokens, Ints{0});
-  harness.RunToEnd();
-  harness.ExpectRightOutputs();
-  harness.ExpectNothingLeft();
+  harness.RunToEndAndCheck();
 }
 
 TEST_P(SchedulerTierPreemptionTest, ALoadingRequestGivesWayOnlyWhenNobodyElseCan) {

@@ -75,9 +75,7 @@ TEST_P(SchedulerTiersTest, AHitOnTheHostIsLoadedBackAndContinuesWithTheSameToken
   EXPECT_EQ(harness.scheduler().Stats().total_hit_tokens, 12);
   EXPECT_EQ(harness.scheduler().Stats().total_host_hit_tokens, 12);
   EXPECT_EQ(harness.StatsOf(adapter()).num_hit_tokens, 12);
-  harness.RunToEnd();
-  harness.ExpectRightOutputs();
-  harness.ExpectNothingLeft();
+  harness.RunToEndAndCheck();
 }
 
 TEST_P(SchedulerTiersTest, AHitOnBothTiersLoadsOnlyWhatTheDeviceLacks) {
@@ -153,9 +151,7 @@ TEST_P(SchedulerTiersTest, AnAbortWhileLoadingEndsTheRequestAtOnceAndTheCopyGoes
   harness.Abort(2);
   harness.Add(3, adapter(), Prompt(), 3);
   EXPECT_EQ(harness.Step().num_cached_tokens, Ints{12}) << "what arrived is in the tree";
-  harness.RunToEnd();
-  harness.ExpectRightOutputs();
-  harness.ExpectNothingLeft();
+  harness.RunToEndAndCheck();
 }
 
 TEST_P(SchedulerTiersTest, AnAbortInsideThePlanThatStartsTheCopyTakesEffectAtOnce) {
@@ -209,9 +205,7 @@ TEST_P(SchedulerTiersTest, ARequestWhoseLoadFailedAndWhosePagesAreGoneWaitsForPa
   EXPECT_EQ(harness.scheduler().Stats().total_preemptions, 1);
   EXPECT_EQ(harness.request(2).num_cached_tokens, 0);
   SetCopies(harness, Outcome::kDone);
-  harness.RunToEnd();
-  harness.ExpectRightOutputs();
-  harness.ExpectNothingLeft();
+  harness.RunToEndAndCheck();
 }
 
 TEST_P(SchedulerTiersTest, APlanOfCopiesAloneOwesAnEvent) {

@@ -1,9 +1,10 @@
 // Time slices: an adapter in place is paused for one that waits, and goes on later.
 #include <gtest/gtest.h>
 
+#include <cstdlib>
 #include <vector>
 
-#include "support/scheduler_harness.h"
+#include "support/scheduler_scenario.h"
 
 namespace lora_serve {
 namespace {
@@ -12,6 +13,7 @@ using testing::MakeLongRunningPrompt;
 using testing::MakePrompt;
 using testing::Outcome;
 using testing::Overlap;
+using testing::RecordedPlan;
 using testing::SchedulerHarness;
 
 constexpr AdapterId kA{1};
@@ -48,21 +50,11 @@ class SchedulerTimeSliceTest : public ::testing::TestWithParam<Overlap> {
     AddLong(harness, 2, kB, 30);
     harness.Step();
   }
-  static void ExpectAllRight(SchedulerHarness& harness) {
-    harness.RunToEnd();
-    harness.ExpectRightOutputs();
-    harness.ExpectNothingLeft();
-    harness.ExpectCountersAgree();
-  }
   static std::int64_t NumPauses(const SchedulerHarness& harness) {
     return harness.scheduler().Counters().total_adapter_pauses;
   }
 };
-INSTANTIATE_TEST_SUITE_P(All, SchedulerTimeSliceTest,
-                         ::testing::Values(Overlap::kOff, Overlap::kOn),
-                         [](const auto& param_info) {
-                           return param_info.param == Overlap::kOn ? "Overlapped" : "Alone";
-                         });
+INSTANTIATE_TEST_SUITE_P(All, SchedulerTimeSliceTest, testing::BothWays(), testing::WayName);
 
 TEST_P(SchedulerTimeSliceTest, OneThatWaitsIsLetInBeforeLongRequestsEndAndNothingIsComputedTwice) {
   SchedulerHarness harness(Options(), GetParam());
@@ -83,7 +75,66 @@ TEST_P(SchedulerTimeSliceTest, OneThatWaitsIsLetInBeforeLongRequestsEndAndNothin
   EXPECT_EQ(harness.StatsOf(kA).num_evictions, 1);
   EXPECT_EQ(harness.StatsOf(kA).num_loads, 2);
   EXPECT_EQ(harness.StatsOf(kB).num_evictions, 0);
-  ExpectAllRight(harness);
+  harness.RunToEndAndCheck();
+}
+
+TEST_P(SchedulerTimeSliceTest, AfterASliceThoseThatWereLoadedRunThoughNobodyElseDidMeanwhile) {
+  SchedulerHarness harness(Options(), GetParam());
+  StartTwoLongOnes(harness);
+  harness.Add(3, kC, MakePrompt(3, 3), 2);
+  harness.Add(4, kD, MakePrompt(3, 4), 2);
+  for (int step = 1; step <= 3; ++step) {
+    EXPECT_EQ(harness.Step().request_ids.size(), 2U) << "step " << step << " after the first";
+  }
+  EXPECT_EQ(NumPauses(harness), 0);
+  for (int step = 0; step < 12 && !harness.request(4).is_finished; ++step) harness.Step();
+  EXPECT_TRUE(harness.request(4).is_finished);
+  EXPECT_GE(NumPauses(harness), 1);
+  harness.RunToEndAndCheck();
+}
+
+TEST_P(SchedulerTimeSliceTest, TwoLongRequestsShareOnePlaceSliceBySlice) {
+  SchedulerOptions options = Options();
+  options.max_loras = 1;
+  options.adapter_pause_us = 0;
+  SchedulerHarness harness(options, GetParam());
+  for (const AdapterId id : {kA, kB}) harness.OpenAndLoad(id, kTenBytes);
+  AddLong(harness, 1, kA);
+  AddLong(harness, 2, kB);
+  std::int32_t num_in_a_row = 0;
+  std::int64_t last = 0;
+  for (int step = 0; harness.live_requests().size() == 2; ++step) {
+    ASSERT_LT(step, 200);
+    const RecordedPlan plan = harness.Step();
+    if (plan.request_ids.empty()) continue;
+    ASSERT_EQ(plan.request_ids.size(), 1U);
+    num_in_a_row = plan.request_ids[0] == last ? num_in_a_row + 1 : 1;
+    last = plan.request_ids[0];
+    EXPECT_LE(num_in_a_row, 4 + 1) << "the other one waits for longer than a slice";
+    const auto lead = harness.request(1).num_steps - harness.request(2).num_steps;
+    EXPECT_LE(std::abs(lead), 4 + 1);
+  }
+  EXPECT_EQ(harness.StatsOf(kA).num_evictions, 0) << "there are bytes for both";
+  harness.RunToEndAndCheck();
+}
+
+TEST_P(SchedulerTimeSliceTest, TwoPausedAdaptersBesideAPinnedOneDoNotEvictEachOtherForEver) {
+  for (const bool pinned_is_busy : {false, true}) {
+    SchedulerOptions options = Options();
+    options.adapter_pause_us = 0;
+    options.adapter_time_slice_steps = 1;
+    SchedulerHarness harness(options, GetParam());
+    harness.OpenAndLoad(kD, {.size_bytes = 10, .is_pinned = true});
+    for (const AdapterId id : {kA, kB, kC}) harness.OpenAdapter(id, kTenBytes);
+    if (pinned_is_busy) AddLong(harness, 4, kD);
+    AddLong(harness, 1, kA);
+    AddLong(harness, 2, kB);
+    AddLong(harness, 3, kC);
+    harness.RunToEnd(/*max_steps=*/6 * 3 * kLong);  // at worst a swap for each token
+    EXPECT_GT(harness.StatsOf(kA).num_evictions + harness.StatsOf(kB).num_evictions, 2);
+    for (const std::int64_t id : {1, 2, 3}) EXPECT_EQ(harness.request(id).num_steps, kLong);
+    harness.RunToEndAndCheck();
+  }
 }
 
 TEST_P(SchedulerTimeSliceTest, APausedAdapterNeedNotLeaveTheDeviceWhenOnlyPlacesAreShort) {
@@ -96,7 +147,7 @@ TEST_P(SchedulerTimeSliceTest, APausedAdapterNeedNotLeaveTheDeviceWhenOnlyPlaces
   for (int step = 0; step < 12 && !harness.request(3).is_finished; ++step) harness.Step();
   EXPECT_TRUE(harness.request(3).is_finished);
   EXPECT_GE(NumPauses(harness), 1);
-  ExpectAllRight(harness);
+  harness.RunToEndAndCheck();
   EXPECT_EQ(harness.StatsOf(kA).num_evictions, 0);
   EXPECT_EQ(harness.request(1).num_steps, kLong);
 }
@@ -106,7 +157,7 @@ TEST_P(SchedulerTimeSliceTest, NobodyIsPausedWhenNobodyWaits) {
   StartTwoLongOnes(harness);
   AddLong(harness, 3, kBaseAdapter);
   AddLong(harness, 4, kA);
-  ExpectAllRight(harness);
+  harness.RunToEndAndCheck();
   EXPECT_EQ(NumPauses(harness), 0);
   EXPECT_EQ(harness.request(1).num_steps, kLong);
 }
@@ -122,7 +173,7 @@ TEST_P(SchedulerTimeSliceTest, NobodyIsPausedForAnAdapterThatIsPatient) {
   harness.AdvanceClock(1000);
   for (int step = 0; step < 12 && !harness.request(3).is_finished; ++step) harness.Step();
   EXPECT_TRUE(harness.request(3).is_finished);
-  ExpectAllRight(harness);
+  harness.RunToEndAndCheck();
 }
 
 TEST_P(SchedulerTimeSliceTest, APinnedAdapterIsNotPausedForBytes) {
@@ -134,7 +185,7 @@ TEST_P(SchedulerTimeSliceTest, APinnedAdapterIsNotPausedForBytes) {
     EXPECT_TRUE(harness.Step().HasRowOf(1));
   }
   EXPECT_TRUE(harness.request(3).is_finished) << "B was paused instead";
-  ExpectAllRight(harness);
+  harness.RunToEndAndCheck();
   EXPECT_EQ(harness.StatsOf(kB).num_evictions, 1);
 }
 
@@ -147,7 +198,7 @@ TEST_P(SchedulerTimeSliceTest, ARequestOfAPausedAdapterMayBeAborted) {
   harness.Abort(1);
   EXPECT_EQ(harness.StatsOf(kA).num_running_requests, 0);
   EXPECT_FALSE(harness.StatsOf(kA).is_paused);
-  ExpectAllRight(harness);
+  harness.RunToEndAndCheck();
 }
 
 TEST_P(SchedulerTimeSliceTest, AReloadThatFailsEndsThePausedRequestsOnly) {
@@ -162,7 +213,7 @@ TEST_P(SchedulerTimeSliceTest, AReloadThatFailsEndsThePausedRequestsOnly) {
   ASSERT_TRUE(harness.failed().contains(kA));
   harness.Abort(1);
   harness.scheduler().DrainAdapter(kA);
-  ExpectAllRight(harness);
+  harness.RunToEndAndCheck();
   EXPECT_TRUE(harness.request(2).is_finished);
   EXPECT_TRUE(harness.request(3).is_finished);
 }
@@ -173,7 +224,7 @@ TEST_P(SchedulerTimeSliceTest, APausedAdapterThatDrainsRunsItsRequestsToTheirEnd
   AddLong(harness, 3, kC, 30);
   while (!harness.StatsOf(kA).is_paused) harness.Step();
   harness.scheduler().DrainAdapter(kA);
-  ExpectAllRight(harness);
+  harness.RunToEndAndCheck();
   EXPECT_TRUE(harness.drained().contains(kA));
   EXPECT_TRUE(harness.request(1).is_finished);
 }

@@ -9,8 +9,6 @@ namespace lora_serve::testing {
 namespace {
 
 constexpr std::size_t kMaxOutstandingPlans = 2;
-/// Makes an adapter id one that no adapter has.
-constexpr std::int64_t kGarbage = 1'000'000'000;
 
 void Require(bool condition, const std::string& message) {
   if (!condition) throw std::logic_error("oracle executor: " + message);
@@ -221,7 +219,7 @@ void OracleExecutor::RunRow(const Outstanding& outstanding, std::size_t index,
                             std::span<const TokenId> tokens, ExecutionEvent& event) {
   const ExecutionPlan& plan = *outstanding.plan_backptr;
   AdapterId adapter = outstanding.adapters[index];
-  if (broken_.contains(adapter)) adapter = AdapterId(adapter.value() + kGarbage);
+  if (broken_.contains(adapter)) adapter = AdapterId(adapter.value() + OracleEntry::kGarbage);
   const std::int32_t row = plan.page_table_rows[index];
   PageTableRow& kept = RowAt(row);
   if (kept.request_id != plan.request_ids[index]) {

@@ -56,6 +56,8 @@ class SchedulerHarness {
   [[nodiscard]] std::int64_t num_padded_rows() const { return num_padded_rows_; }
   /// Loads of adapters that had been on the device before.
   [[nodiscard]] std::int64_t num_reloads() const { return num_reloads_; }
+  /// How many newer requests of its own queue passed the request that was passed most.
+  [[nodiscard]] std::int32_t max_times_overtaken() const { return max_times_overtaken_; }
   [[nodiscard]] std::int64_t num_steps() const { return num_steps_; }
   [[nodiscard]] std::size_t num_outstanding() const { return outstanding_.size(); }
   [[nodiscard]] std::int64_t now_us() const { return now_us_; }
@@ -97,6 +99,8 @@ class SchedulerHarness {
   void ExpectRightOutputs() const;
   /// No request, lease, private page or copy is left, and every drained adapter is gone.
   void ExpectNothingLeft() const;
+  /// Runs to the end, and expects all of the above and that the counters agree.
+  void RunToEndAndCheck();
   /// The scheduler's totals are those that the plans and events showed.
   void ExpectCountersAgree() const;
 
@@ -107,11 +111,23 @@ class SchedulerHarness {
   static constexpr std::int64_t kMaxEmptyPlans = 100;  // in a row
   static constexpr std::int64_t kMaxSteps = 20000;
   static constexpr std::size_t kMaxOutstandingPlans = 2;
+  static constexpr std::int32_t kMaxTimesOvertaken = 16;
 
   void StopWhenNothingMoves(const ExecutionPlan& plan);
   void CheckState() const;
   void CheckWhoRuns(const ExecutionPlan& plan) const;
+  [[nodiscard]] std::int64_t NumRunningWithRows(const ExecutionPlan& plan) const;
   void CheckPlan(const ExecutionPlan& plan);
+  void CheckOvertaking(const ExecutionPlan& plan);
+  /// The queue of one adapter that is in the order of arrival.
+  struct Queue {
+    AdapterId adapter;
+    std::int32_t priority = 0;
+    friend auto operator<=>(const Queue&, const Queue&) = default;
+  };
+  /// How often somebody has begun to wait who may be tried before a request that is now the newest
+  /// of this queue.
+  [[nodiscard]] std::int64_t NumBeforeIn(const Queue& queue) const;
   void CheckShape(const ExecutionPlan& plan) const;
   void CheckPadding(const ExecutionPlan& plan);
   void CheckMetadata(const ExecutionPlan& plan) const;
@@ -171,6 +187,8 @@ class SchedulerHarness {
   std::int64_t num_failed_loads_ = 0;
   std::int64_t num_evictions_ = 0;
   std::int64_t num_rejected_ = 0;
+  std::map<Queue, std::int64_t> num_in_order_;
+  std::int32_t max_times_overtaken_ = 0;
 };
 
 }  // namespace lora_serve::testing

@@ -26,6 +26,13 @@ class SchedulerScenarioTest : public ::testing::TestWithParam<Scenario> {
   }
 };
 
+/// Without and with overlap, for tests whose adapters are their subject.
+inline auto BothWays() { return ::testing::Values(Overlap::kOff, Overlap::kOn); }
+
+inline std::string WayName(const ::testing::TestParamInfo<Overlap>& info) {
+  return info.param == Overlap::kOn ? "Overlapped" : "Alone";
+}
+
 inline auto AllScenarios() {
   return ::testing::Combine(::testing::Values<std::int64_t>(0, 1),
                             ::testing::Values(Overlap::kOff, Overlap::kOn));

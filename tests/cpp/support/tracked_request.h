@@ -29,6 +29,8 @@ struct TrackedRequest {
   std::int32_t max_tokens = 0;
   bool reuse_prefix = true;
   std::int32_t priority = 0;
+  /// As the caller told it; -1 = when it was added.
+  std::int64_t arrival_us = -1;
   std::int64_t deadline_us = kNoDeadline;
   std::vector<TokenId> output;
   /// Of the first plan with a row of it; -1 before.
@@ -48,6 +50,10 @@ struct TrackedRequest {
   /// The number of plans before its arrival, and before its first row; -1 before that.
   std::int64_t arrival_step = 0;
   std::int64_t first_step = -1;
+  /// Newer requests of the same adapter and priority that had their first row while it waited.
+  std::int32_t num_times_overtaken = 0;
+  /// What SchedulerHarness::NumBeforeIn was when it came, less those that waited then.
+  std::int64_t num_before = 0;
   bool is_finished = false;
   bool is_aborted = false;
   bool is_expired = false;

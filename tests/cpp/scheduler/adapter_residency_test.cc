@@ -1,0 +1,329 @@
+#include "scheduler/adapter_residency.h"
+
+#include <gtest/gtest.h>
+
+#include <optional>
+#include <vector>
+
+#include "support/scheduler_parts.h"
+
+namespace lora_serve {
+namespace {
+
+using Ids = std::vector<std::int64_t>;
+
+/// Decisions of single steps. What follows from them over many: scheduler_residency_test.cc,
+/// scheduler_time_slice_test.cc.
+class AdapterResidencyTest : public ::testing::Test {
+ protected:
+  /// Room for `num_adapters` of one byte.
+  void Make(std::int64_t num_adapters, std::int32_t time_slice_steps = 0,
+            std::int32_t max_loras = 8) {
+    const SchedulerOptions options = {.page_size = 2,
+                                      .num_device_pages = 64,
+                                      .max_num_seqs = 16,
+                                      .max_loras = max_loras,
+                                      .adapter_memory_bytes = num_adapters,
+                                      .adapter_time_slice_steps = time_slice_steps,
+                                      .adapter_pause_us = 0};
+    parts_.emplace(options);
+    residency_.emplace(options, &parts_->adapters, &parts_->requests);
+  }
+  Adapter& Open(std::int64_t id) { return parts_->Open(id, {.size_bytes = 1}); }
+  Adapter& OpenResident(std::int64_t id) { return parts_->OpenResident(id, {.size_bytes = 1}); }
+  /// A started request of `max_tokens`.
+  Request& StartLong(Adapter& adapter, std::int32_t max_tokens = 20) {
+    return parts_->QueueAndStart(adapter, max_tokens);
+  }
+  AdapterResidency::Changes Plan(AdapterResidency::Now now = {.num_free_rows = 8}) {
+    now.now_us = ++now_us_;
+    parts_->adapters.BeginStep(now_us_);
+    AdapterResidency::Changes changes = residency_->Plan(now);
+    for (const Adapter* adapter : changes.loads) {  // at once
+      if (adapter->load_state == LoadState::kLoading) parts_->adapters.OnLoaded(adapter->id);
+    }
+    parts_->CheckInvariants();
+    return changes;
+  }
+  static Ids LoadsOf(const AdapterResidency::Changes& changes) {
+    Ids ids;
+    for (const Adapter* adapter : changes.loads) ids.push_back(adapter->id.value());
+    return ids;
+  }
+  static Ids EvictedOf(const AdapterResidency::Changes& changes) {
+    Ids ids;
+    for (const AdapterId id : changes.evicted) ids.push_back(id.value());
+    return ids;
+  }
+  static Ids NewcomersOf(const AdapterResidency::Changes& changes) {
+    Ids ids;
+    for (const Adapter* adapter : changes.newcomers) ids.push_back(adapter->id.value());
+    return ids;
+  }
+
+  std::optional<testing::SchedulerParts> parts_;
+  std::optional<AdapterResidency> residency_;
+  std::int64_t now_us_ = 0;
+};
+
+TEST_F(AdapterResidencyTest, TheIdleMakeRoomInTheOrderOfTheirUse) {
+  Make(2);
+  OpenResident(1);
+  OpenResident(2);
+  parts_->Queue(Open(3));
+  const AdapterResidency::Changes changes = Plan();
+  EXPECT_EQ(EvictedOf(changes), Ids{1});
+  EXPECT_EQ(LoadsOf(changes), Ids{3});
+  EXPECT_TRUE(Plan().loads.empty());
+}
+
+TEST_F(AdapterResidencyTest, NobodyBehindTheFirstTakesTheBytesThatComeTogetherForIt) {
+  Make(3);
+  StartLong(OpenResident(1));
+  StartLong(OpenResident(2));
+  parts_->Queue(parts_->Open(3, {.size_bytes = 2}));
+  parts_->Queue(parts_->Open(4, {.size_bytes = 1}));
+  EXPECT_TRUE(Plan().loads.empty()) << "one byte is free, and two are needed first";
+}
+
+TEST_F(AdapterResidencyTest, WhoOnlyLacksAPlaceGivesItsBytesToThoseBeforeItAndNotToThoseBehind) {
+  Make(2, 0, /*max_loras=*/1);
+  Adapter& placed = OpenResident(1);
+  Adapter& unplaced = OpenResident(2);
+  StartLong(placed);
+  Adapter& in_line = Open(3);
+  parts_->Queue(unplaced);
+  Plan();
+  parts_->Queue(in_line);
+  EXPECT_TRUE(Plan().evicted.empty()) << "adapter 3 waits behind it";
+  parts_->Queue(in_line, {.priority = -1});  // a class counts more than the wait
+  const AdapterResidency::Changes changes = Plan();
+  EXPECT_EQ(EvictedOf(changes), Ids{2});
+  EXPECT_EQ(LoadsOf(changes), Ids{3});
+}
+
+TEST_F(AdapterResidencyTest, NewcomersAreThoseOnTheDeviceInTheOrderOfWaiting) {
+  Make(4, 0, /*max_loras=*/2);
+  Adapter& first = OpenResident(1);
+  Adapter& second = OpenResident(2);
+  Adapter& third = OpenResident(3);
+  for (Adapter* adapter : {&third, &first, &second}) parts_->Queue(*adapter);
+  EXPECT_EQ(NewcomersOf(Plan()), (Ids{3, 1, 2})) << "more than there are places: some lack pages";
+}
+
+TEST_F(AdapterResidencyTest, TheOneWithTheLeastLeftIsClosedAndOnlyWhileSomebodyLacksRoom) {
+  Make(2);
+  Adapter& first = OpenResident(1);
+  Adapter& second = OpenResident(2);
+  StartLong(first, 20);
+  StartLong(second, 10);
+  Request& waiting = parts_->Queue(Open(3));
+  Plan();
+  EXPECT_FALSE(first.is_closed);
+  EXPECT_TRUE(second.is_closed);
+  parts_->End(waiting);
+  Plan();
+  EXPECT_FALSE(second.is_closed);
+}
+
+TEST_F(AdapterResidencyTest, AsManyAreClosedAsTheRoomTakes) {
+  Make(3);
+  StartLong(OpenResident(1), 20);
+  StartLong(OpenResident(2), 10);
+  StartLong(OpenResident(3), 15);
+  parts_->Queue(parts_->Open(4, {.size_bytes = 2}));
+  Plan();
+  EXPECT_FALSE(parts_->adapters.GetOpen(AdapterId(1)).is_closed);
+  EXPECT_TRUE(parts_->adapters.GetOpen(AdapterId(2)).is_closed);
+  EXPECT_TRUE(parts_->adapters.GetOpen(AdapterId(3)).is_closed);
+}
+
+TEST_F(AdapterResidencyTest, ASliceLastsItsStepsAndWhoHasTheMostLeftIsPaused) {
+  Make(2, /*time_slice_steps=*/16);
+  Adapter& first = OpenResident(1);
+  Adapter& second = OpenResident(2);
+  StartLong(first, 20);
+  StartLong(second, 10);
+  parts_->Queue(Open(3));
+  EXPECT_TRUE(Plan().evicted.empty()) << "a slice is two steps: half as many wait as are in place";
+  EXPECT_EQ(EvictedOf(Plan()), Ids{1});
+  EXPECT_EQ(first.standing, AdapterStanding::kPaused);
+  EXPECT_TRUE(second.is_in_place);
+  EXPECT_EQ(residency_->num_pauses(), 1);
+}
+
+TEST_F(AdapterResidencyTest, WhoIsPausedLeavesWhenNoPlanTouchesIt) {
+  Make(1, /*time_slice_steps=*/1);
+  Adapter& adapter = OpenResident(1);
+  StartLong(adapter);
+  adapter.last_plan_id = PlanId(5);
+  parts_->Queue(Open(2));
+  for (int step = 0; step < 3; ++step) {
+    EXPECT_TRUE(Plan({.newest_ended_plan = PlanId(4), .num_free_rows = 8}).evicted.empty());
+    EXPECT_TRUE(adapter.is_leaving);
+    EXPECT_FALSE(adapter.MayRun()) << "no further plan touches it";
+  }
+  EXPECT_EQ(EvictedOf(Plan({.newest_ended_plan = PlanId(5), .num_free_rows = 8})), Ids{1});
+}
+
+TEST_F(AdapterResidencyTest, WhoWasToldToLeaveStaysWhenNobodyWaitsAnyMore) {
+  Make(1, /*time_slice_steps=*/1);
+  Adapter& adapter = OpenResident(1);
+  StartLong(adapter);
+  adapter.last_plan_id = PlanId(5);
+  Request& waiting = parts_->Queue(Open(2));
+  Plan({.newest_ended_plan = PlanId(4), .num_free_rows = 8});
+  ASSERT_TRUE(adapter.is_leaving);
+  parts_->End(waiting);
+  Plan({.newest_ended_plan = PlanId(4), .num_free_rows = 8});
+  EXPECT_TRUE(adapter.MayRun());
+}
+
+TEST_F(AdapterResidencyTest, NobodyIsPausedForANewAdapterWhileNoRowIsFree) {
+  Make(1, /*time_slice_steps=*/1);
+  Adapter& adapter = OpenResident(1);
+  StartLong(adapter);
+  parts_->Queue(Open(2));
+  for (int step = 0; step < 3; ++step) Plan({.num_free_rows = 0});
+  EXPECT_EQ(residency_->num_pauses(), 0);
+  EXPECT_TRUE(adapter.is_closed) << "it is closed instead";
+  Plan();
+  EXPECT_EQ(residency_->num_pauses(), 1);
+}
+
+TEST_F(AdapterResidencyTest, InACrowdNobodyIsPausedAndThoseThatHaveStartedGoFirst) {
+  Make(1, /*time_slice_steps=*/1);
+  Adapter& first = OpenResident(1);
+  StartLong(first);
+  parts_->Queue(Open(2));
+  for (int step = 0; step < 3 && residency_->num_pauses() == 0; ++step) Plan();
+  ASSERT_EQ(first.standing, AdapterStanding::kPaused);
+  Request& request = *parts_->adapters.GetOpen(AdapterId(2)).queue.begin()->second;
+  parts_->Start(request);
+  for (const std::int64_t id : {3, 4, 5}) parts_->Queue(Open(id));  // four wait for one place
+  const std::int64_t num_pauses = residency_->num_pauses();
+  for (int step = 0; step < 5; ++step) Plan();
+  EXPECT_EQ(residency_->num_pauses(), num_pauses);
+  EXPECT_TRUE(request.adapter().is_closed);
+  parts_->End(request);
+  EXPECT_EQ(LoadsOf(Plan()), Ids{1}) << "it has started";
+}
+
+TEST_F(AdapterResidencyTest, WhoComesBackHasAStepBeforeItGivesWayAgain) {
+  Make(1, /*time_slice_steps=*/1);
+  // Two with nothing but preempted requests, each of which would give way to the other at once.
+  Adapter& first = OpenResident(1);
+  Request& one = StartLong(first);
+  parts_->Queue(Open(2));
+  for (int step = 0; step < 3 && first.is_in_place; ++step) Plan();
+  Adapter& second = parts_->adapters.GetOpen(AdapterId(2));
+  Request& two = *second.queue.begin()->second;
+  parts_->Start(two);
+  for (Request* request : {&one, &two}) parts_->requests.Preempt(*request);
+  for (int step = 0; step < 20; ++step) {
+    const bool was_in_place = first.is_in_place;
+    Plan();
+    if (!was_in_place && first.is_in_place) break;
+  }
+  EXPECT_TRUE(first.is_in_place) << "nobody ever has a place when the rows are chosen";
+  parts_->Start(one);
+  Plan();
+  EXPECT_TRUE(second.standing == AdapterStanding::kPaused);
+}
+
+TEST_F(AdapterResidencyTest, WhenNothingMovesOnlyPausedRequestsThatHoldPagesGetRoom) {
+  Make(1, /*time_slice_steps=*/1);
+  Adapter& first = OpenResident(1);
+  StartLong(first);
+  Request& other = parts_->Queue(Open(2));
+  for (int step = 0; step < 3 && first.is_in_place; ++step) Plan();
+  ASSERT_EQ(first.standing, AdapterStanding::kPaused);
+  ASSERT_EQ(other.adapter().load_state, LoadState::kResident);
+  EXPECT_EQ(NewcomersOf(Plan()), Ids{2}) << "it may lack pages, which the first one holds";
+  const AdapterResidency::Changes changes = Plan({.num_free_rows = 8, .is_stuck = true});
+  EXPECT_EQ(EvictedOf(changes), Ids{2});
+  EXPECT_EQ(LoadsOf(changes), Ids{1});
+  EXPECT_TRUE(changes.newcomers.empty());
+}
+
+TEST_F(AdapterResidencyTest, WhenNothingMovesNewcomersGetNoPlace) {
+  Make(2, /*time_slice_steps=*/100, /*max_loras=*/1);
+  Adapter& first = OpenResident(1);
+  StartLong(first);
+  parts_->adapters.LeavePlace(first);
+  Adapter& preempted = OpenResident(2);
+  Request& other = StartLong(preempted);
+  parts_->adapters.LeavePlace(preempted);
+  parts_->requests.Preempt(other);
+  const AdapterResidency::Changes changes = Plan({.num_free_rows = 8, .is_stuck = true});
+  EXPECT_TRUE(changes.newcomers.empty());
+  EXPECT_TRUE(first.is_in_place);
+  parts_->adapters.LeavePlace(first);
+  Plan();
+  Plan({.num_free_rows = 8, .is_stuck = true});
+  EXPECT_FALSE(preempted.is_in_place && !first.is_in_place) << "it holds no pages";
+}
+
+TEST_F(AdapterResidencyTest, WhoHasOnlyPreemptedRequestsGivesWayToAPausedOneAtAnyTime) {
+  Make(2, /*time_slice_steps=*/100, /*max_loras=*/1);
+  Adapter& first = OpenResident(1);
+  StartLong(first);
+  parts_->adapters.LeavePlace(first);
+  Adapter& second = OpenResident(2);
+  parts_->requests.Preempt(StartLong(second));
+  for (int step = 0; step < 3; ++step) Plan();
+  EXPECT_EQ(second.standing, AdapterStanding::kPaused);
+  EXPECT_TRUE(first.is_in_place);
+}
+
+TEST_F(AdapterResidencyTest, NobodyIsClosedForOneThatLacksPages) {
+  Make(1);
+  Adapter& adapter = OpenResident(1);
+  StartLong(adapter);
+  Adapter& needy = parts_->Queue(Open(2)).adapter();
+  needy.lacked_pages_at_step = parts_->adapters.num_steps();
+  Plan();
+  EXPECT_FALSE(adapter.is_closed);
+  Plan();
+  EXPECT_TRUE(adapter.is_closed);
+}
+
+TEST_F(AdapterResidencyTest, APinnedOneThatNobodyWaitsForNeedsNoPlace) {
+  Make(10, 0, /*max_loras=*/1);
+  Adapter& adapter = OpenResident(1);
+  StartLong(adapter);
+  parts_->adapters.Evict(OpenResident(2));
+  for (const std::int64_t id : {3, 4, 5, 6}) Open(id);
+  ASSERT_EQ(parts_->adapters.TakeDue().size(), 4U) << "as many loads as may be under way";
+  parts_->adapters.SetPinned(AdapterId(2), true);
+  Plan();
+  EXPECT_FALSE(adapter.is_closed);
+}
+
+TEST_F(AdapterResidencyTest, TheEndOfAPinnedOneGivesAPlaceAndNoBytes) {
+  Make(3, 0, /*max_loras=*/2);
+  Adapter& pinned = parts_->OpenResident(1, {.size_bytes = 1, .is_pinned = true});
+  Adapter& other = OpenResident(2);
+  StartLong(pinned, 5);
+  StartLong(other, 20);
+  parts_->Queue(parts_->Open(3, {.size_bytes = 2}));
+  Plan();
+  EXPECT_TRUE(pinned.is_closed);
+  EXPECT_TRUE(other.is_closed);
+}
+
+TEST_F(AdapterResidencyTest, WhatAPlanEvictsItDoesNotLoad) {
+  Make(25, 0, /*max_loras=*/1);
+  Adapter& large = parts_->OpenResident(1, {.size_bytes = 20});
+  Adapter& small = parts_->OpenResident(2, {.size_bytes = 5});
+  parts_->Queue(large);
+  parts_->Queue(small);
+  parts_->adapters.BeginStep(++now_us_);
+  parts_->Queue(parts_->Open(3, {.size_bytes = 12}), {.priority = -1});
+  const AdapterResidency::Changes changes = Plan();
+  EXPECT_EQ(EvictedOf(changes), (Ids{2, 1}));
+  EXPECT_EQ(LoadsOf(changes), Ids{3}) << "there is room for the small one again";
+}
+
+}  // namespace
+}  // namespace lora_serve
