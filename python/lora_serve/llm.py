@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import itertools
-import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, wait
+from concurrent.futures import Future
 from types import TracebackType
 from typing import Any, TypeVar, cast
 
@@ -28,7 +27,7 @@ Prompt = str | Sequence[int] | Mapping[str, Any]
 AdapterChoice = str | LoRARequest | None
 """An adapter by name, with a path for the first use, or None for the base model."""
 
-_STALLED_SLEEP_S = 0.005
+_STALLED_WAIT_S = 0.005
 _Result = TypeVar("_Result")
 
 
@@ -70,6 +69,7 @@ class LLM:
         self._input_processor = InputProcessor(self._core.model_info)
         self._output_processor = OutputProcessor(self._tokenizer)
         self._request_ids = itertools.count()
+        self._last_loads: dict[str, tuple[str, int]] = {}  # Name to path and generation.
 
     # --- Text ---------------------------------------------------------------------------------------------
 
@@ -183,7 +183,8 @@ class LLM:
         Parameters
         ----------
         name, path : str
-            What to call it, and its PEFT directory.
+            What to call it, and its PEFT directory: a local folder, or what `lora_allow_hub` and
+            `lora_resolvers` make possible.
         load_inplace : bool
             Replace what the name has when its content differs.
         pinned : bool
@@ -203,9 +204,11 @@ class LLM:
         InternalError
             The weights could not be brought to the device, or the engine has stopped.
         """
-        return self._wait_for(
+        result = self._wait_for(
             self._core.load_adapter(name, path, load_inplace=load_inplace, pinned=pinned, weight=weight)
         )
+        self._last_loads[name] = (path, result.adapter_id)
+        return result
 
     def unload_lora_adapter(self, name: str, force: bool = False) -> UnloadAdapterResult:
         """Unload an adapter; return when its memory is free.
@@ -265,12 +268,15 @@ class LLM:
     def _resolve_adapter(self, adapter: AdapterChoice) -> str | None:
         if not isinstance(adapter, LoRARequest):
             return adapter
-        if adapter.lora_path is not None and not self._core.serves(adapter.lora_name, adapter.lora_path):
-            # The request says nothing of sharing: content that is loaded from elsewhere keeps pin and weight.
-            kept = [i for i in self._core.adapters() if i.is_serving and i.name == adapter.lora_name]
-            pinned, weight = (kept[0].pinned, kept[0].weight) if kept else (False, 1.0)
-            self.load_lora_adapter(adapter.lora_name, adapter.lora_path, pinned=pinned, weight=weight)
-        return adapter.lora_name
+        name, path = adapter.lora_name, adapter.lora_path
+        if path is not None and not self._core.serves(name, path):
+            serving = next((i for i in self._core.adapters() if i.is_serving and i.name == name), None)
+            # What the hub or a resolver has brought is not asked for again with every call.
+            if serving is None or self._last_loads.get(name) != (path, serving.adapter_id):
+                # The request says nothing of sharing: content that is loaded from elsewhere keeps both.
+                pinned, weight = (serving.pinned, serving.weight) if serving else (False, 1.0)
+                self.load_lora_adapter(name, path, pinned=pinned, weight=weight)
+        return name
 
     def _run(self, requests: Sequence[ProcessedRequest], use_tqdm: bool) -> list[RequestOutput]:
         try:
@@ -314,10 +320,7 @@ class LLM:
         if not outputs and self._core.failure is not None:
             raise InternalError(self._core.failure)
         if not outputs and self._core.is_stalled:
-            if self._core.pending_reads:
-                wait(self._core.pending_reads, timeout=1.0, return_when=FIRST_COMPLETED)
-            else:
-                time.sleep(_STALLED_SLEEP_S)
+            self._core.wait_for_news(_STALLED_WAIT_S)
         return outputs
 
     def _wait_for(self, operation: Future[_Result]) -> _Result:

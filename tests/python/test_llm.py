@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 
+from lora.source_setup import make_hub_cache
 from lora_serve.common.errors import (
     AdapterConflictError,
     AdapterNotFoundError,
@@ -157,6 +158,25 @@ def test_lora_request_with_a_path_loads_at_its_first_use_and_not_again(llm, fold
     again = llm.generate(PROMPT, GREEDY, request)
     assert tokens(first) == tokens(again) * 3
     assert [info.name for info in llm.list_lora_adapters()] == ["a"]
+
+
+def test_adapter_of_the_hub_is_asked_for_at_its_first_use_and_not_again(folder, tmp_path, monkeypatch):
+    snapshot = make_hub_cache(tmp_path / "cache", "org/sql", folder / "a")
+    questions = []
+
+    def download(repo_id, *, revision, allow_patterns):
+        questions.append((repo_id, revision))
+        return str(snapshot)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    with LLM(str(folder / "model"), lora_allow_hub=True, **OPTIONS) as llm:
+        request = LoRARequest("sql", "org/sql@main")
+        for _ in range(3):
+            llm.generate(PROMPT, GREEDY, request)
+        assert questions == [("org/sql", "main")]
+        llm.unload_lora_adapter("sql")
+        llm.generate(PROMPT, GREEDY, request)
+        assert len(questions) == 2
 
 
 def test_lora_request_with_other_content_is_a_conflict(llm, folder):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from lora_serve.cli import adapter_source_options
 from lora_serve.common.config import (
     DTYPES,
     KV_WRITE_POLICIES,
@@ -17,7 +18,6 @@ _DEFAULTS = EngineConfig(model="MODEL")
 _NUMBER: dict[str, Any] = {"type": int, "metavar": "N"}
 _MS: dict[str, Any] = {"type": int, "metavar": "MS"}
 _GB: dict[str, Any] = {"type": float, "metavar": "GB"}
-_FOLDERS: dict[str, Any] = {"metavar": "FOLDER", "nargs": "+", "action": "extend"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -64,12 +64,19 @@ def _add_adapter_options(group: argparse._ArgumentGroup) -> None:
     )
     _add(group, "--max-loras", "distinct adapters in one step", **_NUMBER)
     _add(group, "--max-lora-rank", "largest accepted adapter rank", **_NUMBER)
-    _add(group, "--lora-allowed-roots", "folders that adapters may be read from (default: any)", **_FOLDERS)
+    adapter_source_options.add_arguments(group)
     _add(
         group,
         "--lora-memory-gb",
         "device memory for adapters in GiB; those that do not fit beside the others are brought in when "
-        "requests want them (default: no limit)",
+        "requests want them",
+        **_GB,
+    )
+    _add(
+        group,
+        "--lora-host-memory-gb",
+        "host memory for adapters in GiB; those that do not fit are read from disk again when requests want "
+        "them",
         **_GB,
     )
     _add(

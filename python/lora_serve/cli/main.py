@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from lora_serve.cli import serve
+from lora_serve.cli import adapter_check, serve
 from lora_serve.common.errors import LoraServeError
 
 
@@ -25,10 +25,23 @@ def make_parser() -> argparse.ArgumentParser:
     )
     serve.add_arguments(serve_parser)
     serve_parser.set_defaults(command=serve.main)
+    _add_adapter_commands(commands.add_parser("adapter", help="look at adapters, without a server"))
     demo_parser = commands.add_parser("demo", help="serve a small model with four adapters and ask them")
     demo.add_arguments(demo_parser)
     demo_parser.set_defaults(command=demo.main)
     return parser
+
+
+def _add_adapter_commands(parser: argparse.ArgumentParser) -> None:
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    check_parser = commands.add_parser(
+        "check",
+        help="whether a model could serve an adapter",
+        description="Say what of a model an adapter would change, its ranks and bytes, or everything that is "
+        "wrong with it. Exit status: 0 = it fits, 1 = it would be refused, 2 = the question is wrong.",
+    )
+    adapter_check.add_arguments(check_parser)
+    check_parser.set_defaults(command=adapter_check.main)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -42,7 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns
     -------
     int
-        The exit status: 0 = well, 1 = an error that was printed, 130 = interrupted. Bad usage exits with 2.
+        The exit status: 0 = well, 1 = an error that was printed, 130 = interrupted. Bad usage exits with 2,
+        and `adapter check` has its own.
     """
     args = make_parser().parse_args(argv)
     try:

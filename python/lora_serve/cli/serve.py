@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from lora_serve.cli import engine_options
 from lora_serve.common.errors import InvalidArgumentError
-from lora_serve.server.settings import DEFAULT_MAX_ANSWERS_PER_REQUEST
+from lora_serve.server.settings import DEFAULT_ADAPTER_FOLDER_POLL_SECONDS, DEFAULT_MAX_ANSWERS_PER_REQUEST
 
 if TYPE_CHECKING:
     from lora_serve.server.launch import AdapterModule, Launch
@@ -46,6 +46,18 @@ def _add_server_options(group: argparse._ArgumentGroup) -> None:
         metavar="N",
         default=DEFAULT_MAX_ANSWERS_PER_REQUEST,
         help="most answers (prompts times n) that one HTTP request may ask for (default: %(default)s)",
+    )
+    group.add_argument(
+        "--lora-dir",
+        metavar="FOLDER",
+        help="each subfolder is an adapter of its name: loaded, reloaded and unloaded as the folder changes",
+    )
+    group.add_argument(
+        "--lora-dir-poll-seconds",
+        type=float,
+        metavar="SECONDS",
+        default=DEFAULT_ADAPTER_FOLDER_POLL_SECONDS,
+        help="between two looks at that folder (default: %(default)s)",
     )
     group.add_argument(
         "--log-level",
@@ -90,7 +102,7 @@ def make_launch(args: argparse.Namespace) -> Launch:
         An option's value is wrong.
     """
     from lora_serve.server.launch import Launch
-    from lora_serve.server.settings import ServerSettings
+    from lora_serve.server.settings import AdapterFolderSettings, ServerSettings
 
     served_model_name = args.model if args.served_model_name is None else args.served_model_name
     api_keys = list(args.api_key)
@@ -106,8 +118,17 @@ def make_launch(args: argparse.Namespace) -> Launch:
     for name in names:
         if names.count(name) > 1:
             raise InvalidArgumentError(f"--lora-modules names {name!r} twice; give each adapter its own name")
+    config = engine_options.make_config(args)
+    adapter_folder = None
+    if args.lora_dir is not None:
+        adapter_folder = AdapterFolderSettings(
+            path=args.lora_dir,
+            served_model_name=served_model_name,
+            poll_seconds=args.lora_dir_poll_seconds,
+            allowed_roots=config.lora_allowed_roots,
+        )
     return Launch(
-        config=engine_options.make_config(args),
+        config=config,
         settings=ServerSettings(
             served_model_name=served_model_name,
             model_path=args.model,
@@ -118,6 +139,7 @@ def make_launch(args: argparse.Namespace) -> Launch:
         host=args.host,
         port=args.port,
         announce=announce,
+        adapter_folder=adapter_folder,
     )
 
 

@@ -50,9 +50,12 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
         Distinct adapters in one step.
     max_lora_rank : int
         Largest accepted adapter rank.
-    lora_memory_gb : float or None
+    lora_memory_gb : float
         Device memory for adapters in GiB, above 0; adapters that do not fit beside the others are brought in
-        when requests want them. None = no limit.
+        when requests want them.
+    lora_host_memory_gb : float
+        Host memory for adapters in GiB, above 0; those that do not fit are read from disk again when requests
+        want them. No adapter may be larger.
     max_loading_adapters : int
         Adapters that waiting requests bring to the device at once, at least 1.
     adapter_patience_ms : int
@@ -78,7 +81,11 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     enable_prefix_caching : bool
         Requests may start from KV pages that others of the same namespace have computed.
     lora_allowed_roots : list of str or None
-        Folders that adapters may be read from; None = any.
+        Folders that local adapters may be read from; None = any.
+    lora_allow_hub : bool
+        Adapter paths may be repositories of the Hugging Face hub.
+    lora_resolvers : list of str
+        Plug-ins that bring adapters from elsewhere, in the order in which they are asked.
     seed : int
         Seeds requests without a seed of their own, and dummy weights.
     attention_backend : str
@@ -104,7 +111,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_model_len: int | None = None
     max_loras: int = 64
     max_lora_rank: int = 64
-    lora_memory_gb: float | None = None
+    lora_memory_gb: float = 4.0
+    lora_host_memory_gb: float = 4.0
     max_loading_adapters: int = 4
     adapter_patience_ms: int = 20
     adapter_time_slice_steps: int = 4
@@ -117,6 +125,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     async_scheduling: bool = True
     enable_prefix_caching: bool = True
     lora_allowed_roots: list[str] | None = None
+    lora_allow_hub: bool = False
+    lora_resolvers: list[str] = []
     seed: int = 0
     attention_backend: str = "torch"
 
@@ -158,11 +168,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
         self._validate_scheduling()
         check_bool("enable_prefix_caching", self.enable_prefix_caching)
         check_int("seed", self.seed, 0, 2**63 - 1)
-        self._validate_roots()
+        self._validate_adapter_memory()
 
     def _validate_scheduling(self) -> None:
-        if self.lora_memory_gb is not None:
-            check_float("lora_memory_gb", self.lora_memory_gb, 2**-30, MAX_MEMORY_GB)
         check_int("max_loading_adapters", self.max_loading_adapters, 1, _MAX_INT32)
         check_int("adapter_patience_ms", self.adapter_patience_ms, 0, _MAX_MS)
         check_int("adapter_time_slice_steps", self.adapter_time_slice_steps, 0, _MAX_INT32)
@@ -175,9 +183,15 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
         check_int("max_requests_per_adapter", self.max_requests_per_adapter, 0, _MAX_INT32)
         check_bool("async_scheduling", self.async_scheduling)
 
-    def _validate_roots(self) -> None:
-        roots = self.lora_allowed_roots
-        if roots is None:
-            return
-        if not isinstance(roots, list) or not all(isinstance(root, str) and root for root in roots):
-            refuse("lora_allowed_roots", roots, "a list of folders, or None for any folder")
+    def _validate_adapter_memory(self) -> None:
+        for field in ("lora_memory_gb", "lora_host_memory_gb"):
+            check_float(field, getattr(self, field), 2**-30, MAX_MEMORY_GB)
+        if self.lora_allowed_roots is not None and not _is_list_of_names(self.lora_allowed_roots):
+            refuse("lora_allowed_roots", self.lora_allowed_roots, "a list of folders, or None for any folder")
+        check_bool("lora_allow_hub", self.lora_allow_hub)
+        if not _is_list_of_names(self.lora_resolvers):
+            refuse("lora_resolvers", self.lora_resolvers, "a list of names of plug-ins")
+
+
+def _is_list_of_names(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) and name for name in value)

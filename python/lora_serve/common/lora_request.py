@@ -16,8 +16,9 @@ class LoRARequest:
     lora_name : str
         The adapter's name in the engine, not empty.
     lora_path : str or None
-        A PEFT directory. With a path the adapter is loaded at its first use; if the name is loaded already
-        with other content, the use is refused. None: the name must have been loaded before.
+        A PEFT directory, or a reference to one, as `LLM.load_lora_adapter` takes it. With a path the adapter
+        is loaded at its first use; if the name is loaded already with other content, the use is refused.
+        None: the name must have been loaded before.
 
     Raises
     ------

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -16,15 +16,17 @@ from lora_serve.common.errors import (
     LoraServeError,
 )
 from lora_serve.common.field_checks import check_adapter_weight, check_text
+from lora_serve.engine.adapter_log import AdapterLog
 from lora_serve.engine.load_queues import LoadQueues, PendingLoad
 from lora_serve.engine.messages import LoadAdapterResult, UnloadAdapterResult
+from lora_serve.lora.adapter_reader import release_unwanted
 from lora_serve.lora.registry import AdapterContent, check_adapter_name
 
 if TYPE_CHECKING:
-    from lora_serve.executor.executor import AdapterStore
-    from lora_serve.lora.peft_adapter import HostAdapter
+    from lora_serve.executor.adapter_store import AdapterStore
+    from lora_serve.lora.adapter_reader import HostAdapter
     from lora_serve.lora.registry import AdapterGeneration, AdapterRegistry
-    from lora_serve.scheduler import Scheduler
+    from lora_serve.scheduler import ExecutionPlan, Scheduler
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +42,12 @@ class _Unload:
     waits_for: set[int]
     adapter_ids: list[int]
     caller: Future[UnloadAdapterResult]
+
+
+def _drop_read(load: PendingLoad) -> None:
+    """Cancel the read of a load that nobody waits for, or free what it gives."""
+    if load.read is not None and not load.read.cancel():
+        load.read.add_done_callback(release_unwanted)
 
 
 def _new_caller() -> Future[Any]:
@@ -90,6 +98,7 @@ class AdapterOperations:
         self._scheduler = scheduler
         self._registry = registry
         self._store = store
+        self._log = AdapterLog(registry)
         self._abort_requests = abort_requests
         self._on_read_done = on_read_done
         self._readers = ThreadPoolExecutor(NUM_READER_THREADS, thread_name_prefix="lora-serve-reader")
@@ -100,11 +109,6 @@ class AdapterOperations:
     def has_finished_reads(self) -> bool:
         """True when `poll` has something to do."""
         return any(load.read is not None and load.read.done() for load in self._loads.heads)
-
-    @property
-    def pending_reads(self) -> list[Future[HostAdapter]]:
-        """The reads that have not been taken up by `poll`, for a caller that waits for one."""
-        return [load.read for load in self._loads.heads if load.read is not None]
 
     # --- Calls --------------------------------------------------------------------------------------------
 
@@ -143,7 +147,7 @@ class AdapterOperations:
             return caller
         self._cancel(loads)
         if self._registry.find(name) is not None:
-            self._registry.retire(name)
+            self._log.retired(self._registry.retire(name), force=force)
         adapter_ids = [g.adapter_id for g in self._registry.generations() if g.name == name]
         for adapter_id in adapter_ids:
             self._scheduler.drain_adapter(adapter_id)
@@ -156,13 +160,29 @@ class AdapterOperations:
     # --- What the step loop reports -----------------------------------------------------------------------
 
     def poll(self) -> None:
-        """Take up the reads that have ended."""
+        """Take up the reads that have ended, and what has changed in host memory."""
+        news = self._store.poll()
+        self._log.evicted_from_host(news.evicted)
+        for adapter_id in news.evicted:
+            self._scheduler.set_adapter_staged(adapter_id, False)
+        self._log.read_again(news.arrived)
+        for adapter_id in news.arrived:
+            self._scheduler.set_adapter_staged(adapter_id, True)
+        if news.failed:
+            self.before_failed(news.failed)
+            self.on_failed(news.failed)
         for load in self._loads.heads:
             if load.read is not None and load.read.done():
                 self._on_read(load)
 
-    def on_loaded(self, adapter_ids: Iterable[int]) -> None:
+    def before_plan(self, plan: ExecutionPlan) -> None:
+        """A plan is about to be submitted: get ready what it loads."""
+        self._log.taken_off(plan.evicted_adapter_ids.tolist())
+        self._store.prepare_loads(plan.load_adapter_ids.tolist())
+
+    def on_loaded(self, adapter_ids: Sequence[int]) -> None:
         """Loads of plans are on the device: publish the names of those that are new, and answer."""
+        self._log.brought_in(adapter_ids)
         for adapter_id in adapter_ids:
             load = self._loads.find(adapter_id)
             # Brought in again for requests that waited; or cancelled by an unload, and draining.
@@ -193,9 +213,11 @@ class AdapterOperations:
     def _failed_load_error(self, generation: AdapterGeneration, reason: str) -> InternalError:
         return InternalError(f"adapter {generation.name!r} could not be brought to the device: {reason}")
 
-    def on_drained(self, adapter_ids: Iterable[int]) -> None:
-        """The executor has freed these generations."""
+    def on_drained(self, adapter_ids: Sequence[int]) -> None:
+        """The executor has taken these generations off the device, and the scheduler has forgotten them."""
+        self._log.gone(adapter_ids)
         for adapter_id in adapter_ids:
+            self._store.remove(adapter_id)
             self._registry.forget(adapter_id)
             for unload in self._unloads:
                 unload.waits_for.discard(adapter_id)
@@ -207,6 +229,7 @@ class AdapterOperations:
         self._unloads = []
         self._readers.shutdown(wait=False, cancel_futures=True)
         for load in loads:
+            _drop_read(load)
             load.answer(error)
         for unload in unloads:
             unload.caller.set_exception(error)
@@ -221,10 +244,10 @@ class AdapterOperations:
         assert load.read is not None
         read, load.read = load.read, None
         try:
-            adapter = read.result()
-            result = self._compare_with_serving(load, adapter)
-            if result is None:
-                self._open_generation(load, adapter)
+            with read.result() as adapter:
+                result = self._compare_with_serving(load, adapter)
+                if result is None:
+                    self._open_generation(load, adapter)
         except CapacityError as error:
             self._answer(load, CapacityError(f"adapter {load.name!r} is refused: {error}"))
         except LoraServeError as error:
@@ -272,10 +295,10 @@ class AdapterOperations:
                 is_loading = self._scheduler.open_adapter(
                     generation.adapter_id,
                     digest_seed=generation.digest_seed,
-                    size_bytes=generation.num_bytes,
+                    size_bytes=self._store.charged_bytes(adapter),
                     weight=generation.weight,
                     is_pinned=generation.pinned,
-                    is_staged=self._store.is_staged,
+                    is_staged=self._store.is_on_host(generation.adapter_id),
                 )
             except BaseException:
                 self._store.remove(generation.adapter_id)
@@ -283,6 +306,7 @@ class AdapterOperations:
         except BaseException:
             self._registry.forget(generation.adapter_id)
             raise
+        self._log.opened(generation, adapter)
         if is_loading:
             load.generation = generation
         else:
@@ -291,6 +315,7 @@ class AdapterOperations:
     def _publish(self, load: PendingLoad, generation: AdapterGeneration) -> None:
         """Let the name stand for the generation from now on, and answer the load."""
         old = self._registry.publish(generation)
+        self._log.published(generation, old)
         if old is not None:
             self._scheduler.drain_adapter(old.adapter_id)
         self._answer(load, self._make_result(generation, already_loaded=False))
@@ -312,8 +337,7 @@ class AdapterOperations:
 
     def _cancel(self, loads: list[PendingLoad]) -> None:
         for load in loads:
-            if load.read is not None:
-                load.read.cancel()
+            _drop_read(load)
             load.answer(
                 AdapterConflictError(
                     f"the load of adapter {load.name!r} from {load.path!r} was cancelled by an unload of the "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
@@ -15,6 +16,7 @@ from lora_serve.common.errors import CapacityError, InternalError, InvalidArgume
 from lora_serve.engine.adapter_operations import AdapterOperations
 from lora_serve.engine.admission import add_all, check_can_ever_fit
 from lora_serve.engine.live_requests import LiveRequest, LiveRequests
+from lora_serve.engine.loop_times import LoopTimes
 from lora_serve.engine.messages import (
     AdmissionResult,
     EngineOutput,
@@ -34,7 +36,6 @@ from lora_serve.scheduler import Scheduler
 
 if TYPE_CHECKING:
     from lora_serve.executor.executor import Executor
-    from lora_serve.lora.peft_adapter import HostAdapter
 
 logger = logging.getLogger(__name__)
 
@@ -92,7 +93,10 @@ class EngineCore:
     ) -> None:
         self.config = config
         self._clock_us = clock_us
+        self._has_news = threading.Event()
+        self._on_read_done = on_read_done or (lambda: None)
         self._executor = _make_model_executor(config) if executor is None else executor
+        self._executor.lora.set_wake(self._wake)
         self._scheduler = Scheduler(make_scheduler_options(config, self._executor))
         self._registry = AdapterRegistry()
         self._operations = AdapterOperations(
@@ -100,7 +104,7 @@ class EngineCore:
             self._registry,
             self._executor.lora,
             abort_requests=self._abort_adapter_requests,
-            on_read_done=on_read_done or (lambda: None),
+            on_read_done=self._wake,
         )
         self._requests = LiveRequests()
         self._outputs: list[EngineOutput] = []
@@ -156,9 +160,17 @@ class EngineCore:
         return self._loop.num_steps
 
     @property
-    def pending_reads(self) -> list[Future[HostAdapter]]:
-        """Adapter reads that `step` has not taken up, for a caller without other work to wait for."""
-        return self._operations.pending_reads
+    def loop_times(self) -> LoopTimes:
+        """What recent steps took without the model."""
+        return self._loop.times
+
+    def wait_for_news(self, timeout_s: float) -> None:
+        """Wait until a thread that reads adapters has something for `step`, or until the time is over.
+
+        For a caller without other work. What has come since the last call is news.
+        """
+        self._has_news.wait(timeout_s)
+        self._has_news.clear()
 
     def adapters(self) -> list[AdapterInfo]:
         """Every generation that exists, by adapter id: serving, being installed, or draining."""
@@ -168,7 +180,7 @@ class EngineCore:
     def stats(self) -> EngineStats:
         """Counts over all adapters and the base model."""
         self._require_running()
-        return make_stats(self._scheduler.stats(), self._loop.num_steps, self._loop.num_recomputed_tokens)
+        return make_stats(self._scheduler.stats(), self._loop, self._executor.lora)
 
     # --- Requests -----------------------------------------------------------------------------------------
 
@@ -214,6 +226,8 @@ class EngineCore:
         for one in live:
             one.give_seed(self._seeds)
             self._requests.add(one)
+        if generation is not None:
+            self._executor.lora.want(adapter_id)
         return AdmissionResult(
             adapter_id=adapter_id, content_digest="" if generation is None else generation.content_digest
         )
@@ -309,7 +323,7 @@ class EngineCore:
         Never raises: see `failure`.
         """
         if self._failure is None:
-            with self._stop_on_failure():
+            with self._stop_on_failure(), self._loop.times.step():
                 self._operations.poll()
                 self._loop.step(self._clock_us())
         outputs, self._outputs = self._outputs, []
@@ -337,6 +351,10 @@ class EngineCore:
         except Exception as error:
             logger.exception("the engine stops: a step failed; plans: %s", self._loop.describe())
             self._stop(f"a step failed: {type(error).__name__}: {error}")
+
+    def _wake(self) -> None:
+        self._has_news.set()
+        self._on_read_done()
 
     # --- Ends ---------------------------------------------------------------------------------------------
 

@@ -11,7 +11,7 @@ from lora_serve.common.errors import LoraServeError
 from lora_serve.engine.messages import LoadAdapterResult
 
 if TYPE_CHECKING:
-    from lora_serve.lora.peft_adapter import HostAdapter
+    from lora_serve.lora.adapter_reader import HostAdapter
     from lora_serve.lora.registry import AdapterGeneration
 
 

@@ -10,7 +10,6 @@ from lora_serve.scheduler import SchedulerOptions
 if TYPE_CHECKING:
     from lora_serve.executor.executor import Executor
 
-_GIB = 2**30
 _US_PER_MS = 1000
 
 
@@ -26,7 +25,7 @@ def make_scheduler_options(config: EngineConfig, executor: Executor) -> Schedule
         enable_prefix_caching=config.enable_prefix_caching,
         num_host_pages=executor.num_host_pages,
         write_policy=config.kv_write_policy,
-        adapter_memory_bytes=0 if config.lora_memory_gb is None else int(config.lora_memory_gb * _GIB),
+        adapter_memory_bytes=executor.lora.memory_bytes,
         max_loading_adapters=config.max_loading_adapters,
         adapter_patience_us=config.adapter_patience_ms * _US_PER_MS,
         adapter_time_slice_steps=config.adapter_time_slice_steps,

@@ -6,14 +6,24 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from lora_serve.engine.status import AdapterInfo, EngineStats
-from lora_serve.lora.manager import NO_SLOT, AdapterResidency
 
 if TYPE_CHECKING:
+    from lora_serve.engine.step_loop import StepLoop
+    from lora_serve.executor.adapter_store import AdapterStore
+    from lora_serve.lora.manager import AdapterResidency
     from lora_serve.lora.registry import AdapterRegistry
     from lora_serve.scheduler import ExecutionPlan, SchedulerStats
 
 
-_ENGINES_OWN = {"num_adapters", "total_steps", "total_recomputed_tokens"}
+_ENGINES_OWN = {
+    "num_adapters",
+    "total_steps",
+    "loop_p50_us",
+    "loop_p99_us",
+    "loop_max_us",
+    "total_load_waits",
+    "total_recomputed_tokens",
+}
 _SAME_NAME = tuple(name for name in EngineStats.__struct_fields__ if name not in _ENGINES_OWN)
 """Counts that the scheduler has under the same name."""
 
@@ -22,13 +32,12 @@ def make_adapter_infos(
     registry: AdapterRegistry, stats: SchedulerStats, residencies: Iterable[AdapterResidency]
 ) -> list[AdapterInfo]:
     """Join what the registry, the scheduler and the adapter memory know of each generation, by adapter id."""
-    slots = {residency.adapter_id: residency.adapter_slot for residency in residencies}
+    held = {residency.adapter_id: residency for residency in residencies}
     counts = {adapter.adapter_id: adapter for adapter in stats.adapters}
     infos = []
     for generation in registry.generations():
         count = counts[generation.adapter_id]
-        # A plan that runs now may have removed a generation whose drain is not accounted for yet.
-        slot = slots.get(generation.adapter_id, NO_SLOT)
+        residency = held[generation.adapter_id]
         infos.append(
             AdapterInfo(
                 name=generation.name,
@@ -44,8 +53,12 @@ def make_adapter_infos(
                 is_closed=count.is_closed,
                 is_paused=count.is_paused,
                 load_failed=count.load_failed,
-                tier="host" if slot < 0 else "device",
-                adapter_slot=slot,
+                tier=residency.tier,
+                is_being_read=residency.is_being_read,
+                adapter_slot=residency.adapter_slot,
+                last_used_s=residency.last_used_s,
+                load_ms=dict(residency.load_ms),
+                total_reads=residency.num_reads,
                 num_waiting_requests=count.num_waiting_requests,
                 num_running_requests=count.num_running_requests,
                 num_tree_pages=count.num_tree_pages,
@@ -63,14 +76,19 @@ def make_adapter_infos(
     return infos
 
 
-def make_stats(stats: SchedulerStats, total_steps: int, total_recomputed_tokens: int) -> EngineStats:
+def make_stats(stats: SchedulerStats, loop: StepLoop, store: AdapterStore) -> EngineStats:
     """Give the scheduler's counts, and the engine's own, as a message."""
     counted = {name: getattr(stats, name) for name in _SAME_NAME}
+    times = loop.times.quantiles()
     return EngineStats(
         **counted,
         num_adapters=len(stats.adapters) - 1,  # The base model is the first.
-        total_steps=total_steps,
-        total_recomputed_tokens=total_recomputed_tokens,
+        total_steps=loop.num_steps,
+        loop_p50_us=times.p50_us,
+        loop_p99_us=times.p99_us,
+        loop_max_us=times.max_us,
+        total_load_waits=store.num_load_waits,
+        total_recomputed_tokens=loop.num_recomputed_tokens,
     )
 
 

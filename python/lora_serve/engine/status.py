@@ -38,10 +38,19 @@ class AdapterInfo(msgspec.Struct, frozen=True, kw_only=True):
         True while its started requests are left out of the steps, so that others have its room.
     load_failed : bool
         True when it could not be brought to the device: it drains.
-    tier : {'device', 'host'}
-        The fastest tier that holds its weights.
+    tier : {'device', 'host', 'disk'}
+        The fastest memory that holds its weights.
+    is_being_read : bool
+        True while they are read from disk again, because requests want it.
     adapter_slot : int
         Index into the device tables; -1 = none.
+    last_used_s : float
+        Unix time at which it was read, or a plan brought it to the device, last.
+    load_ms : dict of str to float
+        Milliseconds that each stage of its last load took: "locate", "check", "room" (waiting for host
+        memory), "read", and "copy" to the device.
+    total_reads : int
+        How often it was read from disk.
     num_waiting_requests, num_running_requests : int
         Its requests; preempted ones wait.
     num_tree_pages, num_private_pages : int
@@ -71,8 +80,12 @@ class AdapterInfo(msgspec.Struct, frozen=True, kw_only=True):
     is_closed: bool
     is_paused: bool
     load_failed: bool
-    tier: Literal["device", "host"]
+    tier: Literal["device", "host", "disk"]
+    is_being_read: bool
     adapter_slot: int
+    last_used_s: float
+    load_ms: dict[str, float]
+    total_reads: int
     num_waiting_requests: int
     num_running_requests: int
     num_tree_pages: int
@@ -111,6 +124,12 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
         the steps for a while.
     total_steps : int
         Plans made since the start.
+    loop_p50_us, loop_p99_us, loop_max_us : int
+        Microseconds that the step loop itself took in each of its last steps: planning and taking results,
+        without the model.
+    total_load_waits : int
+        Times since the start that the step loop may have waited for a thread that reads adapters: 0, but for
+        a lock that one happened to hold for a few microseconds.
     total_decode_rows, total_prefill_rows, total_prefill_tokens, total_step_adapters : int
         What the steps were made of, added up: rows that decode, rows that compute prompt tokens, those
         tokens, and distinct adapters of each step.
@@ -153,6 +172,10 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     num_adapters_in_line: int
     num_paused_adapters: int
     total_steps: int
+    loop_p50_us: int
+    loop_p99_us: int
+    loop_max_us: int
+    total_load_waits: int
     total_decode_rows: int
     total_prefill_rows: int
     total_prefill_tokens: int

@@ -13,6 +13,7 @@ import numpy.typing as npt
 from lora_serve.common.errors import InternalError, LoraServeError, QueueTimeoutError
 from lora_serve.engine.adapter_operations import AdapterOperations
 from lora_serve.engine.live_requests import LiveRequest, LiveRequests
+from lora_serve.engine.loop_times import LoopTimes
 from lora_serve.engine.messages import EngineOutput
 from lora_serve.engine.snapshots import describe_plan
 from lora_serve.engine.throughput import Throughput
@@ -70,6 +71,8 @@ class StepLoop:
         True when the last step could do nothing: there is no work, or all of it waits for loads and copies.
     throughput : Throughput
         Of recent steps.
+    times : LoopTimes
+        What the loop itself took in recent steps; whoever calls `step` says where a step begins and ends.
     """
 
     def __init__(
@@ -98,6 +101,7 @@ class StepLoop:
         self.num_recomputed_tokens = 0
         self.is_stalled = False
         self.throughput = Throughput()
+        self.times = LoopTimes()
 
     @property
     def num_in_flight(self) -> int:
@@ -125,7 +129,7 @@ class StepLoop:
 
     def take_oldest(self) -> None:
         """Wait for the result of the oldest plan in flight, and take it."""
-        result = self._executor.collect()
+        result = self.times.wait_for(self._executor.collect)
         self._advance(self._in_flight.popleft(), result)
 
     def describe(self) -> str:
@@ -141,6 +145,7 @@ class StepLoop:
             self.throughput.resume()
         self._in_flight.append(PlanInFlight(plan, rows))
         self._blocks.rotate(-1)
+        self._operations.before_plan(plan)
         self._executor.submit(plan, [live.state for live in rows])
         self.num_steps += 1
 

@@ -13,8 +13,7 @@ from lora_serve.executor.logprobs import TokenLogprobs
 from lora_serve.executor.sampling_state import SamplingState
 
 if TYPE_CHECKING:
-    from lora_serve.lora.manager import AdapterResidency
-    from lora_serve.lora.peft_adapter import HostAdapter
+    from lora_serve.executor.adapter_store import AdapterStore
     from lora_serve.scheduler import ExecutionPlan
 
 
@@ -60,34 +59,6 @@ class ExecutionResult:
     row_errors: dict[int, str] = field(default_factory=dict)
     completed_transfer_ids: list[int] = field(default_factory=list)
     failed_transfer_ids: dict[int, str] = field(default_factory=dict)
-
-
-class AdapterStore(Protocol):
-    """Adapter memory as the engine uses it (slots are the executor's matter); really a `LoRAManager`.
-
-    The engine calls it from its own thread while plans run, which bring adapters in and take them off.
-    """
-
-    @property
-    def is_staged(self) -> bool:
-        """True when loads take effect with their plan: its rows may use the adapters that it brings in."""
-        ...
-
-    def read(self, path: str, name: str | None = None) -> HostAdapter:
-        """Read and validate a PEFT directory; slow, thread-safe, changes nothing."""
-        ...
-
-    def add(self, adapter_id: int, adapter: HostAdapter) -> None:
-        """Keep a generation's weights in host memory, so that a plan may load it."""
-        ...
-
-    def remove(self, adapter_id: int) -> None:
-        """Free a generation that no plan has named."""
-        ...
-
-    def snapshot(self) -> list[AdapterResidency]:
-        """Give what is held, ordered by adapter id."""
-        ...
 
 
 class Executor(Protocol):

@@ -29,12 +29,16 @@ from lora_serve.executor.prompt_logprobs import fill_prompt_logprobs
 from lora_serve.executor.sampler import sample
 from lora_serve.executor.sampling_state import SamplingState
 from lora_serve.executor.transfers import PageTransfers, TransferReports
-from lora_serve.lora.manager import LoRAManager
+from lora_serve.kernels import LoRAMetadata, build_lora_metadata
+from lora_serve.lora.manager import LoadReports, LoRAManager
+from lora_serve.lora.sources import AdapterSources
 from lora_serve.models.config import ModelConfig
 from lora_serve.models.loader import load_model
 
 if TYPE_CHECKING:
     from lora_serve.scheduler import ExecutionPlan
+
+_GIB = 2**30
 
 
 class ModelExecutor:
@@ -73,10 +77,17 @@ class ModelExecutor:
         self._max_model_len = choose_max_model_len(config, self.model_config, self._num_device_pages)
         self.lora = LoRAManager(
             self._model.lora_targets(),
+            self._model.fused_lora_targets(),
             self.model_config.dtype,
             self._device,
             config.max_lora_rank,
-            config.lora_allowed_roots,
+            memory_bytes=int(config.lora_memory_gb * _GIB),
+            host_memory_bytes=int(config.lora_host_memory_gb * _GIB),
+            sources=AdapterSources(
+                allowed_roots=config.lora_allowed_roots,
+                allow_hub=config.lora_allow_hub,
+                resolvers=config.lora_resolvers,
+            ),
         )
         self._kv_layers = allocate_kv_layers(
             self.model_config, self._num_device_pages, config.page_size, self._device
@@ -124,20 +135,23 @@ class ModelExecutor:
 
     def report(self) -> ExecutionResult:
         """Give what has ended since the last result; see `Executor.report`."""
-        transfers = TransferReports() if self._worker.num_in_flight else self._transfers.take_reports()
+        is_idle = self._worker.num_in_flight == 0
+        transfers = self._transfers.take_reports() if is_idle else TransferReports()
+        loads = self.lora.take_loads() if is_idle else LoadReports()
         return ExecutionResult(
             NO_PLAN,
             np.empty(0, dtype=np.int32),
             [],
-            [],
-            {},
+            loads.loaded,
+            loads.failed,
             completed_transfer_ids=transfers.completed,
             failed_transfer_ids=transfers.failed,
         )
 
     def close(self) -> None:
-        """End the thread and drop the KV tensors of both tiers; the model goes with the executor."""
+        """End the threads and drop the KV tensors of both tiers; the model goes with the executor."""
         self._worker.close()
+        self.lora.close()
         self._kv_layers = []
         self._transfers.close()
 
@@ -153,20 +167,19 @@ class ModelExecutor:
 
         Notes
         -----
-        Order: drained adapters are removed, evicted ones taken off the device, loads installed, copies
-        between the tiers begun, page tables changed, then the forward pass.
+        Order: drained and evicted adapters are taken off the device, those that have arrived on the host
+        brought there, copies between the tiers begun, page tables changed, then the forward pass.
         Logits are computed only for rows that sample and prompt tokens whose log probabilities are wanted.
         """
         num_rows = len(plan.request_ids)
         if len(states) != num_rows:
             raise InternalError(f"plan {plan.plan_id} has {num_rows} rows but came with {len(states)} states")
         for adapter_id in plan.drained_adapter_ids.tolist():
-            if adapter_id in self.lora:
-                self.lora.remove(adapter_id)
+            self.lora.free(adapter_id)
         for adapter_id in plan.evicted_adapter_ids.tolist():
             if adapter_id not in self._failed_slots.values():  # Or the plan was made before that was known.
                 self.lora.evict(adapter_id)
-        loaded, failed = self._install_loads(plan)
+        loads = self._take_loads(plan)
         self._transfers.start(plan)
         self._page_table.apply_deltas(plan)
         token_ids = np.full(num_rows, -1, dtype=np.int32)
@@ -177,32 +190,28 @@ class ModelExecutor:
             plan.plan_id,
             token_ids,
             logprobs,
-            loaded,
-            failed,
+            loads.loaded,
+            loads.failed,
             row_errors,
             completed_transfer_ids=transfers.completed,
             failed_transfer_ids=transfers.failed,
         )
 
-    def _install_loads(self, plan: ExecutionPlan) -> tuple[list[int], dict[int, str]]:
-        """Install the plan's loads; one adapter's failure is its own, whatever its type.
+    def _take_loads(self, plan: ExecutionPlan) -> LoadReports:
+        """Begin the plan's loads, and end those of this and earlier plans that can end now.
 
-        Rows of this plan and of the next may name its slot all the same: they run without it, and fail.
+        Rows of this plan and of the next may name the slot of one that has failed: they run without the
+        adapter, and fail.
         """
-        loaded: list[int] = []
-        failed: dict[int, str] = {}
-        loads = zip(plan.load_adapter_ids.tolist(), plan.load_adapter_slots.tolist(), strict=True)
-        for adapter_id, slot in loads:
-            try:
-                self.lora.install(adapter_id, slot)
-            except Exception as error:  # out of memory included: the other requests go on
-                failed[adapter_id] = f"{type(error).__name__}: {error}"
-                self._failed_slots[slot] = adapter_id
-                self.lora.install_nothing(slot)
-            else:
-                self._failed_slots.pop(slot, None)
-                loaded.append(adapter_id)
-        return loaded, failed
+        slot_of = dict(zip(plan.load_adapter_ids.tolist(), plan.load_adapter_slots.tolist(), strict=True))
+        for slot in slot_of.values():
+            self._failed_slots.pop(slot, None)
+        self.lora.start_loads(slot_of)
+        loads = self.lora.take_loads()
+        for adapter_id in loads.failed:
+            if adapter_id in slot_of:
+                self._failed_slots[slot_of[adapter_id]] = adapter_id
+        return loads
 
     def _run_rows(
         self,
@@ -230,7 +239,7 @@ class ModelExecutor:
         rows = [row for row in np.flatnonzero(plan.samples_token).tolist() if row not in row_errors]
         if rows:
             last_tokens = torch.from_numpy(batch.query_start_loc[1:][rows] - 1).to(self._device)
-            logits = self._model.compute_logits(hidden[last_tokens])
+            logits = self._model.compute_logits(hidden[last_tokens], self._lora_of_rows(plan, rows))
             sampled = sample(logits, [states[row] for row in rows])
             row_errors.update({rows[i]: reason for i, reason in sampled.row_errors.items()})
             token_ids[rows] = sampled.token_ids
@@ -241,3 +250,13 @@ class ModelExecutor:
                     logprobs[row] = entry
         self._last_tokens.note(plan, token_ids)
         return row_errors
+
+    def _lora_of_rows(self, plan: ExecutionPlan, rows: list[int]) -> LoRAMetadata | None:
+        """Group the rows whose logits are computed by adapter slot; None = the plan has no adapter.
+
+        Made on the host, where the plan's rows are known, and brought to the device in one copy.
+        """
+        if plan.num_adapters == 0:
+            return None
+        slots = torch.from_numpy(plan.adapter_slots[rows])
+        return build_lora_metadata(slots, self._config.max_loras, device=self._device)

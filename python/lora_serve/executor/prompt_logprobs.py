@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lora_serve.executor.logprobs import compute_token_logprobs
 from lora_serve.executor.sampling_state import SamplingState
+from lora_serve.kernels import LoRAMetadata, build_lora_metadata
 
 if TYPE_CHECKING:
     from lora_serve.scheduler import ExecutionPlan
@@ -26,7 +27,7 @@ def fill_prompt_logprobs(
     states: Sequence[SamplingState],
     hidden: Tensor,
     query_start_loc: npt.NDArray[np.int64],
-    compute_logits: Callable[[Tensor], Tensor],
+    compute_logits: Callable[[Tensor, LoRAMetadata], Tensor],
 ) -> dict[int, str]:
     """Write what this step has computed into the states that asked for prompt log probabilities.
 
@@ -41,7 +42,7 @@ def fill_prompt_logprobs(
     query_start_loc : numpy.ndarray
         [B + 1]; row b's tokens are [query_start_loc[b], query_start_loc[b + 1]).
     compute_logits : callable
-        [N, H] to [N, V] float32.
+        [N, H], and these N rows grouped by adapter slot, to [N, V] float32.
 
     Returns
     -------
@@ -65,7 +66,9 @@ def fill_prompt_logprobs(
         for first in range(0, len(positions), _MAX_LOGIT_ROWS):
             piece = positions[first : first + _MAX_LOGIT_ROWS]
             index = torch.tensor([offset + p for p in piece], device=hidden.device)
-            if not _fill(state, piece, compute_logits(hidden[index])):
+            slots = torch.full((len(piece),), int(plan.adapter_slots[row]), dtype=torch.int32)
+            lora = build_lora_metadata(slots, max_loras=1, device=hidden.device)
+            if not _fill(state, piece, compute_logits(hidden[index], lora)):
                 row_errors[row] = "the model's logits of a prompt token are not finite"
                 break
         if row not in row_errors and plan.samples_token[row] and (missing := state.missing_prompt_logprobs()):

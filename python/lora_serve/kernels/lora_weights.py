@@ -11,6 +11,7 @@ the first, so that a token whose adapter is not there can never run as the base 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -87,7 +88,7 @@ class LoRALayerTable:
         self.output_slices = tuple(output_slices)
         self.in_features = in_features
         self.is_embedding = is_embedding
-        self._slots: dict[int, LoRALayerWeights] = {}
+        self._slots: dict[int, LoRALayerWeights | Callable[[], LoRALayerWeights]] = {}
 
     @property
     def num_slices(self) -> int:
@@ -160,10 +161,35 @@ class LoRALayerTable:
         self.check(weights)
         self._slots[slot] = tuple(weights)
 
+    def install_lazily(self, slot: int, make_weights: Callable[[], LoRALayerWeights]) -> None:
+        """As :meth:`install`, but the weights are asked for, and checked, when they are first read.
+
+        Making views of hundreds of matrices takes milliseconds, which a step that runs on kernels that read
+        the device's own tables should not wait for.
+
+        Raises
+        ------
+        ValueError
+            ``slot`` is negative; the table is unchanged.
+        """
+        if slot < 0:
+            raise ValueError(f"adapter slot is {slot}, expected 0 or above (-1 means no adapter)")
+        self._slots[slot] = make_weights
+
     def clear(self, slot: int) -> None:
         """Empty a slot; a slot that is empty already stays so."""
         self._slots.pop(slot, None)
 
     def get(self, slot: int) -> LoRALayerWeights | None:
-        """The weights of a slot, or None where no adapter is installed."""
-        return self._slots.get(slot)
+        """The weights of a slot, or None where no adapter is installed.
+
+        Raises
+        ------
+        ValueError
+            Weights that were installed lazily do not fit (see :meth:`check`).
+        """
+        weights = self._slots.get(slot)
+        if callable(weights):
+            weights = weights()
+            self.install(slot, weights)
+        return weights

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from lora_serve.lora.adapter_reader import HostAdapter
 from lora_serve.lora.allowed_roots import AllowedRoots
 from lora_serve.lora.manager import NO_SLOT, AdapterResidency, LoRAManager
-from lora_serve.lora.peft_adapter import AdapterLimits, HostAdapter, read_peft_adapter
+from lora_serve.lora.peft_modules import AdapterLimits
 from lora_serve.lora.registry import (
     AdapterContent,
     AdapterGeneration,
@@ -25,5 +26,4 @@ __all__ = [
     "LoRAManager",
     "check_adapter_name",
     "digest_seed",
-    "read_peft_adapter",
 ]

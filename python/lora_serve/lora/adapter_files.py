@@ -6,42 +6,143 @@ at all, because unpickling runs code.
 
 from __future__ import annotations
 
-import json
+import io
 import os
 import stat
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from types import TracebackType
 from typing import NoReturn
-
-import safetensors
-import safetensors.torch
-from torch import Tensor
 
 from lora_serve.lora.load_problems import LoadProblems
 from lora_serve.lora.peft_config import CONFIG_FILE
+from lora_serve.lora.safetensors_header import (
+    LENGTH_BYTES,
+    MAX_HEADER_BYTES,
+    HeaderError,
+    TensorInfo,
+    parse_header,
+)
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 PICKLED_WEIGHTS_FILE = "adapter_model.bin"
 
-MAX_CONFIG_BYTES = 16 << 20
-MAX_HEADER_BYTES = 64 << 20
-_LENGTH_BYTES = 8
+# The JSON parser keeps the interpreter lock for the whole file: about 10 ms a megabyte.
+MAX_CONFIG_BYTES = 4 << 20
+# Non-blocking, because opening a pipe would wait for a writer for ever; the path has no links any more.
+_OPEN_FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOFOLLOW
+# Linux takes at most 1024 buffers in one read.
+_MAX_BUFFERS = 512
 
 
-@dataclass(frozen=True)
-class TensorInfo:
-    """A tensor as the header of a safetensors file describes it.
+class WeightsFile:
+    """The weights file, open from the check of its header to the end of the read.
+
+    Owns: the open file; close it, or use it in a ``with`` statement.
+    Invariant: what is read through it is the file whose header was checked. A file of the same name that
+    takes its place is not seen; one that is changed in place is noticed by :meth:`check_unchanged`.
 
     Parameters
     ----------
-    dtype
-        The format's own spelling: ``F32``, ``F16``, ``BF16``, ...
-    shape
-        As stored.
+    path
+        Real path.
+    problems
+        Where errors are noted.
+
+    Raises
+    ------
+    InvalidArgumentError
+        Not a regular file, or it cannot be opened.
     """
 
-    dtype: str
-    shape: tuple[int, ...]
+    def __init__(self, path: str, problems: LoadProblems) -> None:
+        self._problems = problems
+        self._file = open_regular(path, WEIGHTS_FILE, problems)
+        self._status = os.fstat(self._file.fileno())
+        self._header = b""
+
+    def __enter__(self) -> WeightsFile:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the file; closing it twice is nothing."""
+        self._file.close()
+
+    def read_header(self) -> dict[str, TensorInfo]:
+        """The tensors that the file promises, by key; checked against the file's size.
+
+        Raises
+        ------
+        InvalidArgumentError
+            Not a safetensors file, or truncated, or it cannot be read.
+        """
+        size = self._status.st_size
+        prefix = self._read(LENGTH_BYTES)
+        header_bytes = int.from_bytes(prefix, "little")
+        if len(prefix) < LENGTH_BYTES or not 2 <= header_bytes <= MAX_HEADER_BYTES:
+            self._broken(f"no safetensors header in its {size} bytes")
+        data_start = LENGTH_BYTES + header_bytes
+        if size < data_start:
+            self._broken(f"truncated: it has {size} bytes, its header alone takes {data_start}")
+        self._header = self._read(data_start)
+        try:
+            tensors, expected_size = parse_header(self._header)
+        except HeaderError as error:
+            self._broken(f"its header is not that of a safetensors file ({error})")
+        if size != expected_size:
+            state = "truncated" if size < expected_size else "too long"
+            self._broken(f"{state}: it has {size} bytes, its header describes {expected_size}")
+        return tensors
+
+    def read_into(self, offset: int, buffers: Sequence[memoryview]) -> None:
+        """Fill buffers, one after another, with the bytes from ``offset`` on; safe in several threads.
+
+        Raises
+        ------
+        InvalidArgumentError
+            The file ends before, so it is not what it was; or it cannot be read.
+        """
+        left = list(buffers)
+        while left:
+            try:
+                count = os.preadv(self._file.fileno(), left[:_MAX_BUFFERS], offset)
+            except OSError as error:
+                self._problems.fail(f"{WEIGHTS_FILE}: {error.strerror}")
+            if count == 0:
+                self._changed()
+            offset += count
+            while left and count >= left[0].nbytes:
+                count -= left.pop(0).nbytes
+            if count:
+                left[0] = left[0][count:]
+
+    def check_unchanged(self) -> None:
+        """Compare size, time of change and header with what was checked.
+
+        Raises
+        ------
+        InvalidArgumentError
+            Something has written to the file since.
+        """
+        now = os.fstat(self._file.fileno())
+        if (now.st_size, now.st_mtime_ns) != (self._status.st_size, self._status.st_mtime_ns):
+            self._changed()
+        # The clock of a file system ticks in milliseconds.
+        if self._read(len(self._header)) != self._header:
+            self._changed()
+
+    def _read(self, num_bytes: int) -> bytes:
+        return _read_start(self._file, num_bytes, WEIGHTS_FILE, self._problems)
+
+    def _changed(self) -> NoReturn:
+        self._broken("it changed while it was read")
+
+    def _broken(self, text: str) -> NoReturn:
+        self._problems.fail(f"{WEIGHTS_FILE} is broken: {text}; copy or save the adapter again, completely")
 
 
 class AdapterFiles:
@@ -92,85 +193,59 @@ class AdapterFiles:
         InvalidArgumentError
             Not a regular file, too large, or an error while reading.
         """
-        size = self._regular_size(self._config_path, CONFIG_FILE)
-        if size > MAX_CONFIG_BYTES:
-            self._problems.fail(f"{CONFIG_FILE} has {size} bytes, expected at most {MAX_CONFIG_BYTES}")
-        return self._read(self._config_path, CONFIG_FILE, size)
+        with open_regular(self._config_path, CONFIG_FILE, self._problems) as file:
+            size = os.fstat(file.fileno()).st_size
+            if size > MAX_CONFIG_BYTES:
+                self._problems.fail(f"{CONFIG_FILE} has {size} bytes, expected at most {MAX_CONFIG_BYTES}")
+            return _read_start(file, size, CONFIG_FILE, self._problems)
 
-    def read_header(self) -> dict[str, TensorInfo]:
-        """The tensors that the weights file promises, by key; checked against the file's size.
-
-        Raises
-        ------
-        InvalidArgumentError
-            Not a safetensors file, or truncated.
-        """
-        size = self._regular_size(self._weights_path, WEIGHTS_FILE)
-        prefix = self._read(self._weights_path, WEIGHTS_FILE, _LENGTH_BYTES)
-        header_bytes = int.from_bytes(prefix, "little")
-        if len(prefix) < _LENGTH_BYTES or not 2 <= header_bytes <= MAX_HEADER_BYTES:
-            self._broken(f"no safetensors header in its {size} bytes")
-        data_start = _LENGTH_BYTES + header_bytes
-        if size < data_start:
-            self._broken(f"truncated: it has {size} bytes, its header alone takes {data_start}")
-        content = self._read(self._weights_path, WEIGHTS_FILE, data_start)
-        try:
-            header = json.loads(content[_LENGTH_BYTES:].decode("utf-8"))
-            header.pop("__metadata__", None)
-            tensors = {
-                key: TensorInfo(str(entry["dtype"]), tuple(int(n) for n in entry["shape"]))
-                for key, entry in header.items()
-            }
-            data_end = max((int(entry["data_offsets"][1]) for entry in header.values()), default=0)
-        except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError) as error:
-            self._broken(f"its header is not that of a safetensors file ({type(error).__name__}: {error})")
-        if size != data_start + data_end:
-            state = "truncated" if size < data_start + data_end else "too long"
-            self._broken(f"{state}: it has {size} bytes, its header describes {data_start + data_end}")
-        return tensors
-
-    def read_tensors(self, expected: dict[str, TensorInfo]) -> dict[str, Tensor]:
-        """The tensors of the weights file, on the CPU, as stored.
-
-        Parameters
-        ----------
-        expected
-            What :meth:`read_header` gave; the file must still say the same.
+    def open_weights(self) -> WeightsFile:
+        """Open ``adapter_model.safetensors``; the caller closes it.
 
         Raises
         ------
         InvalidArgumentError
-            The file's inner structure is broken, or it changed since the header was read.
+            Not a regular file, or it cannot be opened.
         """
-        size = self._regular_size(self._weights_path, WEIGHTS_FILE)
-        try:
-            tensors: dict[str, Tensor] = safetensors.torch.load(
-                self._read(self._weights_path, WEIGHTS_FILE, size)
-            )
-        except (safetensors.SafetensorError, ValueError, KeyError, TypeError) as error:
-            self._broken(f"it cannot be read as safetensors ({error})")
-        if {key: tuple(tensor.shape) for key, tensor in tensors.items()} != {
-            key: info.shape for key, info in expected.items()
-        }:
-            self._broken("it changed while it was read")
-        return tensors
+        return WeightsFile(self._weights_path, self._problems)
 
-    def _broken(self, text: str) -> NoReturn:
-        self._problems.fail(f"{WEIGHTS_FILE} is broken: {text}; copy or save the adapter again, completely")
 
-    def _regular_size(self, path: str, name: str) -> int:
+def open_regular(path: str, name: str, problems: LoadProblems) -> io.FileIO:
+    """Open a regular file for reading, without waiting for whatever it may be instead.
+
+    Parameters
+    ----------
+    path
+        Real path.
+    name
+        How messages call the file.
+    problems
+        Where errors are noted.
+
+    Raises
+    ------
+    InvalidArgumentError
+        Not a regular file, or it cannot be opened.
+    """
+    try:
+        descriptor = os.open(path, _OPEN_FLAGS)
+    except OSError as error:
+        problems.fail(f"{name}: {error.strerror}")
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        problems.fail(f"{name} is not a regular file")
+    return io.FileIO(descriptor)
+
+
+def _read_start(file: io.FileIO, num_bytes: int, name: str, problems: LoadProblems) -> bytes:
+    """The first bytes of a file, fewer where it ends before."""
+    content = bytearray()
+    while len(content) < num_bytes:
         try:
-            status = os.stat(path)
+            part = os.pread(file.fileno(), num_bytes - len(content), len(content))
         except OSError as error:
-            self._problems.fail(f"{name}: {error.strerror}")
-        # Opening a pipe would wait for a writer for ever, a device has no end.
-        if not stat.S_ISREG(status.st_mode):
-            self._problems.fail(f"{name} is not a regular file")
-        return status.st_size
-
-    def _read(self, path: str, name: str, num_bytes: int) -> bytes:
-        try:
-            with open(path, "rb") as file:
-                return file.read(num_bytes)
-        except OSError as error:
-            self._problems.fail(f"{name}: {error.strerror}")
+            problems.fail(f"{name}: {error.strerror}")
+        if not part:
+            break
+        content += part
+    return bytes(content)

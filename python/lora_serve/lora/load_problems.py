@@ -2,11 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NoReturn
 
 from lora_serve.common.errors import InvalidArgumentError
 
 MAX_LISTED_PROBLEMS = 10
+
+
+class AdapterProblemsError(InvalidArgumentError):
+    """An adapter cannot be loaded; the message lists some of its problems.
+
+    Parameters
+    ----------
+    message
+        For the user.
+    problems
+        All of them, however many the message lists.
+    """
+
+    def __init__(self, message: str = "", problems: Sequence[str] = ()) -> None:
+        super().__init__(message)
+        self.problems = tuple(problems)
 
 
 class LoadProblems:
@@ -61,16 +78,18 @@ class LoadProblems:
         if text not in self._texts:
             self._texts.append(text)
 
-    def _error(self) -> InvalidArgumentError:
+    def _error(self) -> AdapterProblemsError:
+        return AdapterProblemsError(self._message(), self._texts)
+
+    def _message(self) -> str:
         if len(self._texts) == 1:
             (text,) = self._texts
             verb = "" if text in self._sentences else "cannot be loaded: "
-            return InvalidArgumentError(f"adapter '{self.adapter}' {verb}{text}")
+            return f"adapter '{self.adapter}' {verb}{text}"
         listed = [f"({i}) {text}" for i, text in enumerate(self._texts[:MAX_LISTED_PROBLEMS], 1)]
         left_out = len(self._texts) - len(listed)
         if left_out:
             listed.append(f"and {left_out} more")
-        return InvalidArgumentError(
-            f"adapter '{self.adapter}' cannot be loaded, it has {len(self._texts)} problems: "
-            + "; ".join(listed)
+        return f"adapter '{self.adapter}' cannot be loaded, it has {len(self._texts)} problems: " + "; ".join(
+            listed
         )

@@ -1,22 +1,30 @@
-"""Reads adapters into host memory and installs them in the layers' tables, by generation number.
+"""The memory of adapters: host and device behind one name, and what is handed from one thread to the other.
 
-The scheduler decides which adapter is in which slot and when; the manager carries it out. Here the device
-tier is plain tensors, one pair a module.
+The scheduler decides which adapter is in which slot and when; the manager carries it out. Reading and keeping
+adapters on the host is the engine's thread's matter (:mod:`~lora_serve.lora.host_adapters`), what is on the
+device that of the thread that runs the steps (:mod:`~lora_serve.lora.device_adapters`).
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 
-from lora_serve.common.errors import AdapterNotFoundError, InternalError, InvalidArgumentError
-from lora_serve.kernels.lora_weights import LoRALayerTable, LoRALayerWeights, LoRASliceWeights
+from lora_serve.common.errors import InvalidArgumentError
 from lora_serve.layers.linear import LoRATarget
-from lora_serve.lora.allowed_roots import AllowedRoots
-from lora_serve.lora.peft_adapter import AdapterLimits, HostAdapter, read_peft_adapter
+from lora_serve.lora.adapter_copies import AdapterCopies, CpuCopies, CudaCopies
+from lora_serve.lora.adapter_layout import AdapterLayout
+from lora_serve.lora.adapter_reader import AdapterReader, HostAdapter, describe_error
+from lora_serve.lora.device_adapters import DeviceAdapters
+from lora_serve.lora.host_adapters import HostAdapters, HostNews
+from lora_serve.lora.host_block import HostBlock
+from lora_serve.lora.host_pool import HostPool
+from lora_serve.lora.peft_modules import AdapterLimits
+from lora_serve.lora.sources import AdapterSources
 
 NO_SLOT = -1
 
@@ -30,249 +38,290 @@ class AdapterResidency:
     adapter_id
         Its generation.
     adapter_slot
-        Its row in the layers' tables, -1 = in host memory only.
+        Its row in the device tables, -1 = not on the device.
+    is_on_host
+        They lie in host memory.
+    is_being_read
+        They are on their way from disk.
     num_bytes
-        Bytes of its weights in the model's dtype.
+        Bytes of its weights.
     lora_rank
         Its largest rank.
     target_modules
         Last components of its module paths, sorted.
+    num_reads
+        How often it was read from disk.
+    load_ms
+        How long each stage of its last load took: "locate", "check", "room" on the host,
+        "read", and "copy" to the device.
+    last_used_s
+        Unix time at which it was read, or a plan wanted it, last.
     """
 
     adapter_id: int
     adapter_slot: int
+    is_on_host: bool
+    is_being_read: bool
     num_bytes: int
     lora_rank: int
     target_modules: tuple[str, ...]
+    num_reads: int
+    load_ms: Mapping[str, float]
+    last_used_s: float
+
+    @property
+    def tier(self) -> Literal["device", "host", "disk"]:
+        """The fastest memory that holds its weights: "device", "host" or "disk"."""
+        if self.adapter_slot != NO_SLOT:
+            return "device"
+        return "host" if self.is_on_host else "disk"
+
+
+@dataclass
+class LoadReports:
+    """Loads of plans that have ended.
+
+    Parameters
+    ----------
+    loaded
+        On the device, in their slots.
+    failed
+        Not on the device, with the reason.
+    """
+
+    loaded: list[int] = field(default_factory=list)
+    failed: dict[int, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
-class _TableLayout:
-    """A packed layer's table and the module path of each of its slices, None where no target names it."""
+class _Staged:
+    """An adapter that a plan may load, its block leased."""
 
-    table: LoRALayerTable
-    modules: tuple[str | None, ...]
+    layout: AdapterLayout
+    block: HostBlock
 
 
 class LoRAManager:
-    """Host copies and device tables of adapters.
+    """Adapter memory of one engine.
 
-    Owns: the host copy of each adapter that was added, and every entry of the targets' tables.
+    Owns: the host pool, the device arena and tables, the loads between them.
     Deliberately does not know: names, requests, which adapter is needed, which may be replaced.
-    Invariants: a slot holds at most one adapter and an adapter at most one slot; all tables have an entry for
-    exactly the slots in use; what is removed is referenced by nothing here.
-    Threads: ``read`` may run in any thread. One thread, the one that runs the steps, changes what is on the
-    device, between two steps: ``install``, ``evict``, and ``remove`` of an adapter that has a slot. Another,
-    the step loop's, may meanwhile ``add``, ``remove`` an adapter that was never installed, ask ``in`` and
-    take a ``snapshot``. A lock guards the two maps that both use, for single look-ups only; the tables, which
-    the kernels read, belong to the first thread.
+    Invariants: an adapter that `is_on_host` when a plan is made is on the host when `prepare_loads` leases it
+    for that plan, because blocks are evicted in `poll` only; every lease ends when its copy has ended.
+    Threads: `read` in any; the step loop's calls what stands under "The step loop", the one that runs the
+    steps what stands under "The steps". They meet in the staged blocks, which a lock guards.
 
     Parameters
     ----------
     targets
         Module paths of the model that may have an adapter, as ``DecoderModel.lora_targets()`` gives them.
+    fused_targets
+        Module paths that stand for several of them, as ``DecoderModel.fused_lora_targets()`` gives them.
     dtype, device
-        Of the installed weights: the model's.
+        Of the weights on the device: the model's.
     max_lora_rank
         Largest rank accepted, >= 1.
-    allowed_roots
-        Folders that adapters may come from; None = any.
+    memory_bytes, host_memory_bytes
+        What adapters may take on the device, and on the host.
+    sources
+        Where adapters may come from.
 
     Raises
     ------
     InvalidArgumentError
-        ``max_lora_rank`` is below 1, or a root is not a folder.
+        ``max_lora_rank`` is below 1, or the machine does not give that much memory.
     """
 
     def __init__(
         self,
         targets: Mapping[str, LoRATarget],
+        fused_targets: Mapping[str, tuple[str, ...]],
         dtype: torch.dtype,
         device: torch.device | str,
         max_lora_rank: int,
-        allowed_roots: Sequence[str] | None = None,
+        *,
+        memory_bytes: int,
+        host_memory_bytes: int,
+        sources: AdapterSources,
     ) -> None:
         if max_lora_rank < 1:
             raise InvalidArgumentError(f"max_lora_rank is {max_lora_rank}, expected at least 1")
-        self._targets = dict(targets)
-        self._layouts = _table_layouts(self._targets)
-        self._limits = AdapterLimits(max_lora_rank=max_lora_rank, dtype=dtype)
-        self._device = torch.device(device)
-        self._allowed_roots = AllowedRoots(allowed_roots)
+        device = torch.device(device)
+        is_cuda = device.type == "cuda"
+        copies: AdapterCopies = CudaCopies(device) if is_cuda else CpuCopies()
+        self._device = DeviceAdapters(targets, dtype, device, memory_bytes, copies)
+        self._wake: Callable[[], None] = lambda: None
+        self._pool = HostPool(host_memory_bytes, is_pinned=is_cuda, on_room_wanted=self._on_news)
+        limits = AdapterLimits(max_lora_rank=max_lora_rank, dtype=dtype)
+        self._reader = AdapterReader(targets, fused_targets, limits, self._pool, sources)
+        self._host = HostAdapters(self._reader, self._pool, self._on_news)
         self._lock = threading.Lock()
-        self._host: dict[int, HostAdapter] = {}
-        self._slot_of: dict[int, int] = {}
+        self._staged: dict[int, _Staged | str] = {}  # What plans may load; or why it cannot be read.
+        self._awaited: set[int] = set()  # Plans load them, but they must be read first. The step loop's.
+        self._pending: dict[int, int] = {}  # Loads of plans that have not ended, to their slots. The steps'.
+        self._newest_loads: frozenset[int] = frozenset()  # Of the plan that runs next. The steps'.
+        self._copy_ms: dict[int, float] = {}
 
-    @property
-    def is_staged(self) -> bool:
-        """True: every adapter that was added lies in host memory, so that an install takes effect at once."""
-        return True
+    # --- Any thread ---------------------------------------------------------------------------------------
 
     def read(self, path: str, name: str | None = None) -> HostAdapter:
-        """Read and validate a PEFT directory; the slow part of a load, safe in any thread.
+        """Read and validate a PEFT directory; see `AdapterReader.read`."""
+        return self._reader.read(path, name)
 
-        Parameters
-        ----------
-        path
-            The directory that PEFT's ``save_pretrained`` wrote.
-        name
-            How messages name the adapter; its path where None.
+    # --- The step loop ------------------------------------------------------------------------------------
 
-        Raises
-        ------
-        InvalidArgumentError
-            The path is outside the allowed roots, or the adapter cannot be read or applied exactly.
-        """
-        return read_peft_adapter(
-            path, self._targets, self._limits, name=name, resolve=self._allowed_roots.resolve
-        )
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes that adapters may take on the device, as `charged_bytes` counts them."""
+        return self._device.memory_bytes
+
+    @property
+    def num_load_waits(self) -> int:
+        """How often the step loop may have had to wait for a thread that reads adapters."""
+        return self._pool.num_lock_waits
+
+    def set_wake(self, wake: Callable[[], None]) -> None:
+        """Have `wake` called, from other threads, whenever `poll` has something to do."""
+        self._wake = wake
+
+    def charged_bytes(self, adapter: HostAdapter) -> int:
+        """What the scheduler has to count for an adapter on the device."""
+        return self._device.charged_bytes(adapter.num_bytes)
 
     def add(self, adapter_id: int, adapter: HostAdapter) -> None:
-        """Keep an adapter's host copy until :meth:`remove`.
-
-        Raises
-        ------
-        InternalError
-            ``adapter_id`` is below 1 or was added before, or the adapter has a module that is no target.
-        """
-        unknown = sorted(set(adapter.modules) - set(self._targets))
-        if unknown:
-            raise InternalError(
-                f"adapter generation {adapter_id} has modules {unknown}, which are no targets"
-            )
-        with self._lock:
-            if adapter_id < 1 or adapter_id in self._host:
-                raise InternalError(
-                    f"adapter generation {adapter_id} is added, expected a new number, 1 or above"
-                )
-            self._host[adapter_id] = adapter
-
-    def install(self, adapter_id: int, slot: int) -> None:
-        """Bring an adapter to the device and write it into every table, as a whole.
-
-        Parameters
-        ----------
-        adapter_id
-            An adapter that was added. If it is in another slot, that slot is emptied.
-        slot
-            Adapter slot, >= 0. An adapter that is in it goes back to host memory only; nothing of it stays.
-
-        Raises
-        ------
-        AdapterNotFoundError
-            The adapter was not added, or was removed.
-        InternalError
-            ``slot`` is negative.
-
-        Notes
-        -----
-        All tensors are made before the first table changes: an error leaves every table as it was.
-        """
-        adapter = self._get(adapter_id)
-        if slot < 0:
-            raise InternalError(
-                f"adapter generation {adapter_id} is installed in slot {slot}, expected 0 or above"
-            )
-        entries = [self._layer_weights(layout, adapter) for layout in self._layouts]
-        for other_id, other_slot in list(self._slot_of.items()):
-            if other_slot == slot or other_id == adapter_id:
-                self._clear_slot(other_id)
-        for layout, weights in zip(self._layouts, entries, strict=True):
-            layout.table.install(slot, weights)
-        with self._lock:
-            self._slot_of[adapter_id] = slot
-
-    def install_nothing(self, slot: int) -> None:
-        """Let a slot whose adapter could not be installed have no module anywhere.
-
-        Then a step with rows that name it runs; whoever calls this must not use what they give.
-        """
-        for layout in self._layouts:
-            layout.table.install(slot, (None,) * len(layout.modules))
-
-    def evict(self, adapter_id: int) -> None:
-        """Take an adapter off the device; its host copy stays, so that it can be installed again.
-
-        Raises
-        ------
-        AdapterNotFoundError
-            The adapter was not added, or was removed.
-        InternalError
-            It is not on the device.
-        """
-        self._get(adapter_id)
-        if adapter_id not in self._slot_of:
-            raise InternalError(f"adapter generation {adapter_id} is evicted but is in no slot")
-        self._clear_slot(adapter_id)
+        """Remember an adapter until :meth:`remove`; see `HostAdapters.add`."""
+        self._host.add(adapter_id, adapter)
 
     def remove(self, adapter_id: int) -> None:
-        """Empty the adapter's slot, if it has one, and drop its host copy.
+        """Forget an adapter that is not on the device; see `HostAdapters.remove`."""
+        self._host.remove(adapter_id)
+        self._awaited.discard(adapter_id)
+        self._copy_ms.pop(adapter_id, None)
+        with self._lock:
+            staged = self._staged.pop(adapter_id, None)
+        if isinstance(staged, _Staged):
+            staged.block.release()
 
-        Raises
-        ------
-        AdapterNotFoundError
-            The adapter was not added, or was removed; nothing changes.
+    def is_on_host(self, adapter_id: int) -> bool:
+        """Whether a plan that is made before the next :meth:`poll` may load it and use it at once."""
+        return self._host.is_on_host(adapter_id)
+
+    def want(self, adapter_id: int) -> None:
+        """A request has come for an adapter: read it again now if it is in neither memory."""
+        if adapter_id not in self._device:
+            self._host.stage(adapter_id)
+
+    def poll(self) -> HostNews:
+        """Take up what has ended, make room on the host; tell what is on the host now and what is not.
+
+        Failures of reads for which a plan waits are not told here, but as failures of its load.
         """
-        self._get(adapter_id)
-        self._clear_slot(adapter_id)
-        with self._lock:
-            del self._host[adapter_id]
+        for adapter_id, copy_ms in self._device.release_blocks().items():
+            if adapter_id in self._host:  # Or it was removed while its last copy ended.
+                self._copy_ms[adapter_id] = copy_ms
+        news = self._host.poll()
+        for adapter_id in self._awaited.intersection(news.arrived):
+            self._hand_over(adapter_id)
+        for adapter_id in self._awaited.intersection(news.failed):
+            self._awaited.discard(adapter_id)
+            with self._lock:
+                self._staged[adapter_id] = news.failed.pop(adapter_id)
+        return news
 
-    def __contains__(self, adapter_id: int) -> bool:
-        """Whether the adapter was added and not removed."""
-        with self._lock:
-            return adapter_id in self._host
+    def prepare_loads(self, adapter_ids: Iterable[int]) -> None:
+        """A plan is about to be submitted that loads these: lease their blocks, or read them first."""
+        for adapter_id in adapter_ids:
+            self._awaited.add(adapter_id)
+            if self._host.is_on_host(adapter_id):
+                self._hand_over(adapter_id)
+            else:
+                self._host.stage(adapter_id)
 
     def snapshot(self) -> list[AdapterResidency]:
         """Where every adapter is, in the order of their numbers."""
-        with self._lock:
-            held = [(i, self._slot_of.get(i, NO_SLOT), adapter) for i, adapter in self._host.items()]
+        slots = self._device.slots
         return [
             AdapterResidency(
                 adapter_id=adapter_id,
-                adapter_slot=slot,
-                num_bytes=adapter.num_bytes,
-                lora_rank=adapter.lora_rank,
-                target_modules=adapter.target_modules,
+                adapter_slot=slots.get(adapter_id, NO_SLOT),
+                is_on_host=host.is_on_host,
+                is_being_read=host.is_being_read,
+                num_bytes=host.layout.num_bytes,
+                lora_rank=host.layout.lora_rank,
+                target_modules=host.layout.target_modules,
+                num_reads=host.num_reads,
+                load_ms={**host.load_ms, **self._copy_ms_of(adapter_id)},
+                last_used_s=host.last_used_s,
             )
-            for adapter_id, slot, adapter in sorted(held, key=lambda entry: entry[0])
+            for adapter_id, host in self._host.snapshot().items()
         ]
 
-    def _get(self, adapter_id: int) -> HostAdapter:
+    def close(self) -> None:
+        """Wait for the copies that run, end the reads, free the host memory; after the last step."""
+        self._device.close()
         with self._lock:
-            adapter = self._host.get(adapter_id)
-        if adapter is None:
-            raise AdapterNotFoundError(f"adapter generation {adapter_id} is not in host memory; add it first")
-        return adapter
+            staged, self._staged = self._staged, {}
+        for one in staged.values():
+            if isinstance(one, _Staged):
+                one.block.release()
+        self._host.close()
+        self._reader.close()
+        self._pool.close()
 
-    def _clear_slot(self, adapter_id: int) -> None:
+    def _hand_over(self, adapter_id: int) -> None:
+        block = self._host.lease(adapter_id)
+        assert block is not None  # Nothing is evicted between two polls.
+        self._awaited.discard(adapter_id)
         with self._lock:
-            slot = self._slot_of.pop(adapter_id, None)
-        if slot is not None:
-            for layout in self._layouts:
-                layout.table.clear(slot)
+            self._staged[adapter_id] = _Staged(self._host.layout(adapter_id), block)
 
-    def _layer_weights(self, layout: _TableLayout, adapter: HostAdapter) -> LoRALayerWeights:
-        weights: list[LoRASliceWeights | None] = []
-        for module in layout.modules:
-            host = adapter.modules.get(module) if module is not None else None
-            if host is None:
-                weights.append(None)
+    def _copy_ms_of(self, adapter_id: int) -> dict[str, float]:
+        copy_ms = self._copy_ms.get(adapter_id)
+        return {} if copy_ms is None else {"copy": copy_ms}
+
+    def _on_news(self) -> None:
+        self._wake()
+
+    # --- The steps ----------------------------------------------------------------------------------------
+
+    def start_loads(self, slot_of: Mapping[int, int]) -> None:
+        """Note the loads of a plan, adapter to slot.
+
+        Those whose blocks were leased for the plan end with the next :meth:`take_loads`.
+        """
+        self._pending.update(slot_of)
+        self._newest_loads = frozenset(slot_of)
+
+    def take_loads(self) -> LoadReports:
+        """Bring to the device what has arrived on the host; tell which loads have ended, well or not.
+
+        One adapter's failure is its own, whatever its type. Rows of the plan that loads it may name its slot
+        all the same: then the slot is left without any module, so that they run; what they give means nothing.
+        """
+        reports = LoadReports()
+        newest, self._newest_loads = self._newest_loads, frozenset()
+        for adapter_id, slot in list(self._pending.items()):
+            with self._lock:
+                staged = self._staged.pop(adapter_id, None)
+            if staged is None:
                 continue
-            weights.append(LoRASliceWeights(host.a.to(self._device), host.b.to(self._device), host.scaling))
-        layout.table.check(tuple(weights))
-        return tuple(weights)
+            del self._pending[adapter_id]
+            try:
+                if isinstance(staged, str):
+                    reports.failed[adapter_id] = staged
+                else:
+                    self._device.load(adapter_id, slot, staged.layout, staged.block)
+                    reports.loaded.append(adapter_id)
+            except Exception as error:  # Out of memory included: the other requests go on.
+                reports.failed[adapter_id] = describe_error(error)
+            if adapter_id in reports.failed and adapter_id in newest:
+                self._device.install_nothing(slot)
+        return reports
 
+    def evict(self, adapter_id: int) -> None:
+        """Take an adapter off the device; see `DeviceAdapters.evict`."""
+        self._device.evict(adapter_id)
 
-def _table_layouts(targets: Mapping[str, LoRATarget]) -> list[_TableLayout]:
-    """Group the targets by table, each table once, in the order in which the targets name them."""
-    modules_of: dict[int, list[str | None]] = {}
-    tables: dict[int, LoRALayerTable] = {}
-    for module, target in targets.items():
-        tables[id(target.table)] = target.table
-        slices = modules_of.setdefault(id(target.table), [None] * target.table.num_slices)
-        taken = slices[target.slice_index]
-        if taken is not None:
-            raise InternalError(f"LoRA targets '{taken}' and '{module}' name one slice of one table")
-        slices[target.slice_index] = module
-    return [_TableLayout(tables[key], tuple(modules)) for key, modules in modules_of.items()]
+    def free(self, adapter_id: int) -> None:
+        """Take an adapter off the device if it is there, because it is drained."""
+        self._device.forget(adapter_id)

@@ -28,13 +28,13 @@ _IRRELEVANT = frozenset(
     (
         *("auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision"),
         *("corda_config", "eva_config", "loftq_config", "lora_dropout", "lora_ga_config", "runtime_config"),
-        *("ensure_weight_tying", "layers_pattern", "megatron_core", "qalora_group_size", "task_type"),
+        *("layers_pattern", "megatron_core", "qalora_group_size", "task_type"),
     )
 )
 _UNDERSTOOD = frozenset(
     (
         *("alpha_pattern", "bias", "init_lora_weights", "lora_alpha", "peft_type", "r", "rank_pattern"),
-        *("exclude_modules", "layers_to_transform", "target_modules", "use_rslora"),
+        *("ensure_weight_tying", "exclude_modules", "layers_to_transform", "target_modules", "use_rslora"),
     )
 )
 # Off when absent, null, false, zero or empty.
@@ -83,6 +83,9 @@ class PeftLoRAConfig:
         Suffixes that the adapter was not trained on; empty where the file gives a regular expression.
     layers_to_transform
         Decoder layers that the adapter was trained on; None = all.
+    ensure_weight_tying
+        True: PEFT trains ``lm_head`` together with ``embed_tokens`` where the model ties them, and then names
+        only the latter in ``target_modules``.
     """
 
     r: int
@@ -93,6 +96,7 @@ class PeftLoRAConfig:
     target_modules: tuple[str, ...] | None
     exclude_modules: tuple[str, ...]
     layers_to_transform: tuple[int, ...] | None
+    ensure_weight_tying: bool = False
 
     def lora_rank(self, module: str) -> int:
         """Rank of a module, by its path in the model that the adapter was trained on."""
@@ -118,11 +122,16 @@ class PeftLoRAConfig:
             return f"exclude_modules {list(self.exclude_modules)} names it"
         if self.target_modules is None or module in self.target_modules:
             return None
-        if not _is_named(module, self.target_modules):
+        if not _is_named(module, self.target_modules) and not self._is_tied(module):
             return f"target_modules {list(self.target_modules)} does not name it"
         if self.layers_to_transform is not None and layer not in self.layers_to_transform:
             return f"layers_to_transform {list(self.layers_to_transform)} does not hold its layer"
         return None
+
+    def _is_tied(self, module: str) -> bool:
+        names = self.target_modules or ()
+        is_head = self.ensure_weight_tying and _is_named(module, ("lm_head",))
+        return is_head and any(_is_named(name, ("embed_tokens",)) for name in names)
 
 
 def parse_peft_config(data: bytes, problems: LoadProblems) -> PeftLoRAConfig:
@@ -167,6 +176,7 @@ def parse_peft_config(data: bytes, problems: LoadProblems) -> PeftLoRAConfig:
         target_modules=_read_names(raw, "target_modules", problems),
         exclude_modules=_read_names(raw, "exclude_modules", problems) or (),
         layers_to_transform=_read_layers(raw, problems),
+        ensure_weight_tying=_read_bool(raw, "ensure_weight_tying", problems),
     )
 
 

@@ -107,7 +107,7 @@ class DecoderModel(nn.Module):
         return self.norm.forward(hidden)
 
     @torch.no_grad()
-    def compute_logits(self, hidden: Tensor, lora: LoRAMetadata | None = None) -> Tensor:
+    def compute_logits(self, hidden: Tensor, lora: LoRAMetadata | None) -> Tensor:
         """Give logits of chosen tokens.
 
         Parameters

@@ -14,9 +14,10 @@ import uvicorn
 from lora_serve.common.config import EngineConfig
 from lora_serve.common.errors import InvalidArgumentError, LoraServeError
 from lora_serve.engine.engine_client import AsyncEngineClient
+from lora_serve.server.adapter_folder import AdapterFolder
 from lora_serve.server.adapter_selection import check_adapter_name
 from lora_serve.server.app import create_app
-from lora_serve.server.settings import ServerSettings
+from lora_serve.server.settings import AdapterFolderSettings, ServerSettings
 
 GRACEFUL_SHUTDOWN_S = 5
 """Running requests get so long to end after the first signal; then the engine ends them."""
@@ -36,7 +37,7 @@ class AdapterModule:
     name : str
         The adapter's name.
     path : str
-        Its PEFT directory.
+        Its PEFT directory, or where else it is to be had.
     """
 
     name: str
@@ -61,6 +62,8 @@ class Launch:
         TCP port; 0 = a free one.
     announce : callable
         Called with the server's URL when it answers.
+    adapter_folder : AdapterFolderSettings or None
+        A folder whose subfolders are adapters, for as long as the server runs.
     """
 
     config: EngineConfig
@@ -69,6 +72,7 @@ class Launch:
     host: str
     port: int
     announce: Callable[[str], None]
+    adapter_folder: AdapterFolderSettings | None = None
 
 
 def serve(launch: Launch) -> bool:
@@ -164,9 +168,12 @@ class _Server(uvicorn.Server):
 async def _serve(launch: Launch, listener: socket.socket) -> bool:
     client = AsyncEngineClient(launch.config)
     app = create_app(client, launch.settings)
+    folder = None if launch.adapter_folder is None else AdapterFolder(client, launch.adapter_folder)
 
     async def end_engine() -> None:
         app.state.context.shutdown.has_begun = True
+        if folder is not None:
+            await folder.close()
         await client.close()
 
     server = _Server(
@@ -181,7 +188,7 @@ async def _serve(launch: Launch, listener: socket.socket) -> bool:
         on_ready=lambda: launch.announce(_url(listener)),
         end_engine=end_engine,
     )
-    starting = asyncio.ensure_future(_start_engine(client, launch.adapters))
+    starting = asyncio.ensure_future(_start_engine(client, launch.adapters, folder))
 
     def on_signal(number: int) -> None:
         starting.cancel()  # Changes nothing once the engine has started.
@@ -198,18 +205,26 @@ async def _serve(launch: Launch, listener: socket.socket) -> bool:
         await server.serve(sockets=[listener])
         return server.started
     finally:
+        if folder is not None:
+            await folder.close()
         await client.close()
         for number in _SIGNALS:
             loop.remove_signal_handler(number)
 
 
-async def _start_engine(client: AsyncEngineClient, adapters: Sequence[AdapterModule]) -> None:
+async def _start_engine(
+    client: AsyncEngineClient, adapters: Sequence[AdapterModule], folder: AdapterFolder | None
+) -> None:
+    if folder is not None:
+        await folder.look()
     await client.start()
     for adapter in adapters:
         try:
             await client.load_lora_adapter(adapter.name, adapter.path)
         except LoraServeError as error:
             raise type(error)(f"adapter {adapter.name!r} cannot be loaded: {error}") from error
+    if folder is not None:
+        await folder.start()
 
 
 def _url(listener: socket.socket) -> str:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lora_serve.common.errors import InvalidArgumentError
+from lora_serve.common.field_checks import check_float
 
 DEFAULT_MAX_BODY_BYTES = 32 * 1024 * 1024
 DEFAULT_MAX_ANSWERS_PER_REQUEST = 1024
+DEFAULT_ADAPTER_FOLDER_POLL_SECONDS = 2.0
+MIN_ADAPTER_FOLDER_POLL_SECONDS = 0.01
 
 
 @dataclass(frozen=True)
@@ -58,3 +63,41 @@ class ServerSettings:
                 f"max_answers_per_request is {self.max_answers_per_request} but must be at least 1; set "
                 "--max-answers-per-request"
             )
+
+
+@dataclass(frozen=True)
+class AdapterFolderSettings:
+    """Which folder is watched, and how.
+
+    Parameters
+    ----------
+    path : str
+        An existing folder; each subfolder is an adapter of its name.
+    served_model_name : str
+        The base model's name, which no adapter can have.
+    poll_seconds : float
+        Between two looks at the folder, at least MIN_ADAPTER_FOLDER_POLL_SECONDS.
+    allowed_roots : sequence of str or None
+        Folders that adapters may come from; the folder must be in one of them. None = any.
+
+    Raises
+    ------
+    InvalidArgumentError
+        The path is no folder or outside the allowed roots, or the time is too short.
+    """
+
+    path: str
+    served_model_name: str
+    poll_seconds: float = DEFAULT_ADAPTER_FOLDER_POLL_SECONDS
+    allowed_roots: Sequence[str] | None = None
+
+    def __post_init__(self) -> None:
+        check_float("--lora-dir-poll-seconds", self.poll_seconds, MIN_ADAPTER_FOLDER_POLL_SECONDS)
+        if not os.path.isdir(self.path):
+            raise InvalidArgumentError(f"--lora-dir is {self.path!r} but must be an existing folder")
+        from lora_serve.lora.allowed_roots import AllowedRoots
+
+        try:
+            AllowedRoots(self.allowed_roots).resolve(self.path)
+        except InvalidArgumentError as error:
+            raise InvalidArgumentError(f"--lora-dir cannot be used: {error}") from None

@@ -20,7 +20,16 @@ import torch
 from torch import Tensor
 
 ALL_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj")
+_OUTSIDE_LAYERS = {"embed_tokens": "model.embed_tokens", "lm_head": "lm_head"}
+_KEY_FORMATS = {
+    "peft": "base_model.model.{module}.{half}",
+    "named": "base_model.model.{module}.{half}",
+    "bare_decoder": "base_model.model.{bare_module}.{half}",
+    "no_prefix": "{module}.{half}",
+    "language_model": "base_model.model.language_model.{module}.{half}",
+    "model_language_model": "base_model.model.model.language_model.{bare_module}.{half}",
+}
 
 
 @dataclass(frozen=True)
@@ -32,7 +41,8 @@ class RandomAdapterOptions:
     rank
         PEFT's ``r``, the rank of every module that ``rank_pattern`` does not name.
     target_modules
-        Last components of the module paths that get a module.
+        Last components of the module paths that get a module; beside :data:`ALL_PROJECTIONS` also
+        ``qkv_proj`` and ``gate_up_proj`` (trained as one), ``embed_tokens`` and ``lm_head``.
     alpha
         ``lora_alpha``; twice the rank where None.
     use_rslora
@@ -48,8 +58,10 @@ class RandomAdapterOptions:
     dtype
         Of the tensors in the file.
     key_style
-        ``"peft"`` (as ``save_pretrained`` writes), ``"named"`` (``lora_A.default.weight``, a raw state dict)
-        or ``"bare_decoder"`` (trained without the language-model head: no ``model.`` before ``layers``).
+        ``"peft"`` (as ``save_pretrained`` writes), ``"named"`` (``lora_A.default.weight``, a raw state dict),
+        ``"bare_decoder"`` (trained without the language-model head: no ``model.`` before ``layers``),
+        ``"no_prefix"`` (no ``base_model.model.``), or ``"language_model"`` and ``"model_language_model"``
+        (trained as a part of a multimodal model).
     """
 
     rank: int = 8
@@ -96,6 +108,7 @@ def make_random_adapter(
     generator = torch.Generator().manual_seed(chosen.seed)
     tensors: dict[str, Tensor] = {}
     for module, in_features, out_features in _modules(config, chosen):
+        is_embedding = module.endswith("embed_tokens")
         lora_rank, scaling = _rank_and_scaling(module, chosen)
         size_a = 1 / math.sqrt(in_features)
         size_b = chosen.scale / (abs(scaling) * math.sqrt(lora_rank)) if scaling else chosen.scale
@@ -104,7 +117,8 @@ def make_random_adapter(
             "B": torch.randn(out_features, lora_rank, generator=generator) * size_b,
         }
         for half, tensor in halves.items():
-            tensors[_key(module, half, chosen.key_style)] = tensor.to(chosen.dtype).contiguous()
+            key = _key(module, half, chosen.key_style, is_embedding=is_embedding)
+            tensors[key] = tensor.to(chosen.dtype).contiguous()
     directory = Path(path)
     directory.mkdir(parents=True, exist_ok=True)
     write_adapter_tensors(directory, tensors)
@@ -159,25 +173,32 @@ def _modules(config: Mapping[str, Any], options: RandomAdapterOptions) -> Iterat
         "gate_proj": (hidden, inner),
         "up_proj": (hidden, inner),
         "down_proj": (inner, hidden),
+        "qkv_proj": (hidden, num_heads * head_dim + 2 * kv_width),
+        "gate_up_proj": (hidden, 2 * inner),
     }
+    outside = {"embed_tokens": ("vocab_size", "hidden_size"), "lm_head": ("hidden_size", "vocab_size")}
+    inside = [name for name in options.target_modules if name not in outside]
     layers = range(num_layers) if options.layers is None else options.layers
-    if not set(layers) <= set(range(num_layers)) or not set(options.target_modules) <= set(widths):
+    if not set(layers) <= set(range(num_layers)) or not set(inside) <= set(widths):
         raise ValueError(
             f"the adapter has layers {list(layers)} and target_modules {list(options.target_modules)}, "
-            f"expected layers below {num_layers} and modules of {list(widths)}"
+            f"expected layers below {num_layers} and modules of {[*widths, *outside]}"
         )
     for layer in layers:
-        for name in options.target_modules:
+        for name in inside:
             block = "self_attn" if name in _ATTENTION else "mlp"
             yield f"model.layers.{layer}.{block}.{name}", *widths[name]
+    for name, (size_in, size_out) in outside.items():
+        if name in options.target_modules:
+            yield _OUTSIDE_LAYERS[name], int(config[size_in]), int(config[size_out])
 
 
 def _rank_and_scaling(module: str, options: RandomAdapterOptions) -> tuple[int, float]:
-    if options.key_style == "bare_decoder":
-        module = module.removeprefix("model.")
+    # Patterns mean the paths of the model that the adapter was trained on.
+    trained = _key_parts(module, options.key_style).format(half="").removeprefix("base_model.model.")[:-1]
     alpha = 2.0 * options.rank if options.alpha is None else options.alpha
-    lora_rank = _override(options.rank_pattern, module, options.rank)
-    alpha = _override(options.alpha_pattern, module, alpha)
+    lora_rank = _override(options.rank_pattern, trained, options.rank)
+    alpha = _override(options.alpha_pattern, trained, alpha)
     return int(lora_rank), alpha / (math.sqrt(lora_rank) if options.use_rslora else lora_rank)
 
 
@@ -188,14 +209,18 @@ def _override(pattern: Mapping[str, float], module: str, default: float) -> floa
     return default
 
 
-def _key(module: str, half: str, key_style: str) -> str:
-    if key_style == "peft":
-        return f"base_model.model.{module}.lora_{half}.weight"
-    if key_style == "named":
-        return f"base_model.model.{module}.lora_{half}.default.weight"
-    if key_style == "bare_decoder":
-        return f"base_model.model.{module.removeprefix('model.')}.lora_{half}.weight"
-    raise ValueError(f"key_style is {key_style!r}, expected 'peft', 'named' or 'bare_decoder'")
+def _key(module: str, half: str, key_style: str, *, is_embedding: bool) -> str:
+    name = ".default" if key_style == "named" else ""
+    spelled = f"lora_embedding_{half}{name}" if is_embedding else f"lora_{half}{name}.weight"
+    return _key_parts(module, key_style).format(half=spelled)
+
+
+def _key_parts(module: str, key_style: str) -> str:
+    """The key of a module's tensor with ``{half}`` in the place of its last part."""
+    if key_style not in _KEY_FORMATS:
+        raise ValueError(f"key_style is {key_style!r}, expected one of {list(_KEY_FORMATS)}")
+    bare_module = module.removeprefix("model.")
+    return _KEY_FORMATS[key_style].format(module=module, bare_module=bare_module, half="{half}")
 
 
 def _peft_config(options: RandomAdapterOptions) -> dict[str, Any]:

@@ -220,9 +220,7 @@ BAD_ADAPTERS: dict[str, BadAdapter] = {
         "base_model.model.model.embed_tokens.lora_embedding_A", "embedding"
     ),
     "added_tokens_tensor": _with_tensor("base_model.model.model.embed_tokens.weight", "tokens were added"),
-    "lm_head_lora_tensor": _with_tensor(
-        "base_model.model.lm_head.lora_A.weight", "lm_head", "not supported yet"
-    ),
+    "lm_head_lora_tensor": _with_tensor("base_model.model.lm_head.lora_A.weight", "lm_head"),
     "unknown_tensor": _with_tensor("base_model.model.model.layers.0.gate", "unknown key"),
     "not_an_object": BadAdapter(corrupt_config_list, (CONFIG, "expected a JSON object")),
     "other_peft_type": _with_config(("peft_type", '"IA3"', "'LORA'"), peft_type="IA3"),

@@ -3,10 +3,34 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable, Iterable
 
 from lora_serve.common.errors import AdapterNotFoundError, InternalError
+from lora_serve.lora.adapter_layout import AdapterLayout, ModuleLayout
+from lora_serve.lora.adapter_reader import HostAdapter
+from lora_serve.lora.allowed_roots import AllowedRoots
+from lora_serve.lora.host_adapters import HostNews
 from lora_serve.lora.manager import NO_SLOT, AdapterResidency
-from lora_serve.lora.peft_adapter import HostAdapter
+from lora_serve.lora.sources import AdapterFolder
+
+
+def make_oracle_adapter(path: str, content: str, *, num_bytes: int, lora_rank: int = 1) -> HostAdapter:
+    """An adapter without weights.
+
+    Parameters
+    ----------
+    path
+        Where it claims to come from.
+    content
+        What its digest is made of.
+    num_bytes
+        What it claims to take.
+    lora_rank
+        Of its only module.
+    """
+    layout = AdapterLayout((ModuleLayout("model.oracle", lora_rank, 1.0, 0, 0),), num_bytes)
+    digest = hashlib.sha256(content.encode()).hexdigest()
+    return HostAdapter(AdapterFolder(path, AllowedRoots(None)), layout, digest, None, {})
 
 
 class OracleAdapterStore:
@@ -21,15 +45,20 @@ class OracleAdapterStore:
     ----------
     num_bytes : int
         Reported size of every adapter.
+    memory_bytes : int
+        What the device holds, for the scheduler's options; 0 = no limit.
 
     Attributes
     ----------
     is_staged : bool
-        True: loads end before the rows of their plan, which may use them.
+        True: adapters are on the host, so that loads end before the rows of their plan, which may use them.
+    memory_bytes : int
+        As given.
     """
 
-    def __init__(self, num_bytes: int = 1024) -> None:
+    def __init__(self, num_bytes: int = 1024, memory_bytes: int = 0) -> None:
         self.is_staged = False
+        self.memory_bytes = memory_bytes
         self._num_bytes = num_bytes
         self._adapters: dict[int, HostAdapter] = {}
         self._loading: dict[int, int] = {}
@@ -37,12 +66,35 @@ class OracleAdapterStore:
 
     # --- As the engine uses it ----------------------------------------------------------------------------
 
+    @property
+    def num_load_waits(self) -> int:
+        """Give 0: no thread reads."""
+        return 0
+
+    def set_wake(self, wake: Callable[[], None]) -> None:
+        """Do nothing: there is never news."""
+
     def read(self, path: str, name: str | None = None) -> HostAdapter:  # noqa: ARG002
         """Give an adapter whose content is a function of the path; no file is touched."""
-        digest = hashlib.sha256(path.encode()).hexdigest()
-        return HostAdapter(
-            path=path, modules={}, content_digest=digest, num_bytes=self._num_bytes, lora_rank=1
-        )
+        return make_oracle_adapter(path, path, num_bytes=self._num_bytes)
+
+    def charged_bytes(self, adapter: HostAdapter) -> int:
+        """Give the adapter's own bytes."""
+        return adapter.num_bytes
+
+    def is_on_host(self, adapter_id: int) -> bool:
+        """Whether adapters are set up to be on the host, and this one was added."""
+        return self.is_staged and adapter_id in self._adapters
+
+    def want(self, adapter_id: int) -> None:
+        """Do nothing: there are no files to read."""
+
+    def poll(self) -> HostNews:
+        """Give no news."""
+        return HostNews()
+
+    def prepare_loads(self, adapter_ids: Iterable[int]) -> None:
+        """Do nothing: there are no weights."""
 
     def add(self, adapter_id: int, adapter: HostAdapter) -> None:
         """Keep a generation.
@@ -57,24 +109,23 @@ class OracleAdapterStore:
         self._adapters[adapter_id] = adapter
 
     def remove(self, adapter_id: int) -> None:
-        """Forget a generation and empty its slot.
+        """Forget a generation.
 
         Raises
         ------
         AdapterNotFoundError
-            It was neither added nor loaded.
+            It was not added.
         InternalError
-            Its load is under way.
+            It is on the device, or on its way there.
         """
-        if adapter_id not in self:
-            raise AdapterNotFoundError(f"adapter generation {adapter_id} was neither added nor loaded")
-        if adapter_id in self._loading:
-            raise InternalError(f"adapter generation {adapter_id} is removed while its load is under way")
-        self._adapters.pop(adapter_id, None)
-        self._slots.pop(adapter_id, None)
+        if adapter_id not in self._adapters:
+            raise AdapterNotFoundError(f"adapter generation {adapter_id} was not added")
+        if adapter_id in self._loading or adapter_id in self._slots:
+            raise InternalError(f"adapter generation {adapter_id} is removed while it is on the device")
+        del self._adapters[adapter_id]
 
     def __contains__(self, adapter_id: int) -> bool:
-        """Whether the generation was added or loaded, and not removed."""
+        """Whether the generation was added and not removed, or has a slot."""
         return adapter_id in self._adapters or adapter_id in self._slots or adapter_id in self._loading
 
     def snapshot(self) -> list[AdapterResidency]:
@@ -83,9 +134,14 @@ class OracleAdapterStore:
             AdapterResidency(
                 adapter_id=adapter_id,
                 adapter_slot=self._slots.get(adapter_id, NO_SLOT),
+                is_on_host=True,
+                is_being_read=False,
                 num_bytes=adapter.num_bytes,
                 lora_rank=adapter.lora_rank,
-                target_modules=adapter.target_modules,
+                target_modules=adapter.layout.target_modules,
+                num_reads=1,
+                load_ms={},
+                last_used_s=0.0,
             )
             for adapter_id, adapter in sorted(self._adapters.items())
         ]
@@ -143,6 +199,18 @@ class OracleAdapterStore:
         if adapter_id not in self._slots:
             raise InternalError(f"adapter generation {adapter_id} is evicted but is in no slot")
         del self._slots[adapter_id]
+
+    def free(self, adapter_id: int) -> None:
+        """Take a generation off the device if it is there, because it is drained.
+
+        Raises
+        ------
+        InternalError
+            Its load is under way.
+        """
+        if adapter_id in self._loading:
+            raise InternalError(f"adapter generation {adapter_id} is drained while its load is under way")
+        self._slots.pop(adapter_id, None)
 
     def adapter_in(self, slot: int) -> int | None:
         """Give the generation in a slot, None where it is empty or still awaited."""

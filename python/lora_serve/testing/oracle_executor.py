@@ -91,7 +91,7 @@ class OracleExecutor:
 
     def __init__(self, options: OracleOptions) -> None:
         self.options = options
-        self.lora = OracleAdapterStore()
+        self.lora = OracleAdapterStore(memory_bytes=options.adapter_memory_bytes)
         max_pages = -(-options.max_model_len // options.page_size)
         self._page_table = PageTable(options.max_num_seqs, max_pages, options.num_device_pages)
         self._pages = OraclePages(options.num_device_pages, options.num_host_pages, options.page_size)
@@ -180,8 +180,7 @@ class OracleExecutor:
     def run_plan(self, plan: ExecutionPlan, states: Sequence[SamplingState]) -> ExecutionResult:
         """Do what a plan says, now; for classes that change how plans run."""
         for adapter_id in plan.drained_adapter_ids.tolist():
-            if adapter_id in self.lora:
-                self.lora.remove(adapter_id)
+            self.lora.free(adapter_id)
         for adapter_id in plan.evicted_adapter_ids.tolist():
             if not (self.lora.is_staged and adapter_id in self._failed_slots.values()):
                 self.lora.evict(adapter_id)

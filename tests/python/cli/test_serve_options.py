@@ -9,6 +9,7 @@ from lora_serve.cli.serve import API_KEY_VARIABLE, make_launch
 from lora_serve.common.config import EngineConfig
 from lora_serve.common.errors import InvalidArgumentError
 from lora_serve.server.launch import AdapterModule
+from lora_serve.server.settings import AdapterFolderSettings
 
 
 @pytest.fixture(autouse=True)
@@ -169,3 +170,20 @@ def test_pages_and_memory_exclude_each_other():
 def test_demo_prints_its_paths(capsys):
     assert main(["demo", "--print-paths"]) == 0
     assert '"adapters"' in capsys.readouterr().out
+
+
+def test_sources_of_adapters_reach_the_engine():
+    options = "--lora-allow-hub --lora-resolver s3 --lora-resolver gs"
+    assert launch_of("m", *options.split()).config == EngineConfig(
+        model="m", lora_allow_hub=True, lora_resolvers=["s3", "gs"]
+    )
+
+
+def test_watched_folder_is_checked_against_the_roots_and_reaches_the_server(tmp_path):
+    options = ["--lora-dir", str(tmp_path), "--lora-dir-poll-seconds", "0.5", "--served-model-name", "base"]
+
+    assert launch_of("m").adapter_folder is None
+    assert launch_of("m", *options).adapter_folder == AdapterFolderSettings(str(tmp_path), "base", 0.5, None)
+    (tmp_path / "root").mkdir()
+    with pytest.raises(InvalidArgumentError, match="--lora-dir cannot be used"):
+        launch_of("m", *options, "--lora-allowed-roots", str(tmp_path / "root"))

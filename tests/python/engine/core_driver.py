@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import threading
 from concurrent.futures import FIRST_COMPLETED, wait
 
@@ -11,8 +10,7 @@ from lora_serve.common.errors import InvalidArgumentError
 from lora_serve.common.sampling_params import SamplingParams
 from lora_serve.engine.engine_core import EngineCore
 from lora_serve.engine.messages import EngineRequest
-from lora_serve.lora.peft_adapter import HostAdapter
-from lora_serve.testing.oracle_adapters import OracleAdapterStore
+from lora_serve.testing.oracle_adapters import OracleAdapterStore, make_oracle_adapter
 from lora_serve.testing.oracle_executor import OracleExecutor, OracleOptions, Outcome
 from lora_serve.testing.oracle_tokens import oracle_tokens
 
@@ -20,8 +18,8 @@ from lora_serve.testing.oracle_tokens import oracle_tokens
 class FilesOfTheTest(OracleAdapterStore):
     """Adapters whose content the test writes; a read waits while its path is held."""
 
-    def __init__(self):
-        super().__init__()
+    def __init__(self, memory_bytes):
+        super().__init__(memory_bytes=memory_bytes)
         self.contents = {}
         self.num_reads = 0
         self._gates = {}
@@ -54,8 +52,7 @@ class FilesOfTheTest(OracleAdapterStore):
             raise content
         if content == "bad":
             raise InvalidArgumentError(f"adapter {name!r} in {path!r} is bad; make it good")
-        digest = hashlib.sha256(content.encode()).hexdigest()
-        return HostAdapter(path=path, modules={}, content_digest=digest, num_bytes=1024, lora_rank=8)
+        return make_oracle_adapter(path, content, num_bytes=1024, lora_rank=8)
 
 
 class TroubledExecutor(OracleExecutor):
@@ -63,7 +60,7 @@ class TroubledExecutor(OracleExecutor):
 
     def __init__(self, options):
         super().__init__(options)
-        self.lora = FilesOfTheTest()
+        self.lora = FilesOfTheTest(options.adapter_memory_bytes)
         self.failing_request_ids = set()
         self.raises = None
         self.is_closed = False
@@ -124,7 +121,7 @@ class CoreDriver:
                 page_size=config.page_size,
                 max_num_seqs=config.max_num_seqs,
                 max_model_len=64,
-                adapter_memory_bytes=round((config.lora_memory_gb or 0) * 2**30),
+                adapter_memory_bytes=round(config.lora_memory_gb * 2**30),
                 **{name: value for name, value in options.items() if name not in fields},
             )
         )
@@ -187,8 +184,8 @@ class CoreDriver:
         for _ in range(20_000):
             if self.core.has_work:
                 self.step()
-            elif self.core.pending_reads:
-                wait(self.core.pending_reads, timeout=30)
+            elif self._pending_reads:
+                self.wait_for_reads()
             else:
                 return
         raise AssertionError(f"the engine does not come to rest: {self.core.stats()} {self.core.adapters()}")
@@ -211,12 +208,16 @@ class CoreDriver:
             if not self.files.holds_a_read:
                 self.wait_for_reads()  # So that no request gets further than the test means it to.
             elif not self.core.has_work:
-                wait(self.core.pending_reads, timeout=30, return_when=FIRST_COMPLETED)
+                wait(self._pending_reads, timeout=30, return_when=FIRST_COMPLETED)
             self.step()
         raise AssertionError("the operation does not complete")
 
     def wait_for_reads(self):
-        wait(self.core.pending_reads, timeout=30)
+        wait(self._pending_reads, timeout=30)
+
+    @property
+    def _pending_reads(self):
+        return [load.read for load in self.core._operations._loads.heads if load.read is not None]
 
     # --- Looking ------------------------------------------------------------------------------------------
 

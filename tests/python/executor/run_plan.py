@@ -10,5 +10,6 @@ from lora_serve.executor.sampling_state import SamplingState
 
 def run_plan(executor: Executor, plan, states: Sequence[SamplingState] = ()) -> ExecutionResult:
     """What became of the plan; no other may be on its way."""
+    executor.lora.prepare_loads(plan.load_adapter_ids.tolist())
     executor.submit(plan, states)
     return executor.collect()

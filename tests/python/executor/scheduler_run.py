@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable
 
@@ -70,6 +71,7 @@ class SchedulerRun:
     def step(self) -> ExecutionResult | None:
         """Make one plan and give what became of the oldest; None when there was nothing to do or to take."""
         self.now_us += 1000
+        self._poll()
         plan = self.scheduler.next_plan(self.now_us)
         self.scheduler.check_invariants()
         self.expired += plan.expired_request_ids.tolist()
@@ -96,12 +98,22 @@ class SchedulerRun:
         self.scheduler.check_invariants()
         return result
 
+    def _poll(self) -> None:
+        """Tell the scheduler which adapters are on the host now, and which are not any more."""
+        news = self.executor.lora.poll()
+        assert news.failed == {}
+        for adapter_id in news.evicted:
+            self.scheduler.set_adapter_staged(adapter_id, False)
+        for adapter_id in news.arrived:
+            self.scheduler.set_adapter_staged(adapter_id, True)
+
     def _submit(self, plan: ExecutionPlan) -> None:
         self.on_plan(plan)
         request_ids = plan.request_ids.tolist()
         for request_id, num_cached in zip(request_ids, plan.num_cached_tokens.tolist(), strict=True):
             self.num_cached_tokens.setdefault(request_id, num_cached)
         self.in_flight.append(plan)
+        self.executor.lora.prepare_loads(plan.load_adapter_ids.tolist())
         self.executor.submit(plan, [self.states[request_id] for request_id in request_ids])
 
     def _take_oldest(self) -> ExecutionResult:
@@ -148,5 +160,6 @@ class SchedulerRun:
         for _ in range(max_steps):
             if not self.scheduler.has_work:
                 return
-            self.step()
+            if self.step() is None and not self.in_flight:
+                time.sleep(0.0005)  # An adapter is being read.
         raise AssertionError(f"work is left after {max_steps} steps: {self.scheduler.stats()}")

@@ -2,6 +2,11 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,8 +17,7 @@ from lora_serve.common.errors import InternalError, InvalidArgumentError
 from lora_serve.executor.kv_tensors import page_num_bytes
 from lora_serve.executor.model_executor import ModelExecutor
 from lora_serve.executor.transfers import LOAD_BACK, WRITE_BACK
-from lora_serve.kernels.lora_weights import LoRASliceWeights
-from lora_serve.lora.peft_adapter import HostAdapter
+from lora_serve.testing.adapters import make_random_adapter, read_adapter_config, read_adapter_tensors
 from lora_serve.testing.models import make_random_model
 
 from .hand_made_run import HandMadeRun
@@ -24,6 +28,8 @@ from .states import make_state
 
 VOCAB = 256
 PAGE_SIZE = 4
+GIB = 2**30
+TIMEOUT_S = 20
 
 
 @pytest.fixture(scope="module")
@@ -43,8 +49,8 @@ class Reference:
         self._known: dict[tuple, list[int]] = {}
 
     @torch.inference_mode()
-    def greedy(self, prompt: list[int], num_output: int, adapter: HostAdapter | None = None) -> list[int]:
-        key = (tuple(prompt), num_output, id(adapter))
+    def greedy(self, prompt: list[int], num_output: int, adapter: Path | None = None) -> list[int]:
+        key = (tuple(prompt), num_output, adapter)
         if key not in self._known:
             self._merge(adapter, 1.0)
             tokens = list(prompt)
@@ -54,10 +60,16 @@ class Reference:
             self._known[key] = tokens[len(prompt) :]
         return self._known[key]
 
-    def _merge(self, adapter: HostAdapter | None, sign: float) -> None:
-        for module, weights in (adapter.modules if adapter else {}).items():
-            delta = sign * weights.scaling * (weights.b.T @ weights.a)
-            self._model.get_submodule(module).weight += delta
+    def _merge(self, adapter: Path | None, sign: float) -> None:
+        if adapter is None:
+            return
+        config, tensors = read_adapter_config(adapter), read_adapter_tensors(adapter)
+        for key, a in tensors.items():
+            if "lora_A" in key:
+                b = tensors[key.replace("lora_A", "lora_B")]
+                module = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
+                delta = sign * config["lora_alpha"] / config["r"] * (b @ a)
+                self._model.get_submodule(module).weight += delta
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +79,7 @@ def reference(model_path) -> Reference:
 
 def _executor(model_path: str, **fields) -> ModelExecutor:
     defaults = {"page_size": PAGE_SIZE, "num_device_pages": 64, "max_num_seqs": 8, "max_model_len": 64}
+    defaults |= {"lora_memory_gb": 2**-7, "lora_host_memory_gb": 2**-7}
     return ModelExecutor(EngineConfig(model=model_path, **{**defaults, **fields}))
 
 
@@ -83,16 +96,45 @@ def _greedy(prompt: list[int], **params):
     return make_state(prompt, vocab_size=VOCAB, temperature=0.0, **params)
 
 
-def _adapter(executor: ModelExecutor, seed: int, lora_rank: int, modules: tuple[str, ...]) -> HostAdapter:
-    """Random weights with an effect as large as the model's own."""
-    generator = torch.Generator().manual_seed(seed)
-    weights = {}
-    for module, target in executor._model.lora_targets().items():
-        if module.endswith(modules):
-            a = torch.randn(lora_rank, target.in_features, generator=generator) * target.in_features**-0.5
-            b = torch.randn(lora_rank, target.out_features, generator=generator) * lora_rank**-0.5
-            weights[module] = LoRASliceWeights(a, b, scaling=1.5)
-    return HostAdapter(f"adapter-{seed}", weights, f"digest-{seed}", 1, lora_rank)
+@pytest.fixture
+def make_adapter(model_path, tmp_path):
+    """Writes adapters with an effect as large as the model's own."""
+
+    def make(seed: int, lora_rank: int, modules: tuple[str, ...]) -> Path:
+        path = tmp_path / f"{seed}-{lora_rank}"
+        options = {"rank": lora_rank, "target_modules": modules, "seed": seed, "scale": 1.5}
+        return make_random_adapter(path, model_path, **options)
+
+    return make
+
+
+def _poll_until(executor: ModelExecutor, condition: Callable[[], bool]) -> None:
+    """Poll as the engine does, so that who waits for host memory gets it."""
+    deadline = time.monotonic() + TIMEOUT_S
+    while not condition():
+        assert time.monotonic() < deadline
+        executor.lora.poll()
+        time.sleep(0.0005)
+
+
+def _add(executor: ModelExecutor, adapter_id: int, path: Path) -> int:
+    """Read and add an adapter; gives its bytes."""
+    with ThreadPoolExecutor(1) as thread:
+        read = thread.submit(executor.lora.read, str(path))
+        _poll_until(executor, read.done)
+        with read.result() as adapter:
+            executor.lora.add(adapter_id, adapter)
+            return adapter.num_bytes
+
+
+def _evict_from_host(executor: ModelExecutor) -> None:
+    """Take and give back all of the host memory for adapters; afterwards they are on disk only."""
+    pool = executor.lora._pool
+    _poll_until(executor, lambda: pool.snapshot().num_held_bytes == 0)
+    with ThreadPoolExecutor(1) as thread:
+        room = thread.submit(pool.reserve, pool.snapshot().num_bytes, lambda: False)
+        _poll_until(executor, room.done)
+        room.result().release()
 
 
 # --- With the real scheduler, against transformers ----------------------------------------------------------
@@ -131,20 +173,32 @@ def test_prefix_hits_do_not_change_tokens(model_path, reference):
         assert run.states[request_id].output_token_ids == reference.greedy(prompt, 8)
 
 
-def test_adapters_and_base_mixed_in_a_step_equal_transformers_with_merged_weights(model_path, reference):
-    executor = _executor(model_path, num_device_pages=24)
-    run = _run(executor, max_num_batched_tokens=10)
-    adapters: dict[int, HostAdapter | None] = {
+@pytest.mark.parametrize("num_host_adapters", [9, 1])
+def test_adapters_and_base_mixed_in_a_step_equal_transformers_with_merged_weights(
+    model_path, reference, make_adapter, num_host_adapters
+):
+    """Also with host memory for one of them, where each is read again whenever it comes back."""
+    linear = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    adapters: dict[int, Path | None] = {
         0: None,
-        1: _adapter(executor, 1, 3, ("q_proj", "o_proj")),
-        2: _adapter(
-            executor, 2, 8, ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-        ),
-        3: _adapter(executor, 3, 1, ("down_proj", "gate_proj")),
+        1: make_adapter(1, 3, ("q_proj", "o_proj")),
+        2: make_adapter(2, 8, linear),
+        3: make_adapter(3, 1, ("down_proj", "gate_proj")),
     }
+    largest = _add(_executor(model_path), 1, adapters[2])
+    executor = _executor(
+        model_path, num_device_pages=24, lora_host_memory_gb=num_host_adapters * largest / GIB
+    )
+    run = _run(executor, max_num_batched_tokens=10)
     for adapter_id in (1, 2, 3):
-        executor.lora.add(adapter_id, adapters[adapter_id])
-        run.scheduler.open_adapter(adapter_id=adapter_id, digest_seed=adapter_id, size_bytes=1)
+        _add(executor, adapter_id, adapters[adapter_id])
+    for adapter_id in (1, 2, 3):
+        run.scheduler.open_adapter(
+            adapter_id=adapter_id,
+            digest_seed=adapter_id,
+            size_bytes=1,
+            is_staged=executor.lora.is_on_host(adapter_id),
+        )
     mixes = set()
     run.on_plan = lambda plan: mixes.add(len(set(plan.adapter_slots.tolist())))
     prompts = [_prompt(13), _prompt(14, seed=5)]
@@ -161,6 +215,8 @@ def test_adapters_and_base_mixed_in_a_step_equal_transformers_with_merged_weight
         assert run.states[request_id].output_token_ids == expected, adapter_id
         answers.add(tuple(expected))
     assert len(answers) == len(wanted)
+    assert any(entry.num_reads > 1 for entry in executor.lora.snapshot()) == (num_host_adapters == 1)
+    executor.close()
 
 
 def test_seeded_random_tokens_do_not_change_with_company_and_preemption(model_path):
@@ -200,46 +256,117 @@ def test_seeded_random_tokens_do_not_change_with_company_and_preemption(model_pa
 # --- Adapters, by hand-made plans ---------------------------------------------------------------------------
 
 
-def test_failed_load_is_reported_and_the_rest_of_the_plan_is_done(model_path, reference):
-    executor = _executor(model_path)
-    adapter = _adapter(executor, 1, 2, ("v_proj",))
-    executor.lora.add(5, adapter)
+def test_failed_load_is_reported_and_the_rest_of_the_plan_is_done(model_path, reference, make_adapter):
+    large, adapter = make_adapter(4, 64, ("v_proj",)), make_adapter(1, 2, ("v_proj",))
+    executor = _executor(model_path, lora_memory_gb=_add(_executor(model_path), 1, large) / 2 / GIB)
+    _add(executor, 4, large)
+    _add(executor, 5, adapter)
     run = HandMadeRun(executor, _greedy(_prompt(6)), [0, 1, 2])
-    plan = run.plan(6)
-    plan.load_adapter_ids, plan.load_adapter_slots = np.array([4, 5]), np.array([1, 0], dtype=np.int32)
+    plan = dataclasses.replace(run.plan(6), loads=[(4, 1), (5, 0)])
 
     result = run_plan(executor, plan, [run.state])
 
     assert result.loaded_adapter_ids == [5]
     assert list(result.failed_adapter_ids) == [4]
-    assert "adapter generation 4" in result.failed_adapter_ids[4]
+    assert "bytes are to be placed in the arena" in result.failed_adapter_ids[4]
     assert run.state.output_token_ids == reference.greedy(_prompt(6), 1)
     other = HandMadeRun(executor, _greedy(_prompt(6)), [3, 4, 5], row=1, slot=0)
     other.finish([6], 3)
     assert other.state.output_token_ids == reference.greedy(_prompt(6), 3, adapter)
 
 
-def test_drained_adapter_is_gone_before_its_slot_is_loaded(model_path, reference):
+def test_adapter_on_the_host_serves_the_rows_of_the_plan_that_loads_it(model_path, reference, make_adapter):
     executor = _executor(model_path)
-    first, second = _adapter(executor, 1, 2, ("v_proj", "down_proj")), _adapter(executor, 2, 2, ("q_proj",))
-    executor.lora.add(1, first)
-    executor.lora.add(2, second)
+    adapter = make_adapter(1, 4, ("v_proj", "down_proj"))
+    _add(executor, 1, adapter)
+    run = HandMadeRun(executor, _greedy(_prompt(6)), [0, 1, 2], slot=2)
+    plan = dataclasses.replace(run.plan(6), loads=[(1, 2)])
+
+    result = run_plan(executor, plan, [run.state])
+
+    assert (result.loaded_adapter_ids, result.failed_adapter_ids, result.row_errors) == ([1], {}, {})
+    assert run.state.output_token_ids == reference.greedy(_prompt(6), 1, adapter)
+    assert reference.greedy(_prompt(6), 1, adapter) != reference.greedy(_prompt(6), 1)
+
+
+@pytest.mark.parametrize("is_idle", [True, False])
+def test_load_from_disk_ends_with_a_later_plan_or_between_plans(model_path, reference, make_adapter, is_idle):
+    executor = _executor(model_path)
+    adapters = {1: make_adapter(1, 4, ("v_proj", "down_proj")), 2: make_adapter(2, 4, ("v_proj",))}
+    for adapter_id, path in adapters.items():
+        _add(executor, adapter_id, path)
+    _evict_from_host(executor)
+    make_random_adapter(adapters[2], model_path, rank=4, target_modules=("v_proj",), seed=99)
+    base = HandMadeRun(executor, _greedy(_prompt(6)), [0, 1, 2])
+    plan = dataclasses.replace(base.plan(6), loads=[(1, 2), (2, 1)])
+
+    first = run_plan(executor, plan, [base.state])
+    loaded, failed = [], {}
+
+    def have_ended() -> bool:
+        result = executor.report() if is_idle else run_plan(executor, PlanStandIn(plan_id=7))
+        loaded.extend(result.loaded_adapter_ids)
+        failed.update(result.failed_adapter_ids)
+        return len(loaded) + len(failed) == 2
+
+    assert (first.loaded_adapter_ids, first.failed_adapter_ids) == ([], {})
+    _poll_until(executor, have_ended)
+    assert (loaded, list(failed)) == ([1], [2])
+    assert str(adapters[2]) in failed[2]
+    assert "the folder was changed" in failed[2]
+    run = HandMadeRun(executor, _greedy(_prompt(6)), [3, 4, 5], row=1, slot=2)
+    run.finish([6], 3)
+    assert run.state.output_token_ids == reference.greedy(_prompt(6), 3, adapters[1])
+    assert base.state.output_token_ids == reference.greedy(_prompt(6), 1)
+    assert executor.report().loaded_adapter_ids == []
+
+
+def test_report_takes_no_load_from_a_plan_on_its_way(model_path, make_adapter, monkeypatch):
+    executor = _executor(model_path)
+    _add(executor, 1, make_adapter(1, 2, ("v_proj",)))
+    executor.lora.prepare_loads([1])
+    begun, reported, start_loads = threading.Event(), threading.Event(), executor.lora.start_loads
+    monkeypatch.setattr(
+        executor.lora,
+        "start_loads",
+        lambda slot_of: (start_loads(slot_of), begun.set(), reported.wait(TIMEOUT_S)),
+    )
+    executor.submit(PlanStandIn(loads=[(1, 0)]), [])
+    assert begun.wait(TIMEOUT_S)
+    early = executor.report()
+    reported.set()
+    result = executor.collect()
+
+    assert early.loaded_adapter_ids == []
+    assert result.loaded_adapter_ids == [1]
+    assert executor.report().loaded_adapter_ids == []
+
+
+def test_drained_adapter_is_gone_before_its_slot_is_loaded(model_path, reference, make_adapter):
+    executor = _executor(model_path)
+    second = make_adapter(2, 2, ("q_proj",))
+    _add(executor, 1, make_adapter(1, 2, ("v_proj", "down_proj")))
+    _add(executor, 2, second)
     run_plan(executor, PlanStandIn(loads=[(1, 0)]), [])
 
     result = run_plan(executor, PlanStandIn(plan_id=2, drained=[1, 99], loads=[(2, 0)]), [])
 
     assert (result.plan_id, result.loaded_adapter_ids, result.failed_adapter_ids) == (2, [2], {})
     assert result.sampled_token_ids.shape == (0,)
+    assert [entry.adapter_slot for entry in executor.lora.snapshot()] == [-1, 0]
+    executor.lora.remove(1)
     assert [entry.adapter_id for entry in executor.lora.snapshot()] == [2]
     run = HandMadeRun(executor, _greedy(_prompt(6)), [3, 4, 5], slot=0)
     run.finish([6], 3)
     assert run.state.output_token_ids == reference.greedy(_prompt(6), 3, second)
 
 
-def test_evicted_adapter_is_off_the_device_and_comes_back_into_another_slot(model_path, reference):
+def test_evicted_adapter_is_off_the_device_and_comes_back_into_another_slot(
+    model_path, reference, make_adapter
+):
     executor = _executor(model_path)
-    adapter = _adapter(executor, 1, 2, ("v_proj", "down_proj"))
-    executor.lora.add(1, adapter)
+    adapter = make_adapter(1, 2, ("v_proj", "down_proj"))
+    _add(executor, 1, adapter)
     run_plan(executor, PlanStandIn(loads=[(1, 0)]))
     first = HandMadeRun(executor, _greedy(_prompt(6)), [0, 1, 2], slot=0)
     first.finish([6], 3)
@@ -257,20 +384,20 @@ def test_evicted_adapter_is_off_the_device_and_comes_back_into_another_slot(mode
         run_plan(executor, PlanStandIn(evicted=[1, 1]))
 
 
-def test_evicted_slot_serves_nothing(model_path):
+def test_evicted_slot_serves_nothing(model_path, make_adapter):
     executor = _executor(model_path)
-    executor.lora.add(1, _adapter(executor, 1, 2, ("v_proj",)))
+    _add(executor, 1, make_adapter(1, 2, ("v_proj",)))
     run_plan(executor, PlanStandIn(loads=[(1, 0)]))
     run_plan(executor, PlanStandIn(evicted=[1]))
     with pytest.raises(LookupError, match="adapter slot 0 holds no adapter"):
         HandMadeRun(executor, _greedy(_prompt(6)), [0, 1], slot=0).step(6)
 
 
-def test_slot_of_an_evicted_adapter_is_taken_in_the_same_plan(model_path, reference):
-    executor = _executor(model_path)
-    second = _adapter(executor, 2, 3, ("q_proj",))
-    executor.lora.add(1, _adapter(executor, 1, 2, ("v_proj", "down_proj")))
-    executor.lora.add(2, second)
+def test_slot_and_bytes_of_an_evicted_adapter_are_taken_in_the_same_plan(model_path, reference, make_adapter):
+    first, second = make_adapter(1, 3, ("v_proj", "down_proj")), make_adapter(2, 3, ("v_proj", "down_proj"))
+    executor = _executor(model_path, lora_memory_gb=_add(_executor(model_path), 1, first) / GIB)
+    _add(executor, 1, first)
+    _add(executor, 2, second)
     run_plan(executor, PlanStandIn(loads=[(1, 0)]))
 
     result = run_plan(executor, PlanStandIn(evicted=[1], loads=[(2, 0)]))
@@ -282,9 +409,11 @@ def test_slot_of_an_evicted_adapter_is_taken_in_the_same_plan(model_path, refere
     assert run.state.output_token_ids == reference.greedy(_prompt(6), 3, second)
 
 
-def test_rows_of_an_adapter_whose_load_fails_in_their_plan_fail_alone(model_path, reference):
+def test_rows_of_an_adapter_whose_load_fails_in_their_plan_fail_alone(model_path, reference, make_adapter):
     """Also in the plan after it, which was made before anybody knew."""
-    executor = _executor(model_path)
+    large = make_adapter(9, 64, ("v_proj",))
+    executor = _executor(model_path, lora_memory_gb=_add(_executor(model_path), 1, large) / 2 / GIB)
+    _add(executor, 9, large)
     states = [_greedy(_prompt(6)), _greedy(_prompt(6, seed=1))]
     victim, other = (
         HandMadeRun(executor, state, [4 * i, 4 * i + 1], row=i, slot=slot)
@@ -298,6 +427,7 @@ def test_rows_of_an_adapter_whose_load_fails_in_their_plan_fail_alone(model_path
         deltas=[*one.deltas, *two.deltas],
         loads=[(9, 0)],
     )
+    executor.lora.prepare_loads([9])
     executor.submit(plan, states)
     rows = [{"page_table_row": i, "num_computed_tokens": 6, "adapter_slot": -i} for i in range(2)]
     executor.submit(PlanStandIn(plan_id=2, rows=rows, tokens=[-1, -1]), states)
@@ -456,6 +586,33 @@ def test_copy_without_a_host_tier_is_an_internal_error(model_path):
 # --- Rows -------------------------------------------------------------------------------------------------
 
 
+def test_logits_of_a_row_are_of_its_own_adapter_behind_a_row_that_does_not_sample(
+    model_path, reference, make_adapter
+):
+    executor = _executor(model_path)
+    adapters = [make_adapter(seed, 3, ("lm_head",)) for seed in (1, 2)]
+    for adapter_id, adapter in enumerate(adapters, 1):
+        _add(executor, adapter_id, adapter)
+    states = [_greedy(_prompt(6)), _greedy(_prompt(6))]
+    first, second = (
+        HandMadeRun(executor, state, [4 * slot, 4 * slot + 1], row=slot, slot=slot)
+        for slot, state in enumerate(states)
+    )
+    one, two = first.plan(3), second.plan(6)
+    plan = dataclasses.replace(
+        one,
+        rows=[*one.rows, *two.rows],
+        tokens=[*one.tokens, *two.tokens],
+        deltas=[*one.deltas, *two.deltas],
+        loads=[(1, 0), (2, 1)],
+    )
+
+    run_plan(executor, plan, states)
+
+    assert [state.output_token_ids for state in states] == [[], reference.greedy(_prompt(6), 1, adapters[1])]
+    assert reference.greedy(_prompt(6), 1, adapters[0]) != reference.greedy(_prompt(6), 1, adapters[1])
+
+
 def test_row_with_nan_fails_alone(model_path, reference):
     executor = _executor(model_path)
     states = [_greedy(_prompt(6, seed=seed)) for seed in range(3)]
@@ -491,7 +648,7 @@ def test_logits_are_computed_only_for_rows_that_sample(model_path, monkeypatch):
     monkeypatch.setattr(
         executor._model,
         "compute_logits",
-        lambda hidden: (num_rows.append(len(hidden)), compute_logits(hidden))[1],
+        lambda hidden, lora: (num_rows.append(len(hidden)), compute_logits(hidden, lora))[1],
     )
 
     run = HandMadeRun(executor, _greedy(_prompt(10), logprobs=1), [0, 1, 2])

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from lora_serve.kernels import LoRALayerTable, LoRALayerWeights
+from lora_serve.kernels.lora_weights import LoRASliceWeights
 from lora_serve.layers.linear import LoRATarget
-from lora_serve.lora import AdapterLimits, HostAdapter, LoRAManager, read_peft_adapter
-from lora_serve.testing.adapters import make_random_adapter
+from lora_serve.testing.adapters import make_random_adapter, read_adapter_config, read_adapter_tensors
 
 NUM_LAYERS = 4
 MODEL_CONFIG: dict[str, Any] = {
@@ -54,20 +54,31 @@ def make_adapter(path: Path, **options: Any) -> Path:
     return make_random_adapter(path, MODEL_CONFIG, **options)
 
 
-def read_adapter(
-    path: Path,
-    *,
-    dtype: torch.dtype = torch.float32,
-    max_lora_rank: int = 64,
-    name: str | None = None,
-) -> HostAdapter:
-    limits = AdapterLimits(max_lora_rank=max_lora_rank, dtype=dtype)
-    return read_peft_adapter(str(path), make_targets(), limits, name=name)
+def expected_modules(path: Path, dtype: torch.dtype = torch.float32) -> dict[str, LoRASliceWeights]:
+    """What an adapter of `make_adapter` holds, by safetensors and plain torch: A [R, H] and B [R, O].
+
+    For adapters with PEFT's own keys, without fused modules and without patterns.
+    """
+    config = read_adapter_config(path)
+    tensors = read_adapter_tensors(path)
+    modules = {}
+    for key, a in tensors.items():
+        if "_A" not in key:
+            continue
+        module = key.removeprefix("base_model.model.").split(".lora_")[0]
+        b = tensors[key.replace("_A", "_B")]
+        divisor = config["r"] ** 0.5 if config["use_rslora"] else config["r"]
+        modules[module] = LoRASliceWeights(
+            (a.T if "embedding" in key else a).to(dtype).contiguous(),
+            b.T.to(dtype).contiguous(),
+            config["lora_alpha"] / divisor,
+        )
+    return modules
 
 
-def make_manager(targets: dict[str, LoRATarget], **options: Any) -> LoRAManager:
-    options = {"dtype": torch.float32, "device": "cpu", "max_lora_rank": 64, **options}
-    return LoRAManager(targets, **options)
+def num_exact_bytes(path: Path, dtype: torch.dtype = torch.float32) -> int:
+    """Bytes of all matrices of an adapter."""
+    return sum(weights.num_bytes for weights in expected_modules(path, dtype).values())
 
 
 def copy_adapter(source: Path, target: Path) -> Path:

@@ -4,7 +4,8 @@ import os
 
 import pytest
 
-from lora.adapter_setup import make_adapter, make_manager, make_targets
+from lora.adapter_setup import make_adapter
+from lora.peft_setup import check
 from lora_serve.common.errors import InvalidArgumentError
 from lora_serve.lora import AllowedRoots
 
@@ -86,9 +87,9 @@ def test_what_is_no_path_is_refused(path):
             AllowedRoots(roots).resolve(path)
 
 
-def test_too_long_path_is_refused_by_the_read(tmp_path):
+def test_too_long_path_is_refused_by_the_check():
     with pytest.raises(InvalidArgumentError):
-        make_manager(make_targets()).read("x" * 5000)
+        check("x" * 5000, resolve=AllowedRoots(None).resolve)
 
 
 def test_root_that_is_no_folder_is_refused(tmp_path):
@@ -98,13 +99,14 @@ def test_root_that_is_no_folder_is_refused(tmp_path):
             AllowedRoots([root])
 
 
-def test_manager_reads_inside_its_roots_only(tmp_path):
+def test_adapter_is_checked_inside_the_roots_only(tmp_path):
     inside = make_adapter(tmp_path / "allowed" / "a", rank=2)
     outside = make_adapter(tmp_path / "outside" / "b", rank=2)
-    manager = make_manager(make_targets(), allowed_roots=[str(tmp_path / "allowed")])
-    assert manager.read(str(inside)).path == str(inside)
+    resolve = AllowedRoots([str(tmp_path / "allowed")]).resolve
+    with check(inside, resolve=resolve) as checked:
+        assert checked.path == str(inside)
     with pytest.raises(InvalidArgumentError, match="outside the allowed roots"):
-        manager.read(str(outside))
+        check(outside, resolve=resolve)
 
 
 @pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
@@ -113,7 +115,23 @@ def test_file_that_links_out_of_the_roots_is_refused(name, tmp_path):
     outside = make_adapter(tmp_path / "outside" / "b", rank=2)
     os.unlink(inside / name)
     (inside / name).symlink_to(outside / name)
-    assert make_manager(make_targets()).read(str(inside)).lora_rank == 2
-    manager = make_manager(make_targets(), allowed_roots=[str(tmp_path / "allowed")])
+    with check(inside) as checked:
+        assert checked.layout.lora_rank == 2
     with pytest.raises(InvalidArgumentError, match="outside the allowed roots"):
-        manager.read(str(inside))
+        check(inside, resolve=AllowedRoots([str(tmp_path / "allowed")]).resolve)
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
+def test_file_that_becomes_a_link_after_it_was_resolved_is_refused(name, tmp_path):
+    inside = make_adapter(tmp_path / "allowed" / "a", rank=2)
+    outside = make_adapter(tmp_path / "outside" / "b", rank=2)
+
+    def resolve_and_swap(path):
+        real = AllowedRoots([str(tmp_path / "allowed")]).resolve(path)
+        if path.endswith(name):
+            os.unlink(inside / name)
+            (inside / name).symlink_to(outside / name)
+        return real
+
+    with pytest.raises(InvalidArgumentError, match=f"{name}: Too many levels of symbolic links"):
+        check(inside, resolve=resolve_and_swap)

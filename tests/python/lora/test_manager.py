@@ -1,283 +1,553 @@
 from __future__ import annotations
 
-import gc
+import random
+import shutil
 import threading
-import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
-from lora.adapter_setup import (
-    entries_of_slot,
-    make_adapter,
-    make_manager,
-    make_targets,
-    read_adapter,
-    tables_of,
-)
 from lora_serve.common.errors import AdapterNotFoundError, InternalError, InvalidArgumentError
-from lora_serve.kernels import LoRALayerTable
-from lora_serve.layers.linear import LoRATarget
-from lora_serve.lora import NO_SLOT, LoRAManager
+from lora_serve.lora import NO_SLOT
+from lora_serve.lora.host_adapters import HostNews
+from lora_serve.lora.load_cancelled import LoadCancelledError
+from lora_serve.lora.manager import LoadReports
+
+from .adapter_setup import num_exact_bytes
+from .device_setup import on_devices
+from .memory_setup import ALL_MODULES, MIB, TIMEOUT_S, Memory, block_of, wait_until
+from .peft_setup import make_full_adapter
 
 
-def loaded_manager(targets, tmp_path, *adapters, **options):
-    """A manager that holds adapters 1, 2, ... made with the given options."""
-    manager = make_manager(targets, **options)
-    for adapter_id, adapter_options in enumerate(adapters, 1):
-        path = make_adapter(tmp_path / str(adapter_id), seed=adapter_id, **adapter_options)
-        manager.add(adapter_id, manager.read(str(path)))
-    return manager
+@pytest.fixture
+def make_memory(tmp_path):
+    """Makes memories on the CPU."""
+    memories = []
+
+    def make(**options):
+        memories.append(Memory(tmp_path, **options))
+        return memories[-1]
+
+    yield make
+    for memory in memories:
+        memory.manager.close()
 
 
-def test_installed_weights_stand_at_their_slice_of_every_table(tmp_path):
-    targets = make_targets()
-    manager = loaded_manager(targets, tmp_path, {"rank": 3, "use_rslora": True, "alpha": 5})
-    manager.install(1, 7)
-    adapter = read_adapter(tmp_path / "1")
-    assert len(adapter.modules) == len(targets) == 28
-    for module, target in targets.items():
-        entry = target.table.get(7)
-        assert entry is not None
-        installed = entry[target.slice_index]
-        assert installed is not None
-        assert torch.equal(installed.a, adapter.modules[module].a)
-        assert torch.equal(installed.b, adapter.modules[module].b)
-        assert installed.scaling == pytest.approx(5 / 3**0.5, rel=1e-15)
-        assert installed.a.shape == (3, target.in_features)
-        assert installed.b.shape == (3, target.out_features)
+@pytest.fixture
+def make_device_memory(setup, make_memory):
+    """Makes memories on the test's device."""
+    return lambda **options: make_memory(device=setup.device, **options)
 
 
-def test_missing_modules_are_written_as_none_in_every_table(tmp_path):
-    targets = make_targets()
-    manager = loaded_manager(targets, tmp_path, {"rank": 2, "target_modules": ["k_proj"], "layers": [2]})
-    manager.install(1, 0)
-    for module, target in targets.items():
-        entry = target.table.get(0)
-        assert entry is not None, f"{module} has no entry: its operator would refuse the slot"
-        assert (entry[target.slice_index] is not None) == (module == "model.layers.2.self_attn.k_proj")
+def make_two_tier(make, tmp_path, *, num_device=8, num_host=8):
+    """A memory that holds so many adapters of rank 2 in each tier."""
+    size = block_of(make_full_adapter(tmp_path / "size", rank=2))
+    return make(memory_bytes=num_device * size, host_memory_bytes=num_host * size)
 
 
-def test_reused_slot_carries_nothing_over_from_an_adapter_with_more_modules(tmp_path):
-    targets = make_targets()
-    few = {"rank": 2, "target_modules": ["up_proj"], "layers": [1]}
-    manager = loaded_manager(targets, tmp_path, {"rank": 8}, few)
-    manager.install(1, 3)
-    manager.install(2, 3)
-    fresh = make_targets()
-    loaded_manager(fresh, tmp_path / "fresh", {"rank": 8}, few).install(2, 3)
-    for reused, expected in zip(entries_of_slot(targets, 3), entries_of_slot(fresh, 3), strict=True):
-        assert reused is not None
-        assert expected is not None
-        assert [m is None for m in reused] == [m is None for m in expected]
-    assert [r.adapter_slot for r in manager.snapshot()] == [NO_SLOT, 3]
+def loaded(*adapter_ids, failed=None):
+    return LoadReports(list(adapter_ids), failed or {})
 
 
-def test_adapter_that_lost_its_slot_can_be_installed_again(tmp_path):
-    targets = make_targets()
-    manager = loaded_manager(targets, tmp_path, {"rank": 2}, {"rank": 4})
-    manager.install(1, 0)
-    manager.install(2, 0)
-    manager.install(1, 1)
-    assert [r.adapter_slot for r in manager.snapshot()] == [1, 0]
-    assert {table.installed_slots for table in tables_of(targets)} == {(0, 1)}
+# --- Loads --------------------------------------------------------------------------------------------------
 
 
-def test_adapter_that_moves_leaves_its_old_slot_empty(tmp_path):
-    targets = make_targets()
-    manager = loaded_manager(targets, tmp_path, {"rank": 2})
-    manager.install(1, 0)
-    manager.install(1, 5)
-    manager.install(1, 5)
-    assert {table.installed_slots for table in tables_of(targets)} == {(5,)}
-    assert [r.adapter_slot for r in manager.snapshot()] == [5]
+@on_devices
+def test_adapter_on_the_host_is_usable_in_the_plan_that_loads_it(make_device_memory):
+    memory = make_device_memory()
+    memory.add(1, target_modules=ALL_MODULES)
+    memory.add(2, rank=64)
+    assert memory.manager.is_on_host(1)
+    assert memory.plan({1: 3, 2: 0}) == loaded(1, 2)
+    memory.assert_holds({1: 3, 2: 0})
 
 
-def test_slots_do_not_disturb_each_other(tmp_path):
-    targets = make_targets()
-    manager = loaded_manager(targets, tmp_path, {"rank": 2}, {"rank": 4})
-    manager.install(1, 0)
-    before = entries_of_slot(targets, 0)
-    manager.install(2, 1)
-    manager.remove(2)
-    assert entries_of_slot(targets, 0) == before
-    assert entries_of_slot(targets, 1) == [None] * len(before)
+@on_devices
+def test_adapter_that_is_only_on_disk_ends_its_load_later_and_is_read_again(make_device_memory):
+    memory = make_device_memory()
+    memory.add(1)
+    memory.add(2)
+    memory.evict_from_host()
+    assert not memory.manager.is_on_host(1)
+
+    assert memory.plan({1: 0}) == loaded()
+    memory.assert_holds({})
+    assert memory.residency(1).is_being_read
+    assert memory.wait_for_loads() == loaded(1)
+
+    memory.assert_holds({1: 0})
+    assert memory.residency(1).num_reads == 2
+    assert memory.residency(2).num_reads == 1
+    assert memory.news.arrived == [1]
 
 
-def test_evicted_adapter_is_in_no_table_and_can_be_installed_again(tmp_path):
-    targets = make_targets()
-    manager = loaded_manager(targets, tmp_path, {"rank": 2}, {"rank": 4})
-    manager.install(1, 0)
-    manager.install(2, 1)
-    before = entries_of_slot(targets, 0)
-    other = entries_of_slot(targets, 1)
+@on_devices
+def test_changed_folder_fails_its_own_load_only(make_device_memory):
+    memory = make_device_memory()
+    changed, _, gone = memory.add(1), memory.add(2), memory.add(3)
+    memory.add(4)
+    memory.evict_from_host()
+    make_full_adapter(changed, rank=2, seed=99)
+    shutil.rmtree(gone)
 
-    manager.evict(1)
+    memory.plan({1: 0, 2: 1, 3: 2, 4: 3})
+    reports = memory.wait_for_loads(4)
 
-    assert [r.adapter_slot for r in manager.snapshot()] == [NO_SLOT, 1]
-    assert entries_of_slot(targets, 0) == [None] * len(before)
-    assert entries_of_slot(targets, 1) == other
-    assert 1 in manager
-    manager.install(1, 3)
-    for again, first in zip(entries_of_slot(targets, 3), before, strict=True):
-        assert [m is None for m in again] == [m is None for m in first]
-        assert all(m is n or torch.equal(m.a, n.a) for m, n in zip(again, first, strict=True))
+    assert sorted(reports.loaded) == [2, 4]
+    assert reports.failed.keys() == {1, 3}
+    assert str(changed) in reports.failed[1]
+    assert "the folder was changed" in reports.failed[1]
+    assert str(gone) in reports.failed[3]
+    assert memory.news.failed == {}, "the plan tells it"
+    assert memory.device.slots == {2: 1, 4: 3}
+    for adapter_id in (1, 3):
+        memory.manager.remove(adapter_id)
+    make_full_adapter(changed, rank=2, seed=1)
+    memory.add(5)
+    memory.add(6)
+    assert memory.plan({5: 0, 6: 2}) == loaded(5, 6)
+    memory.assert_holds({2: 1, 4: 3, 5: 0, 6: 2})
 
 
-def test_evicting_what_is_not_on_the_device_is_an_error(tmp_path):
-    manager = loaded_manager(make_targets(), tmp_path, {"rank": 2})
-    with pytest.raises(InternalError, match="generation 1 is evicted but is in no slot"):
-        manager.evict(1)
-    with pytest.raises(AdapterNotFoundError):
-        manager.evict(2)
+def test_changed_folder_fails_a_read_that_a_request_began(make_memory):
+    memory = make_memory()
+    path = memory.add(1)
+    memory.evict_from_host()
+    make_full_adapter(path, rank=3, seed=1)
+    memory.manager.want(1)
+    wait_until(lambda: memory.poll() and memory.news.failed)
+    assert "the folder was changed" in memory.news.failed[1]
+    assert memory.manager.take_loads() == loaded()
 
 
-def test_adapters_can_be_added_and_looked_up_while_others_come_and_go(tmp_path):
-    manager = loaded_manager(make_targets(), tmp_path, {"rank": 2}, {"rank": 4})
-    adapter = manager.read(str(tmp_path / "1"))
+def test_load_that_contradicts_what_is_there_fails_and_leaves_the_others_alone(make_memory):
+    memory = make_memory()
+    memory.add(1)
+    memory.add(2)
+    memory.add(3, rank=64, target_modules=ALL_MODULES)
+    memory.plan({1: 0})
+    reports = memory.plan({2: 0, 3: 1})
+    assert reports.loaded == [3]
+    assert "slot 0, but has a slot or that one is taken" in reports.failed[2]
+    memory.assert_holds({1: 0, 3: 1})
+    wait_until(lambda: memory.poll() and memory.pool.snapshot().num_held_bytes == 0)
+
+
+def test_load_that_finds_no_room_leaves_its_slot_without_modules(make_memory, tmp_path):
+    memory = make_two_tier(make_memory, tmp_path, num_device=2)
+    memory.add(1)
+    memory.add(2, rank=5)
+    reports = memory.plan({1: 0, 2: 7})
+    assert reports.loaded == [1]
+    assert "to be placed in the arena" in reports.failed[2]
+    assert {target.table.get(7)[target.slice_index] for target in memory.targets.values()} == {None}
+    memory.manager.remove(2)
+    memory.add(3)
+    assert memory.plan({3: 7}) == loaded(3)
+    memory.assert_holds({1: 0, 3: 7})
+
+
+def test_request_brings_an_adapter_to_the_host_unless_it_is_on_the_device(make_memory):
+    memory = make_memory()
+    memory.add(1)
+    memory.add(2)
+    memory.plan({1: 0})
+    memory.evict_from_host()
+    memory.manager.want(1)
+    memory.manager.want(2)
+    memory.manager.want(2)
+    assert [entry.is_being_read for entry in memory.manager.snapshot()] == [False, True]
+    wait_until(lambda: memory.poll() and memory.news.arrived)
+    assert [(entry.tier, entry.num_reads) for entry in memory.manager.snapshot()] == [
+        ("device", 1),
+        ("host", 2),
+    ]
+    assert memory.plan({2: 1}) == loaded(2)
+    memory.assert_holds({1: 0, 2: 1})
+
+
+def test_read_that_a_request_began_serves_the_plan_that_comes_before_its_end(make_memory):
+    memory = make_memory()
+    memory.add(1)
+    memory.evict_from_host()
+    memory.manager.want(1)
+    assert memory.plan({1: 0}) == loaded()
+    assert memory.wait_for_loads() == loaded(1)
+    assert memory.residency(1).num_reads == 2
+    memory.assert_holds({1: 0})
+
+
+# --- Removed ------------------------------------------------------------------------------------------------
+
+
+def test_read_of_a_removed_adapter_that_ends_later_installs_nothing(make_memory, monkeypatch):
+    memory = make_memory()
+    path = memory.add(1)
+    memory.evict_from_host()
+    has_read, gate, read_again = threading.Event(), threading.Event(), memory.manager._reader.read_again
+
+    def late(*arguments):
+        adapter = read_again(*arguments)
+        has_read.set()
+        gate.wait(TIMEOUT_S)
+        return adapter
+
+    monkeypatch.setattr(memory.manager._reader, "read_again", late)
+    memory.manager.want(1)
+    assert has_read.wait(TIMEOUT_S)
+    memory.manager.remove(1)
+    shutil.rmtree(path)
+    memory.add(2, seed=5)  # the same name's next generation, perhaps
+    assert memory.plan({2: 0}) == loaded(2)
+    gate.set()
+    wait_until(lambda: memory.poll() and memory.pool.snapshot().num_held_bytes == 0)
+
+    assert (memory.news.arrived, memory.news.failed) == ([], {})
+    assert memory.manager.take_loads() == loaded()
+    memory.assert_holds({2: 0})
+    assert [block.adapter_id for block in memory.pool.snapshot().adapters] == [2]
+
+
+def test_removed_adapter_lets_go_of_the_block_that_a_plan_was_to_load(make_memory):
+    memory = make_memory()
+    memory.add(1)
+    memory.manager.prepare_loads([1])
+    assert memory.pool.snapshot().num_held_bytes > 0
+    memory.manager.remove(1)
+    memory.assert_at_start()
+
+
+@on_devices
+def test_nothing_is_left_when_everything_is_removed(make_device_memory):
+    memory = make_device_memory()
+    for adapter_id in range(1, 7):
+        memory.add(adapter_id, rank=adapter_id, target_modules=ALL_MODULES)
+    memory.plan({1: 0, 2: 1, 3: 2})
+    memory.plan({4: 0}, drained=[1, 99], evicted=[2])
+    memory.evict_from_host()
+    memory.manager.want(2)
+    wait_until(lambda: memory.poll() and memory.news.arrived)
+    memory.plan({5: 5, 6: 6})
+    memory.wait_for_loads(2)
+    memory.plan(drained=[3, 4, 5, 6])
+    for adapter_id in range(1, 7):
+        memory.manager.remove(adapter_id)
+    memory.assert_at_start()
+
+
+def test_adapter_that_is_removed_before_its_copy_was_seen_to_end_leaves_nothing(make_memory):
+    memory = make_memory()
+    memory.add(1)
+    memory.plan({1: 0})
+    memory.plan(drained=[1])
+    memory.manager.remove(1)
+    memory.assert_at_start()
+
+
+def test_unknown_adapter_is_an_error_and_changes_nothing(make_memory):
+    memory = make_memory()
+    memory.add(1)
+    memory.plan({1: 0})
+    manager = memory.manager
+    for call in (manager.remove, manager.want, lambda adapter_id: manager.prepare_loads([adapter_id])):
+        with pytest.raises(AdapterNotFoundError, match="generation 9"):
+            call(9)
+    with pytest.raises(InternalError, match="generation 9 is evicted but is in no slot"):
+        manager.evict(9)
+    manager.free(9)
+    memory.assert_holds({1: 0})
+
+
+# --- Little memory ------------------------------------------------------------------------------------------
+
+
+@on_devices
+def test_evicted_bytes_are_used_by_a_load_of_the_same_plan(make_device_memory, tmp_path):
+    memory = make_two_tier(make_device_memory, tmp_path, num_device=2)
+    for adapter_id in (1, 2, 3, 4):
+        memory.add(adapter_id)
+    memory.plan({1: 0, 2: 1})
+    assert memory.device.num_free_bytes == 0
+    assert memory.plan({3: 0}, evicted=[1]) == loaded(3)
+    assert memory.plan({4: 1, 1: 2}, evicted=[3], drained=[2]) == loaded(4, 1)
+    memory.assert_holds({4: 1, 1: 2})
+
+
+def test_blocks_leave_the_host_only_in_poll_and_never_while_a_plan_holds_them(make_memory, tmp_path):
+    memory = make_two_tier(make_memory, tmp_path, num_host=2)
+    memory.add(1)
+    memory.add(2)
+    manager = memory.manager
+    path = make_full_adapter(tmp_path / "3", rank=2, seed=3)
+    with ThreadPoolExecutor(1) as thread:
+        manager.prepare_loads([1])
+        read = thread.submit(manager.read, str(path))
+        wait_until(lambda: memory.pool.snapshot().num_waiters == 1)
+        assert [manager.is_on_host(i) for i in (1, 2)] == [True, True]
+        assert manager.poll().evicted == [2]
+        with read.result(TIMEOUT_S) as adapter:
+            manager.add(3, adapter)
+        again = thread.submit(manager.read, str(tmp_path / "2"))
+        wait_until(lambda: memory.pool.snapshot().num_waiters == 1)
+        assert manager.poll().evicted == [3]
+        again.result(TIMEOUT_S).release()
+        assert manager.is_on_host(1)
+        manager.start_loads({1: 0})
+        assert manager.take_loads() == loaded(1)
+    memory.assert_holds({1: 0})
+
+
+@on_devices
+def test_host_memory_for_one_adapter_lets_loads_go_one_after_the_other(make_device_memory, tmp_path):
+    memory = make_two_tier(make_device_memory, tmp_path, num_host=1)
+    slots = {adapter_id: 10 + adapter_id for adapter_id in range(1, 8)}
+    for adapter_id in slots:
+        memory.add(adapter_id)
+    assert memory.plan(slots) == loaded(7)
+    reports = memory.wait_for_loads(6)
+    assert (sorted(reports.loaded), reports.failed) == ([1, 2, 3, 4, 5, 6], {})
+    memory.assert_holds(slots)
+
+
+def test_read_for_a_new_name_goes_on_beside_plans_when_copies_end(make_memory, tmp_path):
+    memory = make_two_tier(make_memory, tmp_path, num_host=1)
+    memory.add(1)
+    manager = memory.manager
+    manager.prepare_loads([1])
+    with ThreadPoolExecutor(1) as thread:
+        path = make_full_adapter(tmp_path / "2", rank=2, seed=2)
+        read = thread.submit(manager.read, str(path))
+        wait_until(lambda: memory.pool.snapshot().num_waiters == 1)
+        assert manager.poll() == HostNews()
+        manager.start_loads({1: 0})
+        assert manager.take_loads() == loaded(1)
+        assert not read.done()
+        wait_until(lambda: memory.poll() and read.done())
+        with read.result() as adapter:
+            manager.add(2, adapter)
+    assert memory.news.evicted == [1]
+    assert memory.plan({2: 1}) == loaded(2)
+    memory.assert_holds({1: 0, 2: 1})
+
+
+def test_caller_is_woken_when_room_is_wanted_and_when_a_read_has_ended(make_memory, tmp_path):
+    memory = make_two_tier(make_memory, tmp_path, num_host=1)
+    memory.add(1)
+    memory.add(2)
+    woken = threading.Event()
+    memory.manager.set_wake(woken.set)
+    assert not woken.is_set()
+    memory.manager.want(1)
+    assert woken.wait(TIMEOUT_S)  # room is wanted
+    assert memory.manager.poll().evicted == [2]
+    woken.clear()
+    wait_until(memory.manager._host._reads[1].done)
+    assert woken.wait(TIMEOUT_S)
+    assert memory.manager.poll().arrived == [1]
+
+
+def test_charge_of_an_adapter_is_its_bytes_and_never_lets_in_more_than_there_are_rows(make_memory):
+    memory = make_memory(memory_bytes=16 * MIB)
+    assert memory.manager.memory_bytes == 16 * MIB
+    large = memory.read(make_full_adapter(memory.tmp_path / "large", rank=64))
+    tiny = memory.read(
+        make_full_adapter(memory.tmp_path / "tiny", rank=1, target_modules=["k_proj"], layers=[0])
+    )
+    assert memory.manager.charged_bytes(large) == large.num_bytes
+    assert num_exact_bytes(memory.tmp_path / "large") == pytest.approx(large.num_bytes, rel=0.01)
+    assert memory.manager.charged_bytes(tiny) == 16 * 1024 > tiny.num_bytes
+    for adapter in (large, tiny):
+        adapter.release()
+
+
+# --- What is told -------------------------------------------------------------------------------------------
+
+
+def test_snapshot_tells_tiers_bytes_ranks_and_the_stages_of_loads(make_memory):
+    memory = make_memory()
+    path = memory.add(1, rank=2, target_modules=["o_proj", "embed_tokens"])
+    memory.add(2, rank=5)
+    memory.add(3)
+    memory.plan({2: 4})
+    memory.evict_from_host()
+    memory.add(4)
+    memory.manager.want(3)
+    first, second, third, fourth = memory.manager.snapshot()
+    assert [entry.adapter_id for entry in memory.manager.snapshot()] == [1, 2, 3, 4]
+    assert [entry.tier for entry in (first, second, third, fourth)] == ["disk", "device", "disk", "host"]
+    assert [entry.adapter_slot for entry in (first, second)] == [NO_SLOT, 4]
+    assert [entry.is_being_read for entry in (first, second, third)] == [False, False, True]
+    assert (first.lora_rank, second.lora_rank) == (2, 5)
+    assert first.target_modules == ("embed_tokens", "o_proj")
+    assert num_exact_bytes(path) == pytest.approx(first.num_bytes, abs=255)
+    assert first.load_ms.keys() == {"locate", "check", "room", "read"}
+    assert second.load_ms.keys() == {*first.load_ms, "copy"}
+    assert all(0 <= milliseconds < 1e5 for milliseconds in second.load_ms.values())
+
+
+def test_rank_limit_and_name_reach_the_error(make_memory, tmp_path):
+    memory = make_memory(max_lora_rank=4)
+    path = make_full_adapter(tmp_path / "a", rank=5)
+    with pytest.raises(InvalidArgumentError, match="'sql' has lora_rank 5 but max_lora_rank is 4"):
+        memory.manager.read(str(path), "sql")
+    memory.assert_at_start()
+    with pytest.raises(InvalidArgumentError, match="max_lora_rank is 0"):
+        make_memory(max_lora_rank=0)
+
+
+@on_devices
+def test_weights_are_in_the_models_dtype(make_device_memory):
+    memory = make_device_memory(dtype=torch.bfloat16)
+    memory.add(1, rank=3, target_modules=ALL_MODULES)
+    memory.plan({1: 0})
+    memory.assert_holds({1: 0})
+
+
+# --- Two threads --------------------------------------------------------------------------------------------
+
+
+def test_adapters_can_be_added_and_looked_up_while_others_come_and_go(make_memory):
+    memory = make_memory()
+    memory.add(1)
+    memory.add(2, rank=4)
+    manager = memory.manager
     ends = threading.Event()
+    turn, stepped = threading.Semaphore(0), threading.Semaphore(0)
 
     def run_steps():
-        while not ends.is_set():
-            for adapter_id in (1, 2):
-                manager.install(adapter_id, adapter_id)
-            for adapter_id in (1, 2):
-                manager.evict(adapter_id)
+        slot = 0
+        while turn.acquire(timeout=TIMEOUT_S) and not ends.is_set():
+            slot = 1 - slot
+            manager.start_loads({1: slot, 2: 2 + slot})
+            assert sorted(manager.take_loads().loaded) == [1, 2]
+            stepped.release()
+            manager.evict(1)
+            manager.free(2)
 
     with ThreadPoolExecutor(1) as pool:
         steps = pool.submit(run_steps)
-        for adapter_id in range(3, 1500):
-            manager.add(adapter_id, adapter)
+        for adapter_id in range(3, 120):
+            manager.prepare_loads([1, 2])
+            turn.release()
+            memory.add(adapter_id, rank=1, target_modules=["k_proj"], layers=[0])
+            manager.poll()
             held = manager.snapshot()
-            assert [r.adapter_id for r in held] == [1, 2, adapter_id]
-            assert {r.adapter_slot for r in held} <= {NO_SLOT, 1, 2}
+            assert [entry.adapter_id for entry in held] == [1, 2, adapter_id]
+            assert {entry.adapter_slot for entry in held} <= {NO_SLOT, 0, 1, 2, 3}
             manager.remove(adapter_id)
-            assert adapter_id not in manager
+            assert stepped.acquire(timeout=TIMEOUT_S)
         ends.set()
-        steps.result(timeout=30)
+        turn.release()
+        steps.result(timeout=TIMEOUT_S)
+    for adapter_id in (1, 2):
+        manager.remove(adapter_id)
+    memory.assert_at_start()
 
 
-@pytest.mark.parametrize("is_installed", [True, False])
-def test_nothing_is_left_of_a_removed_adapter(is_installed, tmp_path):
-    targets = make_targets()
-    manager = make_manager(targets)
-    adapter = manager.read(str(make_adapter(tmp_path / "a", rank=2)))
-    manager.add(1, adapter)
-    if is_installed:
-        manager.install(1, 0)
-    tensors = [
-        weakref.ref(tensor) for weights in adapter.modules.values() for tensor in (weights.a, weights.b)
-    ]
-    adapter_ref = weakref.ref(adapter)
-    del adapter
-    assert adapter_ref() is not None
-    manager.remove(1)
-    gc.collect()
-    assert adapter_ref() is None
-    assert not any(tensor() is not None for tensor in tensors)
-    assert manager.snapshot() == []
-    assert 1 not in manager
-    assert {table.installed_slots for table in tables_of(targets)} == {()}
+@on_devices
+@pytest.mark.parametrize("seed", range(4))
+def test_random_life_ends_as_it_began(make_device_memory, tmp_path, seed):
+    """Plans as the scheduler makes them: bytes are counted, evictions come with the loads that need them."""
+    rng = random.Random(seed)
+    memory = make_two_tier(make_device_memory, tmp_path, num_device=5, num_host=4)
+    manager = memory.manager
+    added, slots, charged, loading, next_id = set(), {}, {}, {}, 1
+
+    def take(reports):
+        assert reports.failed == {}
+        for adapter_id in reports.loaded:
+            slots[adapter_id] = loading.pop(adapter_id)
+
+    def run_plan():
+        wanted = [i for i in added if i not in slots and i not in loading]
+        loads, evicted = {}, []
+        for adapter_id in rng.sample(wanted, min(len(wanted), rng.randint(0, 3))):
+            size = charged[adapter_id]
+            held = sum(charged[i] for i in [*slots, *loading] if i not in evicted)
+            while held + size > manager.memory_bytes and set(slots) - set(evicted):
+                victim = rng.choice(sorted(set(slots) - set(evicted)))
+                evicted.append(victim)
+                held -= charged[victim]
+            if held + size > manager.memory_bytes:
+                break
+            taken = {*loading.values(), *(slot for i, slot in slots.items() if i not in evicted)}
+            loads[adapter_id] = loading[adapter_id] = min(set(range(20)) - taken)
+        for adapter_id in evicted:
+            del slots[adapter_id]
+        at_once = {i for i in loads if manager.is_on_host(i)}
+        reports = memory.plan(loads, evicted)
+        assert at_once <= set(reports.loaded)
+        take(reports)
+
+    for step in range(150):
+        action = rng.random()
+        if action < 0.15 and len(added) < 9:
+            memory.add(next_id, rank=rng.choice([1, 2, 3]), target_modules=rng.sample(ALL_MODULES, 5))
+            added.add(next_id)
+            with memory.read(tmp_path / str(next_id)) as adapter:
+                charged[next_id] = manager.charged_bytes(adapter)
+            next_id += 1
+        elif action < 0.25 and added - set(loading):
+            victim = rng.choice(sorted(added - set(loading)))
+            if slots.pop(victim, None) is not None:
+                take(memory.plan(drained=[victim]))
+            manager.remove(victim)
+            added.discard(victim)
+        elif action < 0.4 and added:
+            manager.want(rng.choice(sorted(added)))
+        elif action < 0.7:
+            memory.poll()
+            take(manager.take_loads())
+        else:
+            memory.poll()
+            run_plan()
+        if step % 5 == 0:
+            memory.assert_holds(slots)
+    while loading:
+        memory.poll()
+        take(manager.take_loads())
+    memory.assert_holds(slots)
+    memory.plan(drained=list(slots))
+    for adapter_id in added:
+        manager.remove(adapter_id)
+    memory.assert_at_start()
+    assert memory.news.failed == {}
 
 
-def test_unknown_adapter_is_an_error_and_changes_nothing(tmp_path):
-    targets = make_targets()
-    manager = loaded_manager(targets, tmp_path, {"rank": 2})
-    manager.install(1, 0)
-    for call in (lambda: manager.install(9, 0), lambda: manager.remove(9)):
-        with pytest.raises(AdapterNotFoundError, match="generation 9"):
-            call()
-    manager.remove(1)
-    with pytest.raises(AdapterNotFoundError, match="generation 1"):
-        manager.remove(1)
-    assert manager.snapshot() == []
+# --- The end ------------------------------------------------------------------------------------------------
 
 
-def test_id_is_added_once_and_from_one(tmp_path):
-    manager = loaded_manager(make_targets(), tmp_path, {"rank": 2})
-    adapter = read_adapter(tmp_path / "1")
-    for adapter_id in (0, -1, 1):
-        with pytest.raises(InternalError, match="expected a new number"):
-            manager.add(adapter_id, adapter)
-    assert 1 in manager
+@on_devices
+def test_close_frees_what_plans_and_reads_held_and_twice_is_nothing(make_device_memory, tmp_path):
+    memory = make_two_tier(make_device_memory, tmp_path, num_host=3)
+    for adapter_id in (1, 2, 3, 4):
+        memory.add(adapter_id)
+    memory.plan({4: 0})
+    memory.manager.prepare_loads([3, 2])  # on the host, or on disk only
+    with ThreadPoolExecutor(1) as thread:
+        blocks = [memory.pool.reserve(1, lambda: False)] if memory.pool.snapshot().num_free_bytes else []
+        memory.manager.close()
+        memory.manager.close()
+        with pytest.raises(LoadCancelledError):
+            thread.submit(memory.manager.read, str(tmp_path / "1")).result(TIMEOUT_S)
+    for block in blocks:
+        block.release()
+    wait_until(lambda: memory.pool.snapshot().num_free_bytes == memory.pool.snapshot().num_bytes)
+    assert memory.pool.slab.tensor.numel() == 0
 
 
-def test_negative_slot_is_refused_and_changes_nothing(tmp_path):
-    targets = make_targets()
-    manager = loaded_manager(targets, tmp_path, {"rank": 2})
-    manager.install(1, 2)
-    with pytest.raises(InternalError, match="slot -1"):
-        manager.install(1, -1)
-    assert {table.installed_slots for table in tables_of(targets)} == {(2,)}
-
-
-def test_failed_install_leaves_every_table_as_it_was(tmp_path):
-    targets = make_targets()
-    manager = loaded_manager(targets, tmp_path, {"rank": 2}, {"rank": 4})
-    manager.install(1, 0)
-    before = entries_of_slot(targets, 0)
-    other = LoRATarget(LoRALayerTable((99,), 24), 0, 24, 99)
-    broken = LoRAManager({**targets, "model.layers.9.self_attn.q_proj": other}, torch.float32, "cpu", 64)
-    adapter = read_adapter(tmp_path / "2")
-    wrong = {**adapter.modules, "model.layers.9.self_attn.q_proj": next(iter(adapter.modules.values()))}
-    broken.add(2, type(adapter)(adapter.path, wrong, adapter.content_digest, 1, 4))
-    with pytest.raises(ValueError, match="slice 0"):
-        broken.install(2, 0)
-    assert entries_of_slot(targets, 0) == before
-
-
-def test_adapter_with_a_foreign_module_is_refused(tmp_path):
-    manager = make_manager({k: v for k, v in make_targets().items() if "layers.3" not in k})
-    make_adapter(tmp_path / "a", rank=2)
-    with pytest.raises(InternalError, match=r"model\.layers\.3"):
-        manager.add(1, read_adapter(tmp_path / "a"))
-
-
-def test_weights_are_in_the_models_dtype_on_its_device(tmp_path):
-    targets = make_targets()
-    manager = loaded_manager(targets, tmp_path, {"rank": 2}, dtype=torch.bfloat16, device="cpu")
-    manager.install(1, 0)
-    for entry in entries_of_slot(targets, 0):
-        for weights in entry or ():
-            assert weights is not None
-            assert weights.a.dtype == weights.b.dtype == torch.bfloat16
-            assert weights.a.device == torch.device("cpu")
-
-
-def test_snapshot_tells_bytes_and_ranks(tmp_path):
-    manager = loaded_manager(
-        make_targets(), tmp_path, {"rank": 2, "target_modules": ["o_proj"], "layers": [0]}, {"rank": 5}
-    )
-    manager.install(2, 4)
-    first, second = manager.snapshot()
-    assert (first.adapter_id, first.adapter_slot, first.lora_rank) == (1, NO_SLOT, 2)
-    assert first.num_bytes == 4 * 2 * (32 + 24)
-    assert first.target_modules == ("o_proj",)
-    assert (second.adapter_id, second.adapter_slot, second.lora_rank) == (2, 4, 5)
-
-
-def test_rank_limit_and_name_reach_the_error(tmp_path):
-    manager = make_manager(make_targets(), max_lora_rank=4)
-    path = make_adapter(tmp_path / "a", rank=5)
-    with pytest.raises(InvalidArgumentError, match="'sql' has lora_rank 5 but max_lora_rank is 4"):
-        manager.read(str(path), "sql")
-    with pytest.raises(InvalidArgumentError, match="max_lora_rank is 0"):
-        make_manager(make_targets(), max_lora_rank=0)
-
-
-def test_two_targets_on_one_slice_are_refused():
-    table = LoRALayerTable((4,), 4)
-    targets = {name: LoRATarget(table, 0, 4, 4) for name in ("a", "b")}
-    with pytest.raises(InternalError, match="'a' and 'b'"):
-        make_manager(targets)
-
-
-def test_reads_in_several_threads_give_what_one_thread_gives(tmp_path):
-    manager = make_manager(make_targets())
-    paths = [str(make_adapter(tmp_path / str(seed), rank=3, seed=seed)) for seed in range(4)]
-    alone = [manager.read(path).content_digest for path in paths]
-    with ThreadPoolExecutor(4) as pool:
-        together = [adapter.content_digest for adapter in pool.map(manager.read, paths * 5)]
-    assert together == alone * 5
-    assert len(set(alone)) == 4
+def test_close_ends_reads_that_wait_for_room(make_memory, tmp_path):
+    memory = make_two_tier(make_memory, tmp_path, num_host=1)
+    memory.add(1)
+    memory.add(2)
+    memory.manager.prepare_loads([2])
+    memory.manager.want(1)
+    with ThreadPoolExecutor(1) as thread:
+        read = thread.submit(memory.manager.read, str(tmp_path / "1"))
+        wait_until(lambda: memory.pool.snapshot().num_waiters == 2)
+        memory.manager.close()
+        with pytest.raises(LoadCancelledError):
+            read.result(TIMEOUT_S)
+    wait_until(lambda: memory.pool.snapshot().num_waiters == 0)
+    assert memory.pool.snapshot().num_free_bytes == memory.pool.snapshot().num_bytes

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from pathlib import Path
 from typing import Any
 
 import peft
@@ -13,8 +12,9 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from lora.adapter_setup import MODEL_CONFIG, make_targets
-from lora_serve.lora import AdapterLimits, HostAdapter, read_peft_adapter
+from lora.peft_setup import FULL_CONFIG, FUSED, NUM_LAYERS, VOCAB_SIZE, make_full_targets, read_modules
+from lora_serve.kernels.lora_weights import LoRASliceWeights
+from lora_serve.layers.linear import LoRAKind
 
 CASES: dict[str, dict[str, Any]] = {
     "rank_1": {"r": 1, "lora_alpha": 3, "target_modules": ["q_proj"]},
@@ -83,13 +83,23 @@ CASES: dict[str, dict[str, Any]] = {
         "lora_dropout": 0.3,
         "init_lora_weights": "gaussian",
     },
+    "embed_tokens": {"r": 4, "lora_alpha": 6, "target_modules": ["embed_tokens"]},
+    "lm_head": {"r": 4, "lora_alpha": 6, "target_modules": ["lm_head"]},
+    "embeddings_with_patterns": {
+        "r": 4,
+        "lora_alpha": 8,
+        "use_rslora": True,
+        "target_modules": ["embed_tokens", "lm_head", "o_proj"],
+        "rank_pattern": {"embed_tokens": 1, "^lm_head": 7},
+        "alpha_pattern": {"^model.embed_tokens": 3, "lm_head": 5},
+    },
     "orthogonal": {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj"], "init_lora_weights": "orthogonal"},
 }
 
 
 def make_base_model() -> transformers.LlamaForCausalLM:
     torch.manual_seed(0)
-    config = transformers.LlamaConfig(**MODEL_CONFIG, vocab_size=32, max_position_embeddings=32)
+    config = transformers.LlamaConfig(**FULL_CONFIG, max_position_embeddings=32)
     return transformers.LlamaForCausalLM(config).eval()
 
 
@@ -116,34 +126,37 @@ def merged_deltas(base: nn.Module, model: peft.PeftModel) -> dict[str, Tensor]:
     return deltas
 
 
-def assert_same_deltas(adapter: HostAdapter, expected: dict[str, Tensor], *, prefix: str = "") -> None:
-    assert sorted(adapter.modules) == sorted(prefix + module for module in expected)
+def assert_same_deltas(
+    modules: dict[str, LoRASliceWeights], expected: dict[str, Tensor], *, prefix: str = ""
+) -> None:
+    assert sorted(modules) == sorted(prefix + module for module in expected)
+    targets = make_full_targets()
     for module, delta in expected.items():
-        weights = adapter.modules[prefix + module]
+        weights = modules[prefix + module]
         assert weights.a.is_contiguous()
         assert weights.b.is_contiguous()
-        ours = weights.scaling * (weights.b.double().T @ weights.a.double())
+        if targets[prefix + module].kind is LoRAKind.EMBEDDING:
+            ours = weights.scaling * (weights.a.double() @ weights.b.double())
+        else:
+            ours = weights.scaling * (weights.b.double().T @ weights.a.double())
         # Both are fp64 products of the same fp32 numbers; peft adds its to the weight first.
         torch.testing.assert_close(ours, delta, rtol=1e-10, atol=1e-12)
 
 
-def read(path: Path, dtype: torch.dtype = torch.float32) -> HostAdapter:
-    return read_peft_adapter(str(path), make_targets(), AdapterLimits(max_lora_rank=64, dtype=dtype))
-
-
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys did not match:RuntimeWarning")
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`:UserWarning")
 def test_delta_equals_what_peft_merges(case, tmp_path):
     base = make_base_model()
     model = make_peft_model(copy.deepcopy(base), task_type="CAUSAL_LM", **CASES[case])
     model.save_pretrained(tmp_path)
 
-    adapter = read(tmp_path)
+    modules = read_modules(tmp_path)
 
     # Saving sorts the patterns, so what the file means is what peft makes of it when it loads it again.
     expected = merged_deltas(base, peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path))
     assert expected
-    assert_same_deltas(adapter, expected)
+    assert_same_deltas(modules, expected)
 
 
 @pytest.mark.filterwarnings("ignore:The following rank_pattern keys did not match:RuntimeWarning")
@@ -157,10 +170,10 @@ def test_adapter_of_the_bare_decoder_is_mapped_with_its_patterns(tmp_path):
         alpha_pattern={r"^layers\.3\..*": 1},
     )
     model.save_pretrained(tmp_path)
-    adapter = read(tmp_path)
-    assert adapter.modules["model.layers.1.self_attn.q_proj"].lora_rank == 3
-    assert adapter.modules["model.layers.2.self_attn.q_proj"].lora_rank == 4
-    assert_same_deltas(adapter, merged_deltas(base, model), prefix="model.")
+    modules = read_modules(tmp_path)
+    assert modules["model.layers.1.self_attn.q_proj"].lora_rank == 3
+    assert modules["model.layers.2.self_attn.q_proj"].lora_rank == 4
+    assert_same_deltas(modules, merged_deltas(base, model), prefix="model.")
 
 
 def test_second_adapter_of_a_peft_model_reads_like_the_first(tmp_path):
@@ -173,7 +186,7 @@ def test_second_adapter_of_a_peft_model_reads_like_the_first(tmp_path):
             if "lora_B.second" in name:
                 parameter.normal_()
     model.save_pretrained(tmp_path)
-    assert_same_deltas(read(tmp_path / "second"), merged_deltas(base, model))
+    assert_same_deltas(read_modules(tmp_path / "second"), merged_deltas(base, model))
 
 
 def test_raw_state_dict_keys_with_the_adapter_name_are_understood(tmp_path):
@@ -185,7 +198,7 @@ def test_raw_state_dict_keys_with_the_adapter_name_are_understood(tmp_path):
     }
     assert any(".lora_A.default.weight" in key for key in tensors)
     safetensors.torch.save_file(tensors, tmp_path / "adapter_model.safetensors")
-    assert_same_deltas(read(tmp_path), merged_deltas(base, model))
+    assert_same_deltas(read_modules(tmp_path), merged_deltas(base, model))
 
 
 def test_adapter_saved_by_transformers_is_understood(tmp_path):
@@ -197,13 +210,50 @@ def test_adapter_saved_by_transformers_is_understood(tmp_path):
             if "lora_B" in name:
                 parameter.normal_()
     with_adapter.save_pretrained(tmp_path)
-    adapter = read(tmp_path)
+    modules = read_modules(tmp_path)
     state = with_adapter.state_dict()
-    assert len(adapter.modules) == 8
-    for module, weights in adapter.modules.items():
+    assert len(modules) == 8
+    for module, weights in modules.items():
         assert torch.equal(weights.a, state[f"{module}.lora_A.default.weight"])
         assert torch.equal(weights.b.T, state[f"{module}.lora_B.default.weight"])
         assert weights.scaling == pytest.approx(5 / 3, rel=1e-15)
+
+
+def test_fused_modules_of_phi3_are_split_as_its_layers_split_them(tmp_path):
+    torch.manual_seed(0)
+    config = transformers.Phi3Config(**FULL_CONFIG, max_position_embeddings=32, pad_token_id=0)
+    base = transformers.Phi3ForCausalLM(config).eval()
+    model = make_peft_model(
+        copy.deepcopy(base), r=5, target_modules=["qkv_proj", "gate_up_proj", "down_proj"]
+    )
+    model.save_pretrained(tmp_path)
+
+    modules = read_modules(tmp_path)
+
+    expected = {}
+    for module, delta in merged_deltas(base, model).items():
+        members = FUSED.get(module, (module,))
+        widths = [make_full_targets()[member].out_features for member in members]
+        expected.update(zip(members, delta.split(widths), strict=True))
+    assert len(expected) == 6 * NUM_LAYERS
+    assert_same_deltas(modules, expected)
+
+
+def test_tensors_that_peft_ties_are_applied_to_both_ends(tmp_path):
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(**FULL_CONFIG, max_position_embeddings=32, tie_word_embeddings=True)
+    base = transformers.LlamaForCausalLM(config).eval()
+    model = make_peft_model(base, r=4, target_modules=["embed_tokens"], ensure_weight_tying=True)
+    with pytest.warns(UserWarning, match="embedding layers found"):
+        model.save_pretrained(tmp_path)
+    modules = read_modules(tmp_path)
+    state = model.state_dict()
+    embedding = state["base_model.model.model.embed_tokens.lora_embedding_A.default"]
+    assert embedding.shape == (4, VOCAB_SIZE)
+    assert torch.equal(modules["model.embed_tokens"].a, embedding.T)
+    assert torch.equal(modules["lm_head"].b, state["base_model.model.lm_head.lora_B.default.weight"].T)
+    assert torch.equal(modules["lm_head"].b, embedding)
+    assert modules["lm_head"].scaling == modules["model.embed_tokens"].scaling == 2.0
 
 
 @pytest.mark.parametrize("file_dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -213,7 +263,7 @@ def test_file_dtypes_are_converted_to_the_models(file_dtype, model_dtype, tmp_pa
     model.to(file_dtype).save_pretrained(tmp_path)
     stored = safetensors.torch.load_file(tmp_path / "adapter_model.safetensors")
     module = "model.layers.0.self_attn.q_proj"
-    weights = read(tmp_path, model_dtype).modules[module]
+    weights = read_modules(tmp_path, model_dtype)[module]
     assert stored[f"base_model.model.{module}.lora_A.weight"].dtype == file_dtype
     assert weights.a.dtype == weights.b.dtype == model_dtype
     assert torch.equal(weights.a, stored[f"base_model.model.{module}.lora_A.weight"].to(model_dtype))
@@ -230,8 +280,6 @@ def test_file_dtypes_are_converted_to_the_models(file_dtype, model_dtype, tmp_pa
         {"init_lora_weights": "pissa"},
         {"init_lora_weights": "olora"},
         {"trainable_token_indices": [1, 2]},
-        {"target_modules": ["q_proj", "embed_tokens"]},
-        {"target_modules": ["q_proj", "lm_head"]},
     ],
     ids=str,
 )
@@ -240,7 +288,7 @@ def test_what_peft_saves_but_cannot_be_applied_exactly_is_refused(options, tmp_p
     options = {"r": 4, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM", **options}
     make_peft_model(make_base_model(), **options).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="cannot be loaded"):
-        read(tmp_path)
+        read_modules(tmp_path)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -261,8 +309,9 @@ def test_base_changing_initialisation_converted_to_plain_lora_is_applied_exactly
         tmp_path / "final", path_initial_model_for_weight_conversion=str(tmp_path / "start")
     )
 
-    adapter = read(tmp_path / "final")
+    modules = read_modules(tmp_path / "final")
 
-    for module, weights in adapter.modules.items():
+    assert len(modules) == NUM_LAYERS
+    for module, weights in modules.items():
         ours = base.state_dict()[f"{module}.weight"] + weights.scaling * weights.b.T @ weights.a
         torch.testing.assert_close(ours, trained[f"{module}.weight"], rtol=0, atol=1e-5)

@@ -14,7 +14,7 @@ import pytest
 from executor.scheduler_run import SchedulerRun
 from executor.states import make_state
 from lora_serve.common.errors import CapacityError
-from lora_serve.lora.peft_adapter import HostAdapter
+from lora_serve.testing.oracle_adapters import make_oracle_adapter
 from lora_serve.testing.oracle_executor import OracleExecutor, OracleOptions, Outcome
 from lora_serve.testing.oracle_tokens import oracle_tokens
 
@@ -110,7 +110,7 @@ class RandomRun:
     def open_adapter(self) -> None:
         adapter_id, num_bytes = self.next_adapter, self.rng.randint(1, 3)
         self.next_adapter += 1
-        self.run.executor.lora.add(adapter_id, HostAdapter("", {}, "", num_bytes, 1))
+        self.run.executor.lora.add(adapter_id, make_oracle_adapter("", "", num_bytes=num_bytes))
         try:
             self.run.scheduler.open_adapter(
                 adapter_id,

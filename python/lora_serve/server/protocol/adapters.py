@@ -15,7 +15,8 @@ class LoadAdapterRequest(RequestModel):
     lora_name : str
         Not empty; no colon, white space or control characters; not the base model's name.
     lora_path : str
-        A PEFT directory on the server.
+        A PEFT directory on the server; or a repository of the Hugging Face hub, or a reference for a plug-in,
+        where the server was started to allow them.
     load_inplace : bool or None
         Replace what the name has when its content differs, instead of answering 409.
     pinned : bool or None

@@ -1,0 +1,72 @@
+"""Adapter memory as the engine uses it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from lora_serve.lora.adapter_reader import HostAdapter
+    from lora_serve.lora.host_adapters import HostNews
+    from lora_serve.lora.manager import AdapterResidency
+
+
+class AdapterStore(Protocol):
+    """Adapter memory without what plans do to it, which is the executor's matter; really a `LoRAManager`.
+
+    The thread of the step loop calls everything but `read`, while plans run that bring adapters in and take
+    them off.
+    """
+
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes that adapters may take on the device, as `charged_bytes` counts them; 0 = no limit."""
+        ...
+
+    @property
+    def num_load_waits(self) -> int:
+        """How often the caller may have had to wait for a thread that reads adapters, since the start."""
+        ...
+
+    def set_wake(self, wake: Callable[[], None]) -> None:
+        """Have `wake` called, from other threads, whenever `poll` has something to do."""
+        ...
+
+    def read(self, path: str, name: str | None = None) -> HostAdapter:
+        """Read and validate a PEFT directory; slow, for any thread.
+
+        It may wait for room on the host, which `poll` makes.
+        """
+        ...
+
+    def charged_bytes(self, adapter: HostAdapter) -> int:
+        """What the scheduler has to count for an adapter on the device."""
+        ...
+
+    def add(self, adapter_id: int, adapter: HostAdapter) -> None:
+        """Remember a generation, so that plans may load it; takes over what `read` gave."""
+        ...
+
+    def remove(self, adapter_id: int) -> None:
+        """Forget a generation that is not on the device any more, or never was."""
+        ...
+
+    def is_on_host(self, adapter_id: int) -> bool:
+        """Whether the rows of a plan that is made before the next `poll` and loads it may use it at once."""
+        ...
+
+    def want(self, adapter_id: int) -> None:
+        """Begin to read a generation from disk if it is in no memory, because a request has come for it."""
+        ...
+
+    def poll(self) -> HostNews:
+        """Take up what has ended, and make room on the host; tell what has changed there."""
+        ...
+
+    def prepare_loads(self, adapter_ids: Iterable[int]) -> None:
+        """Get these ready, because the plan that is submitted next loads them."""
+        ...
+
+    def snapshot(self) -> list[AdapterResidency]:
+        """Give what is held, ordered by adapter id."""
+        ...

@@ -1,0 +1,217 @@
+"""Reads adapters from disk into host memory, in any thread."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from types import TracebackType
+
+from lora_serve.common.errors import InvalidArgumentError, LoraServeError
+from lora_serve.layers.linear import LoRATarget
+from lora_serve.lora.adapter_layout import AdapterLayout
+from lora_serve.lora.host_block import HostBlock
+from lora_serve.lora.host_pool import HostPool
+from lora_serve.lora.peft_adapter import check_peft_adapter
+from lora_serve.lora.peft_modules import AdapterLimits
+from lora_serve.lora.peft_reader import read_into
+from lora_serve.lora.sources import AdapterFolder, AdapterSources
+
+NUM_READ_THREADS = 8
+"""Threads that read the tensors of all adapters, at most; fewer on a machine with fewer cores."""
+
+
+@dataclass(frozen=True, eq=False)
+class HostAdapter:
+    """One adapter as it was read: what it is, and its weights until it is released.
+
+    As a context manager it releases itself.
+
+    Parameters
+    ----------
+    folder
+        Where it was read from.
+    layout
+        Where each matrix lies in the block.
+    content_digest
+        Hex SHA-256 of what the adapter computes.
+    block
+        Its weights, leased; None where only the rest is of interest.
+    load_ms
+        How long each stage of the load took: "locate" (a download, perhaps), "check", "room" (waiting for
+        host memory), "read".
+    """
+
+    folder: AdapterFolder
+    layout: AdapterLayout
+    content_digest: str
+    block: HostBlock | None
+    load_ms: Mapping[str, float]
+
+    def __enter__(self) -> HostAdapter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.release()
+
+    def release(self) -> None:
+        """End the lease; a block that nobody kept is free then. A second call is nothing."""
+        if self.block is not None:
+            self.block.release()
+
+    @property
+    def path(self) -> str:
+        """Real path of the directory that it was read from."""
+        return self.folder.path
+
+    @property
+    def lora_rank(self) -> int:
+        """The largest rank of its modules."""
+        return self.layout.lora_rank
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of its block."""
+        return self.layout.num_bytes
+
+
+def describe_error(error: Exception) -> str:
+    """What an adapter's owner should read: the message of our own errors, else the type as well."""
+    return str(error) if isinstance(error, LoraServeError) else f"{type(error).__name__}: {error}"
+
+
+def release_unwanted(read: Future[HostAdapter]) -> None:
+    """Free what a read gives that nobody waits for any more; a callback of its future."""
+    if not read.cancelled() and read.exception() is None:
+        read.result().release()
+
+
+class AdapterReader:
+    """Finds, checks and reads adapters.
+
+    Owns: the threads that read tensors. Thread-safe.
+
+    Parameters
+    ----------
+    targets
+        Module paths of the model that may have an adapter.
+    fused_targets
+        Module paths that stand for several of them, in the order of their output features.
+    limits
+        What is accepted, and the dtype to store.
+    pool
+        Host memory for the blocks.
+    sources
+        Where adapters may come from.
+    num_threads
+        Threads that read tensors; None = ``NUM_READ_THREADS``, or one a core where there are fewer.
+    """
+
+    def __init__(
+        self,
+        targets: Mapping[str, LoRATarget],
+        fused_targets: Mapping[str, Sequence[str]],
+        limits: AdapterLimits,
+        pool: HostPool,
+        sources: AdapterSources,
+        *,
+        num_threads: int | None = None,
+    ) -> None:
+        self._targets = dict(targets)
+        self._fused_targets = dict(fused_targets)
+        self._limits = limits
+        self._pool = pool
+        self._sources = sources
+        num_threads = num_threads or min(NUM_READ_THREADS, os.cpu_count() or 1)
+        self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix="lora-serve-tensors")
+        self._is_closed = False
+
+    def read(self, path: str, name: str | None = None) -> HostAdapter:
+        """Read and validate a PEFT directory into host memory; slow, and waits for room if it must.
+
+        Room is made by `HostPool.make_room`, so somebody must call it meanwhile.
+
+        Parameters
+        ----------
+        path
+            Where the adapter is, as `AdapterSources.locate` takes it.
+        name
+            How messages name the adapter; its path where None.
+
+        Returns
+        -------
+        HostAdapter
+            Its block is leased.
+
+        Raises
+        ------
+        InvalidArgumentError
+            The path is outside the allowed roots, or the adapter cannot be read or applied exactly.
+        CapacityError
+            It is larger than all of the host memory for adapters.
+        LoadCancelledError
+            The memory was closed meanwhile.
+        """
+        begin = time.monotonic()
+        folder = self._sources.locate(path, name)
+        return self._read(folder, name, {"locate": _ms_since(begin)})
+
+    def _read(self, folder: AdapterFolder, name: str | None, load_ms: dict[str, float]) -> HostAdapter:
+        begin = time.monotonic()
+        checked = check_peft_adapter(
+            folder.path,
+            self._targets,
+            self._limits,
+            fused=self._fused_targets,
+            name=name,
+            resolve=folder.resolve,
+        )
+        with checked:
+            load_ms["check"], begin = _ms_since(begin), time.monotonic()
+            block = self._pool.reserve(checked.layout.num_bytes, self._is_cancelled)
+            try:
+                load_ms["room"], begin = _ms_since(begin), time.monotonic()
+                digest = read_into(
+                    checked, block.tensor, threads=self._threads, is_cancelled=self._is_cancelled
+                )
+            except BaseException:
+                block.release()
+                raise
+        load_ms["read"] = _ms_since(begin)
+        return HostAdapter(folder, checked.layout, digest, block, load_ms)
+
+    def read_again(self, folder: AdapterFolder, layout: AdapterLayout, content_digest: str) -> HostAdapter:
+        """Read what was read from a folder before.
+
+        Raises
+        ------
+        InvalidArgumentError
+            The folder does not hold the same content any more.
+        CapacityError, LoadCancelledError
+            As in :meth:`read`.
+        """
+        adapter = self._read(folder, None, {})
+        if (adapter.content_digest, adapter.layout) != (content_digest, layout):
+            adapter.release()
+            raise InvalidArgumentError(
+                f"{folder.path!r} holds content {adapter.content_digest}, expected "
+                f"{content_digest}, which was loaded from there: the folder was changed; load it again "
+                "with load_inplace, and write new versions to new folders"
+            )
+        return adapter
+
+    def close(self) -> None:
+        """End the threads; reads that run end with LoadCancelledError. Twice is nothing."""
+        self._is_closed = True
+        self._threads.shutdown(wait=False)
+
+    def _is_cancelled(self) -> bool:
+        return self._is_closed
+
+
+def _ms_since(begin_s: float) -> float:
+    return 1e3 * (time.monotonic() - begin_s)

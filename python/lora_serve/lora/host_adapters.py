@@ -1,0 +1,243 @@
+"""Adapters in host memory: read from disk, kept while there is room, read again when they are wanted."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+from lora_serve.common.errors import AdapterNotFoundError, InternalError
+from lora_serve.lora.adapter_layout import AdapterLayout
+from lora_serve.lora.adapter_reader import AdapterReader, HostAdapter, describe_error, release_unwanted
+from lora_serve.lora.host_block import HostBlock
+from lora_serve.lora.host_pool import HostPool
+from lora_serve.lora.sources import AdapterFolder
+
+NUM_LOADERS = 4
+"""Adapters that are read again at once."""
+
+
+@dataclass
+class _Record:
+    """What is remembered of an adapter that was added, wherever its weights are."""
+
+    folder: AdapterFolder
+    layout: AdapterLayout
+    content_digest: str
+    load_ms: Mapping[str, float]
+    last_used_s: float
+    num_reads: int = 1
+
+
+@dataclass(frozen=True)
+class HostResidency:
+    """What host memory knows of one adapter.
+
+    Parameters
+    ----------
+    is_on_host
+        Its weights are in host memory.
+    is_being_read
+        They are on their way from disk.
+    layout
+        Of its block.
+    load_ms
+        How long each stage of its last read took; see :class:`HostAdapter`.
+    num_reads
+        How often it was read from disk.
+    last_used_s
+        Unix time at which it was read or wanted last.
+    """
+
+    is_on_host: bool
+    is_being_read: bool
+    layout: AdapterLayout
+    load_ms: Mapping[str, float]
+    num_reads: int
+    last_used_s: float
+
+
+@dataclass
+class HostNews:
+    """What has changed in host memory since the last look.
+
+    Parameters
+    ----------
+    arrived
+        Adapters that were read again.
+    evicted
+        Adapters whose blocks made room for others.
+    failed
+        Adapters that could not be read again, with the reason.
+    """
+
+    arrived: list[int] = field(default_factory=list)
+    evicted: list[int] = field(default_factory=list)
+    failed: dict[int, str] = field(default_factory=dict)
+
+
+class HostAdapters:
+    """Which adapters lie in host memory, and the threads that bring them there.
+
+    Owns: the record of each adapter that was added, what it keeps in the pool, the reads that are under way.
+    Deliberately does not know: names, slots, the device, who is needed when.
+    Invariants: an adapter's block leaves the pool only in `poll`, so that whoever has looked can rely on what
+    it saw until its next look; a record is there from `add` to `remove`; what is read again for an adapter
+    has the digest that it was added with, or is not used.
+    Threads: one calls everything, and evicts for all reads of the pool, in `poll`.
+
+    Parameters
+    ----------
+    reader
+        Reads adapters into the pool.
+    pool
+        Host memory for the blocks.
+    on_news
+        Called from another thread when `poll` has something to do.
+    """
+
+    def __init__(
+        self,
+        reader: AdapterReader,
+        pool: HostPool,
+        on_news: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._reader = reader
+        self._pool = pool
+        self._on_news = on_news
+        self._loaders = ThreadPoolExecutor(NUM_LOADERS, thread_name_prefix="lora-serve-loader")
+        self._records: dict[int, _Record] = {}
+        self._reads: dict[int, Future[HostAdapter]] = {}
+
+    def add(self, adapter_id: int, adapter: HostAdapter) -> None:
+        """Remember an adapter that was read, until :meth:`remove`.
+
+        The caller's lease goes on; with its end the block may make room for others.
+
+        Raises
+        ------
+        InternalError
+            ``adapter_id`` is below 1 or was added before, or the adapter has no weights.
+        """
+        if adapter_id < 1 or adapter_id in self._records:
+            raise InternalError(
+                f"adapter generation {adapter_id} is added, expected a new number, 1 or above"
+            )
+        self._keep(adapter_id, adapter)
+        self._records[adapter_id] = _Record(
+            adapter.folder, adapter.layout, adapter.content_digest, adapter.load_ms, time.time()
+        )
+
+    def remove(self, adapter_id: int) -> None:
+        """Forget an adapter; its block is free when nobody has leased it any more.
+
+        Raises
+        ------
+        AdapterNotFoundError
+            The adapter was not added, or was removed.
+        """
+        self._get(adapter_id)
+        del self._records[adapter_id]
+        read = self._reads.pop(adapter_id, None)
+        if read is not None:
+            read.add_done_callback(release_unwanted)
+        self._pool.drop(adapter_id)
+
+    def __contains__(self, adapter_id: int) -> bool:
+        """Whether the adapter was added and not removed."""
+        return adapter_id in self._records
+
+    def is_on_host(self, adapter_id: int) -> bool:
+        """Whether its block is in the pool, where it stays at least until the next :meth:`poll`."""
+        return self._pool.contains(adapter_id)
+
+    def layout(self, adapter_id: int) -> AdapterLayout:
+        """The layout of an adapter's block.
+
+        Raises
+        ------
+        AdapterNotFoundError
+            The adapter was not added, or was removed.
+        """
+        return self._get(adapter_id).layout
+
+    def lease(self, adapter_id: int) -> HostBlock | None:
+        """Give its block, which then stays until it is released; None where it must be read again first.
+
+        Raises
+        ------
+        AdapterNotFoundError
+            The adapter was not added, or was removed.
+        """
+        self._get(adapter_id).last_used_s = time.time()
+        return self._pool.lease(adapter_id)
+
+    def stage(self, adapter_id: int) -> None:
+        """Begin to read an adapter again, unless its block is there or on its way; `poll` tells the end.
+
+        Raises
+        ------
+        AdapterNotFoundError
+            The adapter was not added, or was removed.
+        """
+        record = self._get(adapter_id)
+        record.last_used_s = time.time()
+        if self._pool.contains(adapter_id):
+            self._pool.touch(adapter_id)
+        elif adapter_id not in self._reads:
+            read = self._loaders.submit(
+                self._reader.read_again, record.folder, record.layout, record.content_digest
+            )
+            self._reads[adapter_id] = read
+            read.add_done_callback(lambda _: self._on_news())
+
+    def poll(self) -> HostNews:
+        """Make room for reads that wait for it, and take up those that have ended."""
+        news = HostNews(evicted=self._pool.make_room())
+        for adapter_id in [i for i, read in self._reads.items() if read.done()]:
+            read = self._reads.pop(adapter_id)
+            try:
+                adapter = read.result()
+            except Exception as error:
+                news.failed[adapter_id] = describe_error(error)
+                continue
+            with adapter:
+                record = self._records[adapter_id]
+                record.load_ms = adapter.load_ms
+                record.num_reads += 1
+                self._keep(adapter_id, adapter)
+            news.arrived.append(adapter_id)
+        return news
+
+    def close(self) -> None:
+        """End the loader threads; pool and reader are closed by their owner. Twice changes nothing."""
+        self._loaders.shutdown(wait=False, cancel_futures=True)
+        for read in self._reads.values():
+            read.add_done_callback(release_unwanted)
+        self._reads.clear()
+
+    def snapshot(self) -> dict[int, HostResidency]:
+        """What host memory knows of each adapter that was added."""
+        return {
+            adapter_id: HostResidency(
+                is_on_host=self._pool.contains(adapter_id),
+                is_being_read=adapter_id in self._reads,
+                layout=record.layout,
+                load_ms=record.load_ms,
+                num_reads=record.num_reads,
+                last_used_s=record.last_used_s,
+            )
+            for adapter_id, record in sorted(self._records.items())
+        }
+
+    def _keep(self, adapter_id: int, adapter: HostAdapter) -> None:
+        if adapter.block is None:
+            raise InternalError(f"adapter generation {adapter_id} was read without its weights")
+        self._pool.keep(adapter_id, adapter.block)
+
+    def _get(self, adapter_id: int) -> _Record:
+        record = self._records.get(adapter_id)
+        if record is None:
+            raise AdapterNotFoundError(f"adapter generation {adapter_id} was not added, or was removed")
+        return record

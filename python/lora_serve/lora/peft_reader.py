@@ -1,0 +1,329 @@
+"""Reads the tensors of a checked adapter into its block: converted, as operators want them, with a digest.
+
+The work is cut into tasks of some megabytes. Each makes one read of the file, which scatters what needs no
+change straight into the block and the rest into a small buffer; then come the digests, transpositions and the
+test for NaN, while the data is in the cache. Nearly all of it is a few large calls that release the
+interpreter lock, so that tasks run beside each other and beside the step loop.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lora_serve.lora.adapter_files import WEIGHTS_FILE
+from lora_serve.lora.adapter_layout import MATRIX_ALIGNMENT, align
+from lora_serve.lora.interpreter_lock import sharing_lock
+from lora_serve.lora.load_cancelled import LoadCancelledError
+from lora_serve.lora.load_problems import LoadProblems
+from lora_serve.lora.peft_adapter import CheckedAdapter
+from lora_serve.lora.read_plan import ReadTask, StoredMatrix, filled_ranges, gaps, plan_tasks
+from lora_serve.lora.stored_numbers import (
+    BITS_OF,
+    FILE_DTYPE_OF,
+    Bits,
+    convert,
+    is_all_finite,
+    largest_magnitude,
+)
+
+_Bytes = NDArray[np.uint8]
+
+# Rows transposed at once: a cache line of each fits the second-level cache. Fewer are faster by themselves
+# (2048: 7 GB/s instead of 3), but every call has to wait for the interpreter lock again.
+_ROWS_AT_ONCE = 16384
+
+
+def read_into(
+    checked: CheckedAdapter,
+    block: Tensor,
+    *,
+    threads: ThreadPoolExecutor | None,
+    is_cancelled: Callable[[], bool],
+) -> str:
+    """Fill a block with an adapter's weights.
+
+    Parameters
+    ----------
+    checked
+        The adapter, its file open.
+    block
+        [layout.num_bytes] uint8, CPU, contiguous, starting at a multiple of ``MATRIX_ALIGNMENT`` bytes. Every
+        byte is written, those between the matrices with 0. What it holds after an error is undefined.
+    threads
+        Run the tasks; None = the calling thread does. Not the pool that the caller itself runs in: it could
+        wait for itself.
+    is_cancelled
+        Asked between tensors, by several threads.
+
+    Returns
+    -------
+    str
+        Hex SHA-256 of what the adapter computes: modules, ranks, scalings and tensors as stored in the file.
+        Equal content in another folder, or under another spelling of the keys, has the same digest, and an
+        equal digest means an equal layout. It does not depend on the model's dtype.
+
+    Raises
+    ------
+    InvalidArgumentError
+        A tensor holds NaN or Inf, or numbers that the model's dtype cannot hold (each is named); the file is
+        not any more what was checked, or cannot be read.
+    LoadCancelledError
+        ``is_cancelled`` gave True.
+    ValueError
+        ``block`` is not as described.
+
+    Notes
+    -----
+    Nothing writes to the block after this has returned or raised.
+    """
+    _check_block(block, checked.layout.num_bytes)
+    checked.weights.check_unchanged()
+    tasks = plan_tasks(checked)
+    target = block.numpy()
+    for start, end in gaps(tasks, checked.layout.num_bytes):
+        target[start:end] = 0
+    results = _run_all(_BlockRead(checked, target, is_cancelled), tasks, threads)
+    checked.weights.check_unchanged()
+    problems = LoadProblems(checked.name)
+    digests: dict[tuple[str, str], bytes] = {}
+    for result in results:
+        for text in result.problems:
+            problems.add_in_file(WEIGHTS_FILE, text)
+        digests.update(result.digests)
+    problems.raise_if_any()
+    return _content_digest(checked, digests)
+
+
+@dataclass
+class _TaskResult:
+    """SHA-256 of the stored parts by (module, half), and what is wrong with the numbers."""
+
+    digests: dict[tuple[str, str], bytes] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+
+
+class _BlockRead:
+    """One read of one adapter into one block; its tasks run in any threads."""
+
+    def __init__(self, checked: CheckedAdapter, block: _Bytes, is_cancelled: Callable[[], bool]) -> None:
+        self._weights = checked.weights
+        self.is_cancelled = is_cancelled
+        self._dtype = FILE_DTYPE_OF[checked.dtype]
+        self._block = block
+        self._bits: Bits = block.view(BITS_OF[self._dtype])
+        self._is_stopped = False
+        # One a running task; appending and popping are atomic.
+        self._spare_buffers: deque[_Bytes] = deque()
+
+    def stop(self) -> None:
+        """Let the tasks that have not ended raise soon."""
+        self._is_stopped = True
+
+    def is_over(self) -> bool:
+        """Whether the read was cancelled, or a task has failed."""
+        return self._is_stopped or self.is_cancelled()
+
+    def run(self, task: ReadTask) -> _TaskResult:
+        """Read some matrices into the block.
+
+        Raises
+        ------
+        InvalidArgumentError
+            The file cannot be read or ends too early.
+        LoadCancelledError
+            Cancelled, or another task has failed.
+        """
+        try:
+            self._raise_if_over()
+            buffer = self._take_buffer(task)
+            stored = self._read(task, buffer)
+            result = _TaskResult()
+            is_finite = True
+            for matrix, content in zip(task, stored, strict=True):
+                self._raise_if_over()
+                _add_digests(matrix, content, result)
+                is_finite = self._place(matrix, content) and is_finite
+            # One look at whole ranges of the block, and a closer one only where it finds something.
+            item_bytes = self._bits.dtype.itemsize
+            for start, end in filled_ranges(task):
+                bits = self._bits[start // item_bytes : end // item_bytes]
+                is_finite = is_finite and is_all_finite(bits, self._dtype)
+            if not is_finite:
+                for matrix, content in zip(task, stored, strict=True):
+                    self._add_problem(matrix, content, result)
+            self._spare_buffers.append(buffer)
+        except BaseException:
+            self.stop()
+            raise
+        return result
+
+    def _raise_if_over(self) -> None:
+        if self.is_over():
+            raise LoadCancelledError("cancelled while its tensors were read")
+
+    def _take_buffer(self, task: ReadTask) -> _Bytes:
+        num_bytes = sum(
+            align(matrix.info.num_bytes, MATRIX_ALIGNMENT) for matrix in task if not matrix.is_direct
+        )
+        try:
+            buffer = self._spare_buffers.pop()
+        except IndexError:
+            return np.empty(num_bytes, np.uint8)
+        return buffer if buffer.nbytes >= num_bytes else np.empty(num_bytes, np.uint8)
+
+    def _read(self, task: ReadTask, buffer: _Bytes) -> list[_Bytes]:
+        """The stored bytes of each matrix, in the block or in the buffer."""
+        stored: list[_Bytes] = []
+        end = 0
+        for matrix in task:
+            num_bytes = matrix.info.num_bytes
+            if matrix.is_direct:
+                start = matrix.parts[0].offset
+                stored.append(self._block[start : start + num_bytes])
+            else:
+                stored.append(buffer[end : end + num_bytes])
+                end += align(num_bytes, MATRIX_ALIGNMENT)
+        pieces = sorted(zip(task, stored, strict=True), key=lambda piece: piece[0].info.start)
+        views: list[memoryview] = []
+        first = next_start = 0
+        for matrix, content in pieces:
+            if views and matrix.info.start != next_start:
+                self._weights.read_into(first, views)
+                views = []
+            if not views:
+                first = next_start = matrix.info.start
+            views.append(content.data)
+            next_start += matrix.info.num_bytes
+        self._weights.read_into(first, views)
+        return stored
+
+    def _place(self, matrix: StoredMatrix, content: _Bytes) -> bool:
+        """Convert and transpose into the block; False: the numbers are not finite, nothing was written."""
+        if matrix.is_direct:
+            return True
+        info = matrix.info
+        stored = content.view(BITS_OF[info.dtype])
+        # Conversion may turn NaN into a number.
+        if info.dtype != self._dtype and not is_all_finite(stored, info.dtype):
+            return False
+        numbers = convert(stored, info.dtype, self._dtype).reshape(info.shape)
+        item_bytes = self._bits.dtype.itemsize
+        for part in matrix.parts:
+            rows = numbers[part.first_row : part.first_row + part.num_rows]
+            first = part.offset // item_bytes
+            target = self._bits[first : first + rows.size]
+            if matrix.is_transposed:
+                _transpose(rows, target.reshape(rows.shape[::-1]))
+            else:
+                target.reshape(rows.shape)[...] = rows
+        return True
+
+    def _add_problem(self, matrix: StoredMatrix, content: _Bytes, result: _TaskResult) -> None:
+        stored = content.view(BITS_OF[matrix.info.dtype])
+        if not is_all_finite(stored, matrix.info.dtype):
+            result.problems.append(
+                f"key '{matrix.key}' holds NaN or Inf, expected finite numbers: train again"
+            )
+        elif not is_all_finite(convert(stored, matrix.info.dtype, self._dtype), self._dtype):
+            largest = largest_magnitude(stored, matrix.info.dtype)
+            dtype = next(dtype for dtype, name in FILE_DTYPE_OF.items() if name == self._dtype)
+            result.problems.append(
+                f"key '{matrix.key}' holds values up to {largest:.3g}, which {dtype} cannot hold; "
+                "serve the model in bfloat16 or float32"
+            )
+
+
+def _check_block(block: Tensor, num_bytes: int) -> None:
+    is_plain = block.dtype == torch.uint8 and block.device.type == "cpu" and block.is_contiguous()
+    if not is_plain or block.shape != (num_bytes,) or block.data_ptr() % MATRIX_ALIGNMENT:
+        raise ValueError(
+            f"the block has shape {tuple(block.shape)}, dtype {block.dtype}, device {block.device} and "
+            f"starts at {block.data_ptr():#x}; expected [{num_bytes}] bytes of torch.uint8 in one piece on "
+            f"the CPU, starting at a multiple of {MATRIX_ALIGNMENT}"
+        )
+
+
+def _run_all(
+    read: _BlockRead, tasks: Sequence[ReadTask], threads: ThreadPoolExecutor | None
+) -> list[_TaskResult]:
+    """Run all tasks; when this ends, however it does, none of them runs any more."""
+    if threads is None:
+        return [read.run(task) for task in tasks]
+    futures: list[Future[_TaskResult]] = []
+    refusal: RuntimeError | None = None
+    try:
+        for task in sharing_lock(tasks):
+            if read.is_over():
+                break
+            futures.append(threads.submit(read.run, task))
+    except RuntimeError as error:  # the pool was shut down
+        refusal = error
+        read.stop()
+    except BaseException:
+        read.stop()
+        _wait(futures)
+        raise
+    errors = _wait(futures)
+    # A task that stops because another one failed says nothing about why.
+    for failure in errors:
+        if not isinstance(failure, LoadCancelledError):
+            raise failure
+    if refusal is not None and not read.is_cancelled():
+        raise refusal
+    if errors or len(futures) < len(tasks):
+        raise LoadCancelledError("cancelled while its tensors were read")
+    return [future.result() for future in futures]
+
+
+def _wait(futures: Sequence[Future[_TaskResult]]) -> list[BaseException]:
+    """Wait for all tasks and give their errors."""
+    return [error for error in (future.exception() for future in futures) if error is not None]
+
+
+def _add_digests(matrix: StoredMatrix, content: _Bytes, result: _TaskResult) -> None:
+    row_bytes = matrix.info.num_bytes // matrix.info.shape[0]
+    for part in matrix.parts:
+        rows = content[part.first_row * row_bytes : (part.first_row + part.num_rows) * row_bytes]
+        result.digests[part.module, matrix.half] = hashlib.sha256(rows.data).digest()
+
+
+def _transpose(source: Bits, target: Bits) -> None:
+    for first in range(0, source.shape[0], _ROWS_AT_ONCE):
+        rows = slice(first, first + _ROWS_AT_ONCE)
+        target[:, rows] = source[rows].T
+
+
+def _content_digest(checked: CheckedAdapter, digests: dict[tuple[str, str], bytes]) -> str:
+    """Hash the modules in the order of their paths; every field has its length in front or a fixed one."""
+    fields = {}
+    for pair in sharing_lock(checked.pairs):
+        info_a, info_b = checked.header[pair.key_a], checked.header[pair.key_b]
+        shared = struct.pack("<Q", len(pair.members)) + pair.members[0].encode()
+        for member, width in zip(pair.members, pair.widths, strict=True):
+            fields[member] = (
+                member.encode(),
+                # Whose A it is belongs to the content: an equal digest means an equal layout.
+                shared if len(pair.members) > 1 else b"",
+                struct.pack("<Qd", pair.lora_rank, pair.scaling),
+                info_a.dtype.encode(),
+                struct.pack("<QQ", *info_a.shape),
+                digests[pair.members[0], "A"],
+                info_b.dtype.encode(),
+                struct.pack("<QQ", width, pair.lora_rank),
+                digests[member, "B"],
+            )
+    digest = hashlib.sha256(b"lora_serve adapter content 2")
+    for _, values in sharing_lock(sorted(fields.items())):
+        for value in values:
+            digest.update(struct.pack("<Q", len(value)) + value)
+    return digest.hexdigest()
