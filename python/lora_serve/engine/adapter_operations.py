@@ -19,7 +19,6 @@ from lora_serve.common.field_checks import check_adapter_weight, check_text
 from lora_serve.engine.adapter_log import AdapterLog
 from lora_serve.engine.load_queues import LoadQueues, PendingLoad
 from lora_serve.engine.messages import LoadAdapterResult, UnloadAdapterResult
-from lora_serve.lora.adapter_reader import release_unwanted
 from lora_serve.lora.registry import AdapterContent, check_adapter_name
 
 if TYPE_CHECKING:
@@ -42,12 +41,6 @@ class _Unload:
     waits_for: set[int]
     adapter_ids: list[int]
     caller: Future[UnloadAdapterResult]
-
-
-def _drop_read(load: PendingLoad) -> None:
-    """Cancel the read of a load that nobody waits for, or free what it gives."""
-    if load.read is not None and not load.read.cancel():
-        load.read.add_done_callback(release_unwanted)
 
 
 def _new_caller() -> Future[Any]:
@@ -229,7 +222,7 @@ class AdapterOperations:
         self._unloads = []
         self._readers.shutdown(wait=False, cancel_futures=True)
         for load in loads:
-            _drop_read(load)
+            load.drop_read()
             load.answer(error)
         for unload in unloads:
             unload.caller.set_exception(error)
@@ -237,7 +230,8 @@ class AdapterOperations:
     # --- One load -----------------------------------------------------------------------------------------
 
     def _start_read(self, load: PendingLoad) -> None:
-        load.read = self._readers.submit(self._store.read, load.path, load.name)
+        is_cancelled = load.is_cancelled.is_set
+        load.read = self._readers.submit(self._store.read, load.path, load.name, is_cancelled)
         load.read.add_done_callback(lambda _: self._on_read_done())
 
     def _on_read(self, load: PendingLoad) -> None:
@@ -337,7 +331,7 @@ class AdapterOperations:
 
     def _cancel(self, loads: list[PendingLoad]) -> None:
         for load in loads:
-            _drop_read(load)
+            load.drop_read()
             load.answer(
                 AdapterConflictError(
                     f"the load of adapter {load.name!r} from {load.path!r} was cancelled by an unload of the "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import deque
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from lora_serve.common.errors import LoraServeError
 from lora_serve.engine.messages import LoadAdapterResult
+from lora_serve.lora.adapter_reader import release_unwanted
 
 if TYPE_CHECKING:
     from lora_serve.lora.adapter_reader import HostAdapter
@@ -27,6 +29,8 @@ class PendingLoad:
         Who waits; several when callers asked the same before its read began.
     read : Future or None
         Set while the files are read, and until the step loop has taken the result up.
+    is_cancelled : threading.Event
+        Set when nobody waits for the read any more.
     generation : AdapterGeneration or None
         Set while it is brought to the device for the first time.
     """
@@ -38,12 +42,19 @@ class PendingLoad:
     weight: float
     callers: list[Future[LoadAdapterResult]] = field(default_factory=list)
     read: Future[HostAdapter] | None = None
+    is_cancelled: threading.Event = field(default_factory=threading.Event)
     generation: AdapterGeneration | None = None
 
     def asks_the_same(self, other: PendingLoad) -> bool:
         """True when one load can answer both."""
         ours = (self.name, self.path, self.load_inplace, self.pinned, self.weight)
         return ours == (other.name, other.path, other.load_inplace, other.pinned, other.weight)
+
+    def drop_read(self) -> None:
+        """End its read soon, if one is under way, and free what it gives."""
+        self.is_cancelled.set()
+        if self.read is not None and not self.read.cancel():
+            self.read.add_done_callback(release_unwanted)
 
     def answer(self, outcome: LoadAdapterResult | LoraServeError) -> None:
         """Tell everybody who waits."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Protocol
 
+from lora_serve.lora.adapter_reader import never
+
 if TYPE_CHECKING:
     from lora_serve.lora.adapter_reader import HostAdapter
     from lora_serve.lora.host_adapters import HostNews
@@ -32,10 +34,12 @@ class AdapterStore(Protocol):
         """Have `wake` called, from other threads, whenever `poll` has something to do."""
         ...
 
-    def read(self, path: str, name: str | None = None) -> HostAdapter:
-        """Read and validate a PEFT directory; slow, for any thread.
+    def read(
+        self, path: str, name: str | None = None, is_cancelled: Callable[[], bool] = never
+    ) -> HostAdapter:
+        """Find, read and validate an adapter; slow, for any thread.
 
-        It may wait for room on the host, which `poll` makes.
+        It may wait for room on the host, which `poll` makes, and ends early once `is_cancelled` says so.
         """
         ...
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from types import TracebackType
@@ -20,7 +20,7 @@ from lora_serve.lora.peft_reader import read_into
 from lora_serve.lora.sources import AdapterFolder, AdapterSources
 
 NUM_READ_THREADS = 8
-"""Threads that read the tensors of all adapters, at most; fewer on a machine with fewer cores."""
+"""Threads that read the tensors of all adapters, at most; one core is left to the step loop."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,6 +90,11 @@ def release_unwanted(read: Future[HostAdapter]) -> None:
         read.result().release()
 
 
+def never() -> bool:
+    """False: nothing is cancelled."""
+    return False
+
+
 class AdapterReader:
     """Finds, checks and reads adapters.
 
@@ -108,7 +113,7 @@ class AdapterReader:
     sources
         Where adapters may come from.
     num_threads
-        Threads that read tensors; None = ``NUM_READ_THREADS``, or one a core where there are fewer.
+        Threads that read tensors; None = ``NUM_READ_THREADS``, or one a core but one where there are fewer.
     """
 
     def __init__(
@@ -126,11 +131,13 @@ class AdapterReader:
         self._limits = limits
         self._pool = pool
         self._sources = sources
-        num_threads = num_threads or min(NUM_READ_THREADS, os.cpu_count() or 1)
+        num_threads = num_threads or min(NUM_READ_THREADS, max(1, len(os.sched_getaffinity(0)) - 1))
         self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix="lora-serve-tensors")
         self._is_closed = False
 
-    def read(self, path: str, name: str | None = None) -> HostAdapter:
+    def read(
+        self, path: str, name: str | None = None, is_cancelled: Callable[[], bool] = never
+    ) -> HostAdapter:
         """Read and validate a PEFT directory into host memory; slow, and waits for room if it must.
 
         Room is made by `HostPool.make_room`, so somebody must call it meanwhile.
@@ -141,6 +148,8 @@ class AdapterReader:
             Where the adapter is, as `AdapterSources.locate` takes it.
         name
             How messages name the adapter; its path where None.
+        is_cancelled
+            Asked now and then; once it says so, the read ends.
 
         Returns
         -------
@@ -154,13 +163,22 @@ class AdapterReader:
         CapacityError
             It is larger than all of the host memory for adapters.
         LoadCancelledError
-            The memory was closed meanwhile.
+            ``is_cancelled`` said so, or the memory was closed meanwhile.
         """
         begin = time.monotonic()
         folder = self._sources.locate(path, name)
-        return self._read(folder, name, {"locate": _ms_since(begin)})
+        return self._read(folder, name, {"locate": _ms_since(begin)}, is_cancelled)
 
-    def _read(self, folder: AdapterFolder, name: str | None, load_ms: dict[str, float]) -> HostAdapter:
+    def _read(
+        self,
+        folder: AdapterFolder,
+        name: str | None,
+        load_ms: dict[str, float],
+        is_cancelled: Callable[[], bool],
+    ) -> HostAdapter:
+        def is_over() -> bool:
+            return self._is_closed or is_cancelled()
+
         begin = time.monotonic()
         checked = check_peft_adapter(
             folder.path,
@@ -172,11 +190,11 @@ class AdapterReader:
         )
         with checked:
             load_ms["check"], begin = _ms_since(begin), time.monotonic()
-            block = self._pool.reserve(checked.layout.num_bytes, self._is_cancelled)
+            block = self._pool.reserve(checked.layout.num_bytes, is_over)
             try:
                 load_ms["room"], begin = _ms_since(begin), time.monotonic()
                 digest = read_into(
-                    checked, block.tensor, threads=self._threads, is_cancelled=self._is_cancelled
+                    checked, block.tensor, threads=self._threads, is_cancelled=is_over
                 )
             except BaseException:
                 block.release()
@@ -184,7 +202,13 @@ class AdapterReader:
         load_ms["read"] = _ms_since(begin)
         return HostAdapter(folder, checked.layout, digest, block, load_ms)
 
-    def read_again(self, folder: AdapterFolder, layout: AdapterLayout, content_digest: str) -> HostAdapter:
+    def read_again(
+        self,
+        folder: AdapterFolder,
+        layout: AdapterLayout,
+        content_digest: str,
+        is_cancelled: Callable[[], bool] = never,
+    ) -> HostAdapter:
         """Read what was read from a folder before.
 
         Raises
@@ -194,7 +218,7 @@ class AdapterReader:
         CapacityError, LoadCancelledError
             As in :meth:`read`.
         """
-        adapter = self._read(folder, None, {})
+        adapter = self._read(folder, None, {}, is_cancelled)
         if (adapter.content_digest, adapter.layout) != (content_digest, layout):
             adapter.release()
             raise InvalidArgumentError(
@@ -208,10 +232,6 @@ class AdapterReader:
         """End the threads; reads that run end with LoadCancelledError. Twice is nothing."""
         self._is_closed = True
         self._threads.shutdown(wait=False)
-
-    def _is_cancelled(self) -> bool:
-        return self._is_closed
-
 
 def _ms_since(begin_s: float) -> float:
     return 1e3 * (time.monotonic() - begin_s)

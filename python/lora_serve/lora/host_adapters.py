@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -28,6 +29,19 @@ class _Record:
     load_ms: Mapping[str, float]
     last_used_s: float
     num_reads: int = 1
+
+
+@dataclass(frozen=True)
+class _Read:
+    """A read that is under way."""
+
+    future: Future[HostAdapter]
+    is_cancelled: threading.Event
+
+    def drop(self) -> None:
+        """Let it end soon, and free what it gives."""
+        self.is_cancelled.set()
+        self.future.add_done_callback(release_unwanted)
 
 
 @dataclass(frozen=True)
@@ -108,7 +122,7 @@ class HostAdapters:
         self._on_news = on_news
         self._loaders = ThreadPoolExecutor(NUM_LOADERS, thread_name_prefix="lora-serve-loader")
         self._records: dict[int, _Record] = {}
-        self._reads: dict[int, Future[HostAdapter]] = {}
+        self._reads: dict[int, _Read] = {}
 
     def add(self, adapter_id: int, adapter: HostAdapter) -> None:
         """Remember an adapter that was read, until :meth:`remove`.
@@ -141,7 +155,7 @@ class HostAdapters:
         del self._records[adapter_id]
         read = self._reads.pop(adapter_id, None)
         if read is not None:
-            read.add_done_callback(release_unwanted)
+            read.drop()
         self._pool.drop(adapter_id)
 
     def __contains__(self, adapter_id: int) -> bool:
@@ -186,19 +200,24 @@ class HostAdapters:
         if self._pool.contains(adapter_id):
             self._pool.touch(adapter_id)
         elif adapter_id not in self._reads:
-            read = self._loaders.submit(
-                self._reader.read_again, record.folder, record.layout, record.content_digest
+            is_cancelled = threading.Event()
+            future = self._loaders.submit(
+                self._reader.read_again,
+                record.folder,
+                record.layout,
+                record.content_digest,
+                is_cancelled.is_set,
             )
-            self._reads[adapter_id] = read
-            read.add_done_callback(lambda _: self._on_news())
+            self._reads[adapter_id] = _Read(future, is_cancelled)
+            future.add_done_callback(lambda _: self._on_news())
 
     def poll(self) -> HostNews:
         """Make room for reads that wait for it, and take up those that have ended."""
         news = HostNews(evicted=self._pool.make_room())
-        for adapter_id in [i for i, read in self._reads.items() if read.done()]:
+        for adapter_id in [i for i, read in self._reads.items() if read.future.done()]:
             read = self._reads.pop(adapter_id)
             try:
-                adapter = read.result()
+                adapter = read.future.result()
             except Exception as error:
                 news.failed[adapter_id] = describe_error(error)
                 continue
@@ -214,7 +233,7 @@ class HostAdapters:
         """End the loader threads; pool and reader are closed by their owner. Twice changes nothing."""
         self._loaders.shutdown(wait=False, cancel_futures=True)
         for read in self._reads.values():
-            read.add_done_callback(release_unwanted)
+            read.drop()
         self._reads.clear()
 
     def snapshot(self) -> dict[int, HostResidency]:

@@ -139,6 +139,9 @@ class HostPool:
         list of int
             The adapters that were evicted; the blocks that took their room are handed over already.
         """
+        # Nearly always so; who comes after this look asks for another one.
+        if not self._waiters:
+            return []
         with self._between_steps:
             evicted: list[int] = []
             while self._waiters and not self._is_closed:
@@ -173,8 +176,7 @@ class HostPool:
 
     def contains(self, adapter_id: int) -> bool:
         """Whether `lease` would find the adapter."""
-        with self._between_steps:
-            return adapter_id in self._kept
+        return adapter_id in self._kept  # One look at a dict needs no lock.
 
     def touch(self, adapter_id: int) -> None:
         """Count as a use of the adapter; nothing where it is not kept."""

@@ -18,7 +18,7 @@ from lora_serve.common.errors import InvalidArgumentError
 from lora_serve.layers.linear import LoRATarget
 from lora_serve.lora.adapter_copies import AdapterCopies, CpuCopies, CudaCopies
 from lora_serve.lora.adapter_layout import AdapterLayout
-from lora_serve.lora.adapter_reader import AdapterReader, HostAdapter, describe_error
+from lora_serve.lora.adapter_reader import AdapterReader, HostAdapter, describe_error, never
 from lora_serve.lora.device_adapters import DeviceAdapters
 from lora_serve.lora.host_adapters import HostAdapters, HostNews
 from lora_serve.lora.host_block import HostBlock
@@ -164,9 +164,11 @@ class LoRAManager:
 
     # --- Any thread ---------------------------------------------------------------------------------------
 
-    def read(self, path: str, name: str | None = None) -> HostAdapter:
-        """Read and validate a PEFT directory; see `AdapterReader.read`."""
-        return self._reader.read(path, name)
+    def read(
+        self, path: str, name: str | None = None, is_cancelled: Callable[[], bool] = never
+    ) -> HostAdapter:
+        """Find, read and validate an adapter; see `AdapterReader.read`."""
+        return self._reader.read(path, name, is_cancelled)
 
     # --- The step loop ------------------------------------------------------------------------------------
 

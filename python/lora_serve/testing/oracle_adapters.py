@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 
 from lora_serve.common.errors import AdapterNotFoundError, InternalError
 from lora_serve.lora.adapter_layout import AdapterLayout, ModuleLayout
-from lora_serve.lora.adapter_reader import HostAdapter
+from lora_serve.lora.adapter_reader import HostAdapter, never
 from lora_serve.lora.allowed_roots import AllowedRoots
 from lora_serve.lora.host_adapters import HostNews
 from lora_serve.lora.manager import NO_SLOT, AdapterResidency
@@ -74,7 +74,9 @@ class OracleAdapterStore:
     def set_wake(self, wake: Callable[[], None]) -> None:
         """Do nothing: there is never news."""
 
-    def read(self, path: str, name: str | None = None) -> HostAdapter:  # noqa: ARG002
+    def read(
+        self, path: str, name: str | None = None, is_cancelled: Callable[[], bool] = never  # noqa: ARG002
+    ) -> HostAdapter:
         """Give an adapter whose content is a function of the path; no file is touched."""
         return make_oracle_adapter(path, path, num_bytes=self._num_bytes)
 

@@ -22,6 +22,7 @@ class FilesOfTheTest(OracleAdapterStore):
         super().__init__(memory_bytes=memory_bytes)
         self.contents = {}
         self.num_reads = 0
+        self.is_cancelled = {}  # What the newest read of each path was told to ask.
         self._gates = {}
         self._read_begins = threading.Condition()
 
@@ -40,8 +41,9 @@ class FilesOfTheTest(OracleAdapterStore):
     def release(self, path):
         self._gates.pop(path).set()
 
-    def read(self, path, name=None):
+    def read(self, path, name=None, is_cancelled=None):
         content = self.contents.get(path, path)
+        self.is_cancelled[path] = is_cancelled
         with self._read_begins:
             self.num_reads += 1
             self._read_begins.notify_all()

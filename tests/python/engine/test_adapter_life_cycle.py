@@ -448,8 +448,11 @@ def test_unload_cancels_a_load_that_reads(driver):
     driver.files.hold("/a")
     loads = [driver.core.load_adapter("a", "/a"), driver.core.load_adapter("a", "/b")]
     driver.step()
+    driver.files.wait_for_reads(1)
+    assert not driver.files.is_cancelled["/a"]()
     unload = driver.core.unload_adapter("a")
     assert unload.result(timeout=0).adapter_ids == []
+    assert driver.files.is_cancelled["/a"]()
     for load in loads:
         assert isinstance(error_of(load), AdapterConflictError)
         assert "cancelled by an unload" in str(error_of(load))

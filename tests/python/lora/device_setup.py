@@ -50,7 +50,7 @@ class DeviceSetup:
         torch.cuda.synchronize()
 
     def end_step(self) -> torch.cuda.Event | None:
-        """Wait as an engine does that has two steps outstanding; give the step's end, None where it is over."""
+        """Wait as an engine does that has two steps outstanding; give its end, None where it is over."""
         if self.execution is None:
             return None
         self._outstanding.append(self.execution.record_event())

@@ -267,6 +267,20 @@ def test_read_of_a_removed_adapter_that_ends_later_leaves_nothing(make_host, mon
     assert list(host.adapters.snapshot()) == [2]
 
 
+def test_read_of_a_removed_adapter_that_waits_for_room_ends(make_host):
+    host = make_host(1)
+    host.add(1)
+    host.evict_all()
+    host.add(2)
+    lease = host.adapters.lease(2)
+    host.adapters.stage(1)
+    wait_until(lambda: host.pool.snapshot().num_waiters == 1)
+    host.adapters.remove(1)
+    wait_until(lambda: host.pool.snapshot().num_waiters == 0)
+    lease.release()
+    assert host.on_host() == [2]
+
+
 def test_more_adapters_than_loaders_and_a_pool_for_one_arrive_one_after_the_other(make_host):
     host = make_host(1)
     ids = range(1, host_adapters.NUM_LOADERS + 4)

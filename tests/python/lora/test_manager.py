@@ -342,7 +342,7 @@ def test_caller_is_woken_when_room_is_wanted_and_when_a_read_has_ended(make_memo
     assert woken.wait(TIMEOUT_S)  # room is wanted
     assert memory.manager.poll().evicted == [2]
     woken.clear()
-    wait_until(memory.manager._host._reads[1].done)
+    wait_until(memory.manager._host._reads[1].future.done)
     assert woken.wait(TIMEOUT_S)
     assert memory.manager.poll().arrived == [1]
 

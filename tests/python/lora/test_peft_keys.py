@@ -9,8 +9,8 @@ from lora.adapter_setup import make_targets
 from lora.peft_setup import FUSED, check, make_full_adapter, make_full_targets, read_modules
 from lora_serve.common.errors import InvalidArgumentError
 from lora_serve.lora.peft_adapter import check_peft_adapter
-from lora_serve.lora.peft_modules import AdapterLimits
 from lora_serve.lora.peft_keys import PeftKeyParser, PeftTensorKey
+from lora_serve.lora.peft_modules import AdapterLimits
 from lora_serve.testing.adapters import ALL_PROJECTIONS, read_adapter_tensors, write_adapter_tensors
 from lora_serve.testing.bad_adapters import corrupt_config
 
