@@ -35,7 +35,9 @@ FUSED = {
 
 def make_full_targets() -> dict[str, LoRATarget]:
     """Those of `make_targets`, embed_tokens and lm_head."""
-    embedding = LoRATarget(LoRALayerTable((HIDDEN,), VOCAB_SIZE), 0, VOCAB_SIZE, HIDDEN, LoRAKind.EMBEDDING)
+    embedding = LoRATarget(
+        LoRALayerTable((HIDDEN,), VOCAB_SIZE, is_embedding=True), 0, VOCAB_SIZE, HIDDEN, LoRAKind.EMBEDDING
+    )
     logits = LoRATarget(LoRALayerTable((VOCAB_SIZE,), HIDDEN), 0, HIDDEN, VOCAB_SIZE, LoRAKind.LOGITS)
     return {**make_targets(), "model.embed_tokens": embedding, "lm_head": logits}
 
