@@ -4,6 +4,7 @@
 #include <memory>
 #include <optional>
 #include <utility>
+#include <vector>
 
 #include "array_conversion.h"
 #include "bindings.h"
@@ -252,6 +253,23 @@ AdapterNotFoundError
     The generation is not open, is draining, or its load failed.
 CapacityError
     A limit on what waits is reached.
+)doc")
+      .def(
+          "add_requests",
+          [](Scheduler& self, std::vector<NewRequest> requests) {
+            self.AddRequests(std::move(requests));
+          },
+          py::arg("requests"), R"doc(
+Queue all requests, in their order, or none of them.
+
+Raises
+------
+InvalidArgumentError
+    A field is out of range, or an id is live or named twice.
+AdapterNotFoundError
+    A generation is not open, is draining, or its load failed.
+CapacityError
+    With all of them a limit on what waits is exceeded; each counts as rejected.
 )doc")
       .def(
           "abort",

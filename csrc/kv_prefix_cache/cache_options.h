@@ -55,7 +55,7 @@ struct KVPrefixCacheOptions {
   std::int32_t num_host_pages = 0;
   WritePolicy write_policy = WritePolicy::kWriteThrough;
   /// kWriteBack: PlanWriteBacks starts copies until this many device pages are free, being written,
-  /// or evictable and on the host already.
+  /// or evictable and on the host already; fewer when the host cannot hold so many.
   std::int32_t write_back_watermark_pages = 0;
   /// False: MatchIntent::kPrefixReuse finds nothing.
   bool enable_prefix_reuse = true;

@@ -185,12 +185,16 @@ std::int64_t KVPrefixCache::Impl::Evict(Tier tier, std::int64_t num_pages) noexc
     if (leaf == nullptr) break;
     const auto num_dropped = static_cast<std::int32_t>(
         std::min<std::int64_t>(policy.NumVictimPages(*leaf), num_pages - num_evicted));
-    leaf->namespace_backptr->counts().evicted_pages[IndexOf(tier)] += num_dropped;
-    DropTail(*leaf, tier, num_dropped);
+    EvictTail(*leaf, tier, num_dropped);
     num_evicted += num_dropped;
   }
-  num_evicted_pages_[IndexOf(tier)] += num_evicted;
   return num_evicted;
+}
+
+void KVPrefixCache::Impl::EvictTail(Node& leaf, Tier tier, std::int32_t num_pages) noexcept {
+  leaf.namespace_backptr->counts().evicted_pages[IndexOf(tier)] += num_pages;
+  num_evicted_pages_[IndexOf(tier)] += num_pages;
+  DropTail(leaf, tier, num_pages);
 }
 
 void KVPrefixCache::Impl::EvictSnapshots(Tier tier, std::int64_t num_snapshots) noexcept {

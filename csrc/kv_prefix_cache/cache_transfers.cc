@@ -13,7 +13,8 @@ namespace lora_serve {
 
 // --- Write back --------------------------------------------------------------------------------
 
-KVPrefixCache::Impl::WriteBackStart KVPrefixCache::Impl::TryWriteBack(Node& end) {
+KVPrefixCache::Impl::WriteBackStart KVPrefixCache::Impl::TryWriteBack(Node& end,
+                                                                      HostRoom host_room) {
   Namespace& ns = *end.namespace_backptr;
   if (!HasHostTier() || ns.IsDraining() || end.IsRoot()) return WriteBackStart::kNothingToCopy;
   const MatchedPath path = CoverPathTo(end);
@@ -26,7 +27,8 @@ KVPrefixCache::Impl::WriteBackStart KVPrefixCache::Impl::TryWriteBack(Node& end)
   const std::int32_t begin = std::min(host.num_covered, num_device_pages);
   const std::int32_t num_wanted = num_device_pages - begin;
   Node& covered_end = DeepestNodeOn(Tier::kHost, end);
-  const std::int32_t num_pages = num_wanted == 0 ? 0 : MakeHostRoom(covered_end, num_wanted);
+  const std::int32_t num_pages =
+      num_wanted == 0 ? 0 : MakeHostRoom(covered_end, num_wanted, host_room);
   const std::int32_t end_page = begin + num_pages;
   NodePath snapshots = SnapshotsToWriteBack(end, end_page);
   const std::size_t num_wanted_snapshots = snapshots.size();
@@ -52,20 +54,42 @@ KVPrefixCache::Impl::WriteBackStart KVPrefixCache::Impl::TryWriteBack(Node& end)
   return WriteBackStart::kStarted;
 }
 
-std::int32_t KVPrefixCache::Impl::MakeHostRoom(Node& covered_end, std::int32_t num_pages) {
+std::int32_t KVPrefixCache::Impl::MakeHostRoom(Node& covered_end, std::int32_t num_pages,
+                                               HostRoom host_room) {
   const PagePool& pool = Pool(Component::kFullAttention, Tier::kHost);
   if (pool.num_free_pages() >= num_pages) return num_pages;
   EvictionPolicy& policy = PagePolicy(Tier::kHost);
   policy.Pin(covered_end);  // room for the end of a path must not be made of its start
-  const std::int64_t num_evictable =
-      num_tree_pages_[IndexOf(Tier::kHost)] - policy.CountProtectedPages();
-  const auto num_possible = static_cast<std::int32_t>(
-      std::min<std::int64_t>(num_pages, pool.num_free_pages() + num_evictable));
-  if (num_possible > pool.num_free_pages()) {
-    Evict(Tier::kHost, num_possible - pool.num_free_pages());
+  if (host_room == HostRoom::kAny) {
+    Evict(Tier::kHost, num_pages - pool.num_free_pages());
+  } else {
+    EvictHostPagesNotOfVictims(num_pages - pool.num_free_pages());
   }
   policy.Unpin(covered_end);
-  return num_possible;
+  return static_cast<std::int32_t>(std::min<std::int64_t>(num_pages, pool.num_free_pages()));
+}
+
+void KVPrefixCache::Impl::EvictHostPagesNotOfVictims(std::int64_t num_pages) noexcept {
+  const EvictionPolicy& policy = PagePolicy(Tier::kHost);
+  while (num_pages > 0) {
+    Node* const leaf = policy.Victim();
+    if (leaf == nullptr) return;
+    const auto num_dropped = static_cast<std::int32_t>(std::min<std::int64_t>(
+        {policy.NumVictimPages(*leaf), NumPagesNotOfVictim(*leaf), num_pages}));
+    if (num_dropped == 0) return;
+    EvictTail(*leaf, Tier::kHost, num_dropped);
+    num_pages -= num_dropped;
+  }
+}
+
+std::int32_t KVPrefixCache::Impl::NumPagesNotOfVictim(const Node& leaf) const {
+  const EvictionPolicy& policy = PagePolicy(Tier::kDevice);
+  const std::int32_t num_host_pages = leaf.On(Tier::kHost).pages.size();
+  const std::int32_t num_device_pages = leaf.On(Tier::kDevice).pages.size();
+  if (num_device_pages < num_host_pages) return num_host_pages - num_device_pages;
+  const bool is_protected =
+      policy.CountProtectedPages({&leaf, num_device_pages}) == policy.CountProtectedPages();
+  return is_protected ? num_host_pages : 0;
 }
 
 KVPrefixCache::Impl::NodePath KVPrefixCache::Impl::SnapshotsToWriteBack(

@@ -64,8 +64,10 @@ void KVPrefixCache::Impl::WriteBackAhead() {
     chosen.push_back(&leaf);
     return true;
   });
+  // Not in place of copies that count already, or of those that would be chosen next: a host that
+  // holds fewer pages than the watermark asks for would be written for ever.
   for (Node* const leaf : chosen) {
-    if (TryWriteBack(*leaf) == WriteBackStart::kNoRoom) return;
+    if (TryWriteBack(*leaf, HostRoom::kNotOfVictims) == WriteBackStart::kNoRoom) return;
   }
 }
 

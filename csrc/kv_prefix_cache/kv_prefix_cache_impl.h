@@ -98,6 +98,9 @@ class KVPrefixCache::Impl {
     }
   };
   enum class WriteBackStart : std::uint8_t { kStarted, kNothingToCopy, kBlocked, kNoRoom };
+  /// What a copy to the host may take the place of: whatever goes first there, or that only as long
+  /// as it is not the copy of what the device could evict.
+  enum class HostRoom : std::uint8_t { kAny, kNotOfVictims };
   using NodePath = std::vector<Node*>;  // from the root downwards
 
   [[nodiscard]] bool HasHostTier() const { return options_.num_host_pages > 0; }
@@ -172,6 +175,7 @@ class KVPrefixCache::Impl {
   void TouchPath(Node& end, Tier tier, Epoch epoch) noexcept;
   [[nodiscard]] Epoch Tick() noexcept { return ++clock_; }
   void CountTreePages(Namespace& ns, Tier tier, std::int64_t delta) noexcept;
+  void EvictTail(Node& leaf, Tier tier, std::int32_t num_pages) noexcept;
   void EvictSnapshots(Tier tier, std::int64_t num_snapshots) noexcept;
   /// Could so many pages be allocated after a pin at `kept`? Changes nothing.
   [[nodiscard]] bool CanAllocate(std::int32_t num_pages, const PathPosition& kept) const;
@@ -198,10 +202,15 @@ class KVPrefixCache::Impl {
 
   // --- cache_transfers.cc
   /// Writes back the path to the end of `end`, as far as there is room.
-  WriteBackStart TryWriteBack(Node& end);
+  WriteBackStart TryWriteBack(Node& end, HostRoom host_room = HostRoom::kAny);
   /// Makes up to `num_pages` host pages free, none of them from the path to `covered_end`; returns
   /// how many of the wanted ones can be had.
-  [[nodiscard]] std::int32_t MakeHostRoom(Node& covered_end, std::int32_t num_pages);
+  [[nodiscard]] std::int32_t MakeHostRoom(Node& covered_end, std::int32_t num_pages,
+                                          HostRoom host_room);
+  /// Evicts from the host in its order, up to the first page that the device could evict, too.
+  void EvictHostPagesNotOfVictims(std::int64_t num_pages) noexcept;
+  /// How many of the last host pages of a listed leaf the device lacks, or protects.
+  [[nodiscard]] std::int32_t NumPagesNotOfVictim(const Node& leaf) const;
   /// The same for host slots and the snapshots on the path to `end`.
   [[nodiscard]] std::int32_t MakeHostSlots(Node& end, std::size_t num_slots);
   [[nodiscard]] NodePath SnapshotsToWriteBack(Node& end, std::int32_t end_page) const;

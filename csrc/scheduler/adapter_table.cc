@@ -296,15 +296,13 @@ void AdapterTable::OnCopiesEnded() {
 }
 
 void AdapterTable::CompleteDrainIfUnused(Adapter& adapter) {
-  if (!adapter.is_draining || adapter.is_drained || adapter.load_state == LoadState::kLoading ||
-      adapter.num_requests() > 0) {
-    return;
-  }
+  if (!adapter.is_draining || adapter.is_drained || adapter.num_requests() > 0) return;
   if (cache_backptr_->HasNamespace(adapter.namespace_id)) {
     waiting_for_copies_.insert(adapter.id);
     return;
   }
   waiting_for_copies_.erase(adapter.id);
+  if (adapter.load_state == LoadState::kLoading) return;
   adapter.is_drained = true;
   if (adapter.load_state == LoadState::kDue) {  // never loaded, and now never will be
     std::erase(due_, adapter.id);

@@ -4,6 +4,7 @@
 #include <string>
 #include <string_view>
 #include <utility>
+#include <vector>
 
 #include "common/errors.h"
 #include "scheduler/scheduler_impl.h"
@@ -119,7 +120,15 @@ void Scheduler::SetAdapterWeight(AdapterId adapter_id, double weight) {
 
 void Scheduler::DrainAdapter(AdapterId adapter_id) { impl_->DrainAdapter(adapter_id); }
 
-void Scheduler::AddRequest(NewRequest request) { impl_->AddRequest(std::move(request)); }
+void Scheduler::AddRequest(NewRequest request) {
+  std::vector<NewRequest> requests;
+  requests.push_back(std::move(request));
+  impl_->AddRequests(std::move(requests));
+}
+
+void Scheduler::AddRequests(std::vector<NewRequest> requests) {
+  impl_->AddRequests(std::move(requests));
+}
 
 bool Scheduler::Abort(RequestId request_id) { return impl_->Abort(request_id); }
 

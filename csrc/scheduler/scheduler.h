@@ -69,6 +69,9 @@ class Scheduler {
   /// or failed), CapacityError (a limit on what waits is reached); then nothing is changed. Every
   /// request that passes fits: num_device_pages holds one of max_model_len.
   void AddRequest(NewRequest request);
+  /// Queues all of them, in their order, or none: they count together against the limits. Throws as
+  /// AddRequest; when a limit refuses them, each counts as rejected.
+  void AddRequests(std::vector<NewRequest> requests);
 
   /// Ends a request wherever it is: queued, running, preempted, or inside an outstanding plan
   /// (then its resources come back with the Advance of the last plan that has a row of it, and what

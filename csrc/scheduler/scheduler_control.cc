@@ -1,4 +1,8 @@
 #include <algorithm>
+#include <iterator>
+#include <map>
+#include <set>
+#include <span>
 #include <string>
 #include <string_view>
 #include <utility>
@@ -11,6 +15,12 @@ namespace {
 
 std::string Subject(const NewRequest& request) {
   return "request " + std::to_string(request.request_id.value());
+}
+
+/// Requires: at least one.
+std::string Subject(std::span<const NewRequest> requests) {
+  if (requests.size() == 1) return Subject(requests.front());
+  return std::to_string(requests.size()) + " requests from " + Subject(requests.front()) + " on";
 }
 
 void CheckRequest(const NewRequest& request, const SchedulerOptions& options) {
@@ -58,39 +68,55 @@ void Scheduler::Impl::SetAdapterWeight(AdapterId adapter_id, double weight) {
 
 void Scheduler::Impl::DrainAdapter(AdapterId adapter_id) { adapters_.Drain(adapter_id); }
 
-void Scheduler::Impl::AddRequest(NewRequest&& request) {
-  CheckRequest(request, options_);
-  if (requests_.Find(request.request_id) != nullptr) {
-    throw InvalidArgumentError(Subject(request) +
-                               " is live already; every live request needs an id of its own");
+void Scheduler::Impl::AddRequests(std::vector<NewRequest>&& requests) {
+  if (requests.empty()) return;
+  std::set<RequestId> ids;
+  std::map<AdapterId, std::int64_t> num_of_adapter;
+  for (const NewRequest& request : requests) {
+    CheckRequest(request, options_);
+    const bool is_live = requests_.Find(request.request_id) != nullptr;
+    if (is_live || !ids.insert(request.request_id).second) {
+      throw InvalidArgumentError(Subject(request) + " is live already" +
+                                 (is_live ? "" : " (it was added twice at once)") +
+                                 "; every live request needs an id of its own");
+    }
+    static_cast<void>(adapters_.GetOpen(request.adapter_id));
+    ++num_of_adapter[request.adapter_id];
   }
-  Adapter& adapter = adapters_.GetOpen(request.adapter_id);
-  CheckLimits(request, adapter);
-  NamespaceHandle handle = cache_.RetainNamespace(adapter.namespace_id);
-  if (request.arrival_us < 0) request.arrival_us = last_now_us_;
-  requests_.Add(std::move(request), adapter, std::move(handle));
+  CheckLimits(requests, num_of_adapter);
+  for (NewRequest& request : requests) {
+    Adapter& adapter = adapters_.GetOpen(request.adapter_id);
+    NamespaceHandle handle = cache_.RetainNamespace(adapter.namespace_id);
+    if (request.arrival_us < 0) request.arrival_us = last_now_us_;
+    requests_.Add(std::move(request), adapter, std::move(handle));
+  }
 }
 
-void Scheduler::Impl::CheckLimits(const NewRequest& request, const Adapter& adapter) {
+void Scheduler::Impl::CheckLimits(std::span<const NewRequest> requests,
+                                  const std::map<AdapterId, std::int64_t>& num_of_adapter) {
+  const std::int64_t num_requests = std::ssize(requests);
   const auto check = [&](std::string_view limit, std::int64_t most, std::int64_t found,
                          std::string_view what) {
     if (most == 0 || found <= most) return;
-    ++num_rejected_requests_;
-    throw CapacityError(Subject(request) + " would make " + std::to_string(found) + " " +
+    num_rejected_requests_ += num_requests;
+    throw CapacityError(Subject(requests) + " would make " + std::to_string(found) + " " +
                         std::string(what) + "; " + std::string(limit) + " is " +
-                        std::to_string(most) + "; send it again later, or raise " +
-                        std::string(limit));
+                        std::to_string(most) + "; send " + (num_requests == 1 ? "it" : "them") +
+                        " again later, or raise " + std::string(limit));
   };
-  const auto num_prompt_tokens = static_cast<std::int64_t>(request.prompt_token_ids.size());
-  check("max_queued_requests", options_.max_queued_requests, requests_.num_queued() + 1,
+  check("max_queued_requests", options_.max_queued_requests, requests_.num_queued() + num_requests,
         "queued requests");
   // One longer than the limit may still wait alone.
-  if (requests_.num_queued() > 0) {
-    check("max_queued_tokens", options_.max_queued_tokens,
-          requests_.num_queued_tokens() + num_prompt_tokens, "queued prompt tokens");
+  if (requests_.num_queued() + num_requests > 1) {
+    std::int64_t num_tokens = requests_.num_queued_tokens();
+    for (const NewRequest& request : requests) num_tokens += std::ssize(request.prompt_token_ids);
+    check("max_queued_tokens", options_.max_queued_tokens, num_tokens, "queued prompt tokens");
   }
-  check("max_requests_per_adapter", options_.max_requests_per_adapter, adapter.num_requests() + 1,
-        "live requests of adapter " + std::to_string(adapter.id.value()));
+  for (const auto& [id, num_of_it] : num_of_adapter) {
+    check("max_requests_per_adapter", options_.max_requests_per_adapter,
+          adapters_.GetOpen(id).num_requests() + num_of_it,
+          "live requests of adapter " + std::to_string(id.value()));
+  }
 }
 
 bool Scheduler::Impl::Abort(RequestId request_id) {

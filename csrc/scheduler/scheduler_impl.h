@@ -2,6 +2,7 @@
 
 #include <cstdint>
 #include <deque>
+#include <map>
 #include <span>
 #include <vector>
 
@@ -39,7 +40,7 @@ class Scheduler::Impl {
   void SetAdapterStaged(AdapterId adapter_id, bool is_staged);
   void SetAdapterWeight(AdapterId adapter_id, double weight);
   void DrainAdapter(AdapterId adapter_id);
-  void AddRequest(NewRequest&& request);
+  void AddRequests(std::vector<NewRequest>&& requests);
   bool Abort(RequestId request_id);
 
   // scheduler_step.cc
@@ -59,8 +60,9 @@ class Scheduler::Impl {
   /// Plans whose events have not returned: one that runs, and the next one.
   static constexpr std::size_t kMaxOutstandingPlans = 2;
 
-  /// Throws: CapacityError when a limit on what waits and runs is reached.
-  void CheckLimits(const NewRequest& request, const Adapter& adapter);
+  /// Throws: CapacityError when with all of them a limit on what waits and runs is exceeded.
+  void CheckLimits(std::span<const NewRequest> requests,
+                   const std::map<AdapterId, std::int64_t>& num_of_adapter);
   [[nodiscard]] bool IsInOutstandingPlan(const Request& request) const {
     return request.last_plan_id > newest_ended_plan_;
   }

@@ -122,7 +122,8 @@ bool StepPolicy::AwaitsEnoughPages(const Request& request) {
   const std::int64_t num_lacking = NumPagesFor(request.num_sequence_tokens(), options_.page_size) -
                                    std::ssize(request.running().lease.pages());
   const std::int64_t num_to_come = parts_.transfers->NumPagesHeld() + num_sitting_out_pages_;
-  if (num_to_come < num_awaited_pages_ + num_lacking) return false;
+  const std::int64_t num_available = parts_.cache->NumAvailablePages();  // too few by themselves
+  if (num_available + num_to_come < num_awaited_pages_ + num_lacking) return false;
   num_awaited_pages_ += num_lacking;
   return true;
 }

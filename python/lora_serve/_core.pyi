@@ -682,6 +682,19 @@ class Scheduler:
         CapacityError
             A limit on what waits is reached.
         """
+    def add_requests(self, requests: collections.abc.Sequence[NewRequest]) -> None:
+        """
+        Queue all requests, in their order, or none of them.
+
+        Raises
+        ------
+        InvalidArgumentError
+            A field is out of range, or an id is live or named twice.
+        AdapterNotFoundError
+            A generation is not open, is draining, or its load failed.
+        CapacityError
+            With all of them a limit on what waits is exceeded; each counts as rejected.
+        """
     def advance(self, event: ExecutionEvent) -> None:
         """
         Take the result of the oldest outstanding plan. The interpreter lock is released meanwhile.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lora_serve.common.errors import CapacityError, InvalidArgumentError, LoraServeError
+from lora_serve.common.errors import CapacityError, InvalidArgumentError
 from lora_serve.engine.messages import EngineRequest
 from lora_serve.scheduler import NewRequest, Scheduler, SchedulerOptions
 
@@ -44,16 +44,7 @@ def add_all(
     CapacityError
         A limit on what waits is reached.
     """
-    new_requests = [_to_new_request(request, adapter_id, arrival_us) for request in requests]
-    added: list[int] = []
-    try:
-        for new_request in new_requests:
-            scheduler.add_request(new_request)
-            added.append(new_request.request_id)
-    except LoraServeError:
-        for request_id in added:
-            scheduler.abort(request_id)
-        raise
+    scheduler.add_requests([_to_new_request(request, adapter_id, arrival_us) for request in requests])
 
 
 def _to_new_request(request: EngineRequest, adapter_id: int, arrival_us: int) -> NewRequest:

@@ -131,6 +131,7 @@ void CacheOperations::Finish() {
     cache_.CheckInvariants();
     comparison_.CompareStats();
     if (leaves_transfers) return;
+    SettleWriteBacks();
     ExpectEqual(cache_.NumAvailablePages(), std::int64_t{config_.cache.num_device_pages},
                 "pages that can come back at the end");
     for (const NamespaceId id : model_.NamespaceIds()) {
@@ -154,6 +155,20 @@ void CacheOperations::Finish() {
     ExpectEqual(stats.num_free_host_state_slots, stats.num_host_state_slots,
                 "free host slots at the end");
   });
+}
+
+void CacheOperations::SettleWriteBacks() {
+  const std::int64_t max_rounds = 10 + 2 * config_.cache.num_device_pages;
+  for (std::int64_t round = 0;; ++round) {
+    PlanWriteBacks();
+    comparison_.TakeOrders();
+    if (comparison_.TakenTransfers().empty()) return;
+    ExpectTrue(round < max_rounds, "write-backs come to rest when nobody uses the cache");
+    for (const std::int64_t transfer : comparison_.TakenTransfers()) {
+      cache_.CompleteTransfer(comparison_.IdOf(transfer));
+      model_.CompleteTransfer(transfer);
+    }
+  }
 }
 
 // --- Namespaces --------------------------------------------------------------------------------

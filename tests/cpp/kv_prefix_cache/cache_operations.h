@@ -93,6 +93,8 @@ class CacheOperations {
   void DropHandle(std::size_t index);
   void EndLease(int number);
   void EndTransfer(std::int64_t transfer);
+  /// Write-backs are planned and completed until no more are wanted.
+  void SettleWriteBacks();
   void CountBranches(int number, std::size_t num_published_before);
   void Compare();
   [[nodiscard]] bool ComparesDumps();

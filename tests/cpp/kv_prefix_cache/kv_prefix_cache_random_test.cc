@@ -72,7 +72,8 @@ constexpr std::string_view kOfWriteThrough[] = {
     "write-back of a note", "a note waits for a transfer", "a note replaces those of its prefixes",
     "a note is forgotten with a page"};
 constexpr std::string_view kOfWriteBack[] = {
-    "write-back of a leaf", "a leaf on the host counts as room", "a leaf waits for a transfer",
+    "a copy of what the device could evict keeps its place", "write-back of a leaf",
+    "a leaf on the host counts as room", "a leaf waits for a transfer",
     "a chosen leaf shares pages with another"};
 constexpr std::string_view kWithState[] = {"attach a snapshot",
                                            "resume from a device snapshot",

@@ -186,7 +186,7 @@ class NaiveCache {
 
   // Transfers: naive_cache_transfers.cc.
   [[nodiscard]] bool IsBlocked(const SequenceView& path) const;
-  WriteBackTry TryWriteBack(const SequenceKey& path);
+  WriteBackTry TryWriteBack(const SequenceKey& path, bool spares_victims = false);
   void WriteBackNotes();
   void WriteBackAhead();
   [[nodiscard]] std::int64_t NumPagesInRun(const SequenceKey& leaf) const;
@@ -210,7 +210,9 @@ class NaiveCache {
   [[nodiscard]] std::int64_t NumFree(Component component, Tier tier) const;
   [[nodiscard]] std::int64_t NumRoom(Component component, Tier tier) const;
   void MakeRoom(Component component, Tier tier, std::int64_t num_wanted);
-  bool EvictOne(Component component, Tier tier);
+  /// `spares_victims`: nothing goes when it would be the copy of a page that the device could
+  /// evict.
+  bool EvictOne(Component component, Tier tier, bool spares_victims = false);
   void DropPage(Tier tier, const SequenceKey& page);
   void DropUnprotected(NamespaceId id);
   void Touch(Tier tier, const SequenceView& path);

@@ -127,7 +127,7 @@ NaiveCache::EvictionRank NaiveCache::RankOf(Component component, Tier tier, bool
           .last_use = held.last_use};
 }
 
-bool NaiveCache::EvictOne(Component component, Tier tier) {
+bool NaiveCache::EvictOne(Component component, Tier tier, bool spares_victims) {
   ResidentMap& residents = Residents(component, tier);
   const std::map<NamespaceId, bool> is_over_quota = FindNamespacesOverQuota(tier);
   auto victim = residents.end();
@@ -140,6 +140,12 @@ bool NaiveCache::EvictOne(Component component, Tier tier) {
     victim_rank = rank;
   }
   if (victim == residents.end()) return false;
+  const bool is_device_victim =
+      pages(kDevice).contains(victim->first) && !IsPageProtected(kDevice, victim->first);
+  if (spares_victims && is_device_victim) {
+    coverage_.Count("a copy of what the device could evict keeps its place");
+    return false;
+  }
   coverage_.Count("evict over quota", !victim_rank.is_within_quota);
   coverage_.Count("evict of an adapter that is not resident", !victim_rank.is_adapter_resident);
   coverage_.Count("evict what the host has too", !victim_rank.is_only_copy);

@@ -17,7 +17,7 @@ bool NaiveCache::IsBlocked(const SequenceView& path) const {
   return NumCovered(kHost, path) > NumPresent(kHost, path);
 }
 
-NaiveCache::WriteBackTry NaiveCache::TryWriteBack(const SequenceKey& path) {
+NaiveCache::WriteBackTry NaiveCache::TryWriteBack(const SequenceKey& path, bool spares_victims) {
   if (options_.num_host_pages == 0 || IsDraining(path.ns) || IsBlocked(path)) return {};
   // It is entered before it is known what it copies: the room must not come from the path itself,
   // neither its pages nor its snapshots.
@@ -29,8 +29,10 @@ NaiveCache::WriteBackTry NaiveCache::TryWriteBack(const SequenceKey& path) {
   std::iota(transfer.boundaries.begin(), transfer.boundaries.end(), 1);
 
   const auto num_wanted = static_cast<std::int64_t>(NumPages(path.tokens) - transfer.first_page);
-  const std::int64_t num_pages = std::min(num_wanted, NumRoom(kFullAttention, kHost));
-  MakeRoom(kFullAttention, kHost, num_pages);
+  while (NumFree(kFullAttention, kHost) < num_wanted &&
+         EvictOne(kFullAttention, kHost, spares_victims)) {
+  }
+  const std::int64_t num_pages = std::min(num_wanted, NumFree(kFullAttention, kHost));
   const std::size_t end = transfer.first_page + static_cast<std::size_t>(num_pages);
   std::vector<std::size_t> boundaries;
   for (std::size_t page = 1; page <= end; ++page) {
@@ -120,7 +122,7 @@ void NaiveCache::WriteBackAhead() {
   }
   for (const SequenceKey& leaf : chosen) {
     coverage_.Count("a chosen leaf shares pages with another", IsBlocked(leaf));
-    const WriteBackTry result = TryWriteBack(leaf);
+    const WriteBackTry result = TryWriteBack(leaf, /*spares_victims=*/true);
     coverage_.Count("write-back of a leaf", result.is_started);
     if (result.lacks_room) break;
   }

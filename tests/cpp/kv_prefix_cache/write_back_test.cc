@@ -174,8 +174,10 @@ TEST_P(WriteThroughTest, ABlockedNoteKeepsItsPlace) {
 
 class WatermarkTest : public WriteBackTest {
  protected:
-  void OpenWithWatermark(std::int32_t num_device_pages, std::int32_t num_watermark_pages) {
+  void OpenWithWatermark(std::int32_t num_device_pages, std::int32_t num_watermark_pages,
+                         std::int32_t num_host_pages = kPlenty) {
     KVPrefixCacheOptions options = OptionsWith(num_device_pages);
+    options.num_host_pages = num_host_pages;
     options.write_policy = WritePolicy::kWriteBack;
     options.write_back_watermark_pages = num_watermark_pages;
     OpenWith(options);
@@ -267,6 +269,46 @@ TEST_P(WatermarkTest, APathThatIsBeingCopiedIsPassedOver) {
   ASSERT_EQ(orders.size(), 1u);
   EXPECT_EQ(SourcesOf(orders[0]), DevicePagesOf(Sequence(100, 8)));
   Complete(first);
+}
+
+TEST_P(WatermarkTest, AWatermarkAboveWhatTheHostHoldsComesToRestWithTheOldestOnTheHost) {
+  OpenWithWatermark(8, 8, /*num_host_pages=*/5);
+  for (const TokenId first : {0, 100, 200, 300}) Cache(Sequence(first, 8));
+  for (std::int32_t step = 0; !PlanWriteBacks().empty(); ++step) {
+    ASSERT_LT(step, 5) << "pages are copied for ever";
+    CompleteAllTransfers();
+  }
+  EXPECT_EQ(cache_->Stats().num_evicted_host_pages, 0);
+  EvictDevice();
+  EXPECT_EQ(ProbeHost(Sequence(0, 8)), 8);
+  EXPECT_EQ(ProbeHost(Sequence(100, 8)), 8);
+  EXPECT_EQ(ProbeHost(Sequence(200, 8)), 4);
+}
+
+TEST_P(WatermarkTest, RoomIsMadeOfWhatOnlyTheHostHas) {
+  OpenWithWatermark(4, 4, /*num_host_pages=*/4);
+  Cache(Sequence(0, 16));
+  CopyToHost();
+  Evict(Tier::kDevice, 2);
+  Cache(Sequence(100, 8));
+  CopyToHost();
+  EXPECT_EQ(cache_->Stats().num_evicted_host_pages, 2);
+  EvictDevice();
+  EXPECT_EQ(ProbeHost(Sequence(0, 16)), 8);
+  EXPECT_EQ(ProbeHost(Sequence(100, 8)), 8);
+}
+
+TEST_P(WatermarkTest, RoomIsMadeOfWhatALeaseKeepsOnTheDevice) {
+  OpenWithWatermark(4, 4, /*num_host_pages=*/2);
+  Lease running = Compute(Sequence(0, 8));
+  ASSERT_TRUE(cache_->StartWriteBack(running));
+  CompleteAllTransfers();
+  Cache(Sequence(100, 8));
+  CopyToHost();
+  EXPECT_EQ(cache_->Stats().num_evicted_host_pages, 2) << "it cannot go from the device";
+  End(running);
+  EvictDevice();
+  EXPECT_EQ(ProbeHost(Sequence(100, 8)), 8);
 }
 
 // --- By request ----------------------------------------------------------------------------------

@@ -18,6 +18,15 @@ class AdapterTableTest : public ::testing::Test {
   Request& Queue(Adapter& adapter, std::int32_t priority = 0) {
     return parts_.Queue(adapter, {.priority = priority, .arrival_us = 0});
   }
+  /// A page of the adapter is on its way to the host, and nobody else refers to it.
+  TransferId StartCopy(const Adapter& adapter) {
+    const std::vector<TokenId> tokens = {1, 2};
+    const NamespaceHandle handle = cache_.RetainNamespace(adapter.namespace_id);
+    AcquireResult acquired = cache_.Acquire(handle, tokens, {.num_capacity_tokens = 2});
+    cache_.Publish(acquired.lease, tokens);
+    EXPECT_TRUE(cache_.StartWriteBack(acquired.lease));
+    return cache_.TakeTransferOrders().at(0).id;
+  }
   std::vector<AdapterId> InLine() const {
     std::vector<AdapterId> ids;
     for (const auto& [key, adapter] : table_.line()) ids.push_back(adapter->id);
@@ -112,16 +121,7 @@ TEST_F(AdapterTableTest, ADrainWaitsForTheLoadAndForTheLastRequest) {
 }
 
 TEST_F(AdapterTableTest, ADrainWaitsForTheCopiesOfItsPages) {
-  Adapter& adapter = OpenResident(1);
-  const std::vector<TokenId> tokens = {1, 2};
-  TransferId copy;
-  {
-    const NamespaceHandle handle = cache_.RetainNamespace(adapter.namespace_id);
-    AcquireResult acquired = cache_.Acquire(handle, tokens, {.num_capacity_tokens = 2});
-    cache_.Publish(acquired.lease, tokens);
-    ASSERT_TRUE(cache_.StartWriteBack(acquired.lease));
-    copy = cache_.TakeTransferOrders().at(0).id;
-  }
+  const TransferId copy = StartCopy(OpenResident(1));
   table_.Drain(AdapterId(1));
   table_.CheckInvariants();
   EXPECT_TRUE(table_.TakeDrained().empty());
@@ -133,6 +133,28 @@ TEST_F(AdapterTableTest, ADrainWaitsForTheCopiesOfItsPages) {
   EXPECT_EQ(table_.TakeDrained(), std::vector{AdapterId(1)});
   EXPECT_FALSE(table_.HasWork());
   table_.CheckInvariants();
+}
+
+TEST_F(AdapterTableTest, ADrainWaitsForALoadAndForTheCopiesOfItsPagesWhicheverEndsFirst) {
+  for (const bool copy_ends_first : {false, true}) {
+    const AdapterId id(copy_ends_first ? 1 : 2);
+    const TransferId copy = StartCopy(OpenResident(id.value()));
+    table_.Evict(table_.GetOpen(id));
+    table_.ReserveBytes(table_.GetOpen(id));
+    ASSERT_EQ(table_.TakeDue().size(), 1U);
+    table_.Drain(id);
+    table_.CheckInvariants();
+    const auto end_copy = [&] {
+      cache_.CompleteTransfer(copy);
+      table_.OnCopiesEnded();
+    };
+    copy_ends_first ? end_copy() : table_.OnLoaded(id);
+    table_.CheckInvariants();
+    EXPECT_TRUE(table_.TakeDrained().empty());
+    copy_ends_first ? table_.OnLoaded(id) : end_copy();
+    EXPECT_EQ(table_.TakeDrained(), std::vector{id});
+    table_.CheckInvariants();
+  }
 }
 
 TEST_F(AdapterTableTest, OnlyAdaptersWithStartedRequestsTakeAPlace) {

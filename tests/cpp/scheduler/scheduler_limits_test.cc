@@ -102,6 +102,55 @@ TEST_P(SchedulerLimitsTest, OneAdapterMayNotHaveMoreThanItsShareOfLiveRequests) 
   harness.ExpectRightOutputs();
 }
 
+TEST_P(SchedulerLimitsTest, RequestsAddedTogetherAreAllTakenOrAllRefusedAndNoneIsAborted) {
+  struct Limit {
+    std::int32_t num_queued = 0;
+    std::int64_t num_tokens = 0;
+    std::int32_t num_of_adapter = 0;
+    const char* message;
+  };
+  for (const Limit& limit : {Limit{.num_queued = 3, .message = "4 queued requests"},
+                             Limit{.num_tokens = 12, .message = "16 queued prompt tokens"},
+                             Limit{.num_of_adapter = 3, .message = "4 live requests of adapter"}}) {
+    SchedulerOptions options = Options(4);
+    options.max_queued_requests = limit.num_queued;
+    options.max_queued_tokens = limit.num_tokens;
+    options.max_requests_per_adapter = limit.num_of_adapter;
+    SchedulerHarness harness(options, overlap());
+    harness.OpenAndLoad(adapter());
+    harness.Add(Request(1, 3));
+    try {
+      harness.AddTogether({Request(2, 3), Request(3, 3), Request(4, 3)});
+      ADD_FAILURE() << "nothing was refused; expected " << limit.message;
+    } catch (const CapacityError& error) {
+      EXPECT_NE(std::string(error.what()).find(limit.message), std::string::npos) << error.what();
+    }
+    const SchedulerCounters counters = harness.scheduler().Counters();
+    EXPECT_EQ(counters.num_queued_requests, 1);
+    EXPECT_EQ(counters.total_rejected_requests, 3);
+    EXPECT_EQ(counters.total_aborted_requests, 0);
+    harness.AddTogether({Request(2, 3), Request(3, 3)});
+    harness.RunToEndAndCheck();
+  }
+}
+
+TEST_P(SchedulerLimitsTest, OfRequestsAddedTogetherNoneIsTakenWhenOneIsWrong) {
+  SchedulerHarness harness(Options(4), overlap());
+  harness.OpenAndLoad(adapter());
+  NewRequest of_nobody = Request(3, 3);
+  of_nobody.adapter_id = AdapterId(77);
+  NewRequest of_no_tokens = Request(3, 3);
+  of_no_tokens.max_tokens = 0;
+  EXPECT_THROW(harness.AddTogether({Request(2, 3), of_nobody}), AdapterNotFoundError);
+  EXPECT_THROW(harness.AddTogether({Request(2, 3), of_no_tokens}), InvalidArgumentError);
+  EXPECT_THROW(harness.AddTogether({Request(2, 3), Request(2, 3)}), InvalidArgumentError);
+  harness.AddTogether({});
+  EXPECT_EQ(harness.scheduler().Counters().num_queued_requests, 0);
+  EXPECT_FALSE(harness.scheduler().HasWork());
+  harness.AddTogether({Request(2, 3), Request(3, 3)});
+  harness.RunToEndAndCheck();
+}
+
 TEST_P(SchedulerLimitsTest, AQueuedRequestWhoseDeadlinePassesEndsInThatPlan) {
   SchedulerHarness harness(Options(1), overlap());
   harness.OpenAndLoad(adapter());

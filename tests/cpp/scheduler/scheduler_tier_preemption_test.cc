@@ -11,6 +11,7 @@ namespace {
 using testing::MakeLongRunningPrompt;
 using testing::MakePrompt;
 using testing::Outcome;
+using testing::Overlap;
 using testing::RecordedPlan;
 using testing::SchedulerHarness;
 
@@ -239,6 +240,34 @@ TEST_P(SchedulerTierPreemptionTest, WhoWaitsForPagesAfterAFailedLoadIsNotPassedB
   EXPECT_EQ(NumPreemptions(harness), 0);
   harness.RunToEnd();
   harness.ExpectRightOutputs();
+}
+
+TEST_P(SchedulerTierPreemptionTest, WhoComesBackWithoutItsPagesMayTakeThoseOfNewerRequests) {
+  // Request 2 is preempted, and its load fails just when request 1 needs another page: then only
+  // the pages of request 3, which an outstanding plan has a row of, are enough.
+  SchedulerOptions options = Options(12);
+  options.adapter_time_slice_steps = 100;
+  SchedulerHarness harness(options, Overlap::kOn);
+  harness.OpenAndLoad(adapter());
+  HoldLoadBacks(harness, Outcome::kUnderWay);
+  const auto add = [&](std::int64_t id, AdapterId of, std::int32_t num_output_tokens) {
+    harness.Add(id, of, MakeLongRunningPrompt(of, 8, num_output_tokens, static_cast<TokenId>(id)),
+                num_output_tokens);
+  };
+  add(4, kBaseAdapter, 10);
+  add(1, kBaseAdapter, 24);
+  add(2, adapter(), 12);
+  while (harness.num_load_backs() == 0) harness.Step();
+  ASSERT_TRUE(harness.request(4).is_finished);
+  harness.Add(3, kBaseAdapter, MakeLongRunningPrompt(kBaseAdapter, 6, 12, 3), 12);
+  while (harness.request(1).newest_end() % 4 != 3) harness.Step();
+  HoldLoadBacks(harness, Outcome::kFailed);
+  ASSERT_EQ(harness.Step().request_ids, (Ids{1, 3}));
+  ASSERT_EQ(harness.scheduler().Stats().num_transfers, 0);
+  EXPECT_EQ(harness.Step().request_ids, Ids{1}) << "request 3 sits out";
+  EXPECT_EQ(harness.Step().request_ids, (Ids{1, 2}));
+  EXPECT_EQ(NumPreemptions(harness), 2);
+  harness.RunToEndAndCheck();
 }
 
 TEST_P(SchedulerTierPreemptionTest, WhatAVictimComputedBehindPagesThatHaveArrivedSinceIsKept) {

@@ -9,6 +9,16 @@
 
 namespace lora_serve::testing {
 
+namespace {
+
+bool IsPaused(const SchedulerStats& stats, AdapterId adapter) {
+  return std::ranges::any_of(stats.adapters, [adapter](const AdapterStats& entry) {
+    return entry.adapter_id == adapter && entry.is_paused;
+  });
+}
+
+}  // namespace
+
 SchedulerHarness::SchedulerHarness(const SchedulerOptions& options, Overlap overlap)
     : executor_(options), scheduler_(options), overlap_(overlap) {}
 
@@ -53,7 +63,19 @@ void SchedulerHarness::Add(std::int64_t id, AdapterId adapter, std::vector<Token
        .reuse_prefix = reuse_prefix});
 }
 
-void SchedulerHarness::Add(NewRequest request) {
+void SchedulerHarness::AddTogether(const std::vector<NewRequest>& requests) {
+  const SchedulerCounters before = scheduler_.Counters();
+  try {
+    requests.size() == 1 ? scheduler_.AddRequest(requests[0]) : scheduler_.AddRequests(requests);
+  } catch (const CapacityError&) {
+    num_rejected_ += std::ssize(requests);
+    EXPECT_EQ(scheduler_.Counters().num_queued_requests, before.num_queued_requests);
+    throw;
+  }
+  for (const NewRequest& request : requests) Track(request);
+}
+
+void SchedulerHarness::Track(const NewRequest& request) {
   const std::int64_t id = request.request_id.value();
   TrackedRequest tracked = {.adapter = request.adapter_id,
                             .prompt = request.prompt_token_ids,
@@ -65,14 +87,6 @@ void SchedulerHarness::Add(NewRequest request) {
                             .output = {},
                             .arrival = next_arrival_,
                             .arrival_step = num_steps_};
-  const SchedulerCounters before = scheduler_.Counters();
-  try {
-    scheduler_.AddRequest(std::move(request));
-  } catch (const CapacityError&) {
-    ++num_rejected_;
-    EXPECT_EQ(scheduler_.Counters().num_queued_requests, before.num_queued_requests);
-    throw;
-  }
   ++next_arrival_;
   const Queue queue = {tracked.adapter, tracked.priority};
   if (tracked.arrival_us < 0) ++num_in_order_[queue];
@@ -242,9 +256,11 @@ void SchedulerHarness::CheckWhoRuns(const ExecutionPlan& plan) const {
   for (const std::int64_t id : live_) {
     const TrackedRequest& request = requests_.at(id);
     if (request.num_steps == 0 || !request.HasTokensToPlan()) continue;
-    if (HasTimeSlices() && request.adapter != kBaseAdapter) continue;  // it may be paused
+    const bool has_time_slices = HasTimeSlices() && request.adapter != kBaseAdapter;
+    if (has_time_slices && IsPaused(stats, request.adapter)) continue;
     // It comes back from somewhere, and may need many pages, also those of others.
     if (request.newest_plan_id < plan.plan_id - 1) return;
+    if (has_time_slices) continue;  // it may be about to be paused
     if (request.newest_plan_id < plan.plan_id) left_out.push_back(id);
   }
   EXPECT_EQ(left_out, std::vector<std::int64_t>()) << "requests that run are not in the plan";

@@ -8,6 +8,7 @@
 #include <functional>
 #include <map>
 #include <set>
+#include <utility>
 #include <vector>
 
 #include "scheduler/scheduler.h"
@@ -73,7 +74,9 @@ class SchedulerHarness {
 
   void Add(std::int64_t id, AdapterId adapter, std::vector<TokenId> prompt, std::int32_t max_tokens,
            bool reuse_prefix = true);
-  void Add(NewRequest request);
+  void Add(NewRequest request) { AddTogether({std::move(request)}); }
+  /// All of them or, with the exception of the scheduler, none.
+  void AddTogether(const std::vector<NewRequest>& requests);
   /// Aborts a live request, and makes sure that a second abort changes nothing.
   void Abort(std::int64_t id);
 
@@ -113,6 +116,7 @@ class SchedulerHarness {
   static constexpr std::size_t kMaxOutstandingPlans = 2;
   static constexpr std::int32_t kMaxTimesOvertaken = 16;
 
+  void Track(const NewRequest& request);
   void StopWhenNothingMoves(const ExecutionPlan& plan);
   void CheckState() const;
   void CheckWhoRuns(const ExecutionPlan& plan) const;
