@@ -101,9 +101,7 @@ class Name:
         """What `live` has held at some moment of a time that is over."""
         followed = zip(self.writes, [*self.writes[1:], (FOREVER, FOREVER, None)], strict=True)
         return frozenset(
-            write[2].label
-            for write, following in followed
-            if write[0] < end and begin < following[1]
+            write[2].label for write, following in followed if write[0] < end and begin < following[1]
         )
 
 

@@ -153,9 +153,7 @@ class RandomClient:
             one = serving.get(name.name, {"adapter_id": None, "pinned": False})
             self._world.add(
                 name.name,
-                Call(
-                    kind="listed", begin=begin, end=end, adapter_id=one["adapter_id"], pinned=one["pinned"]
-                ),
+                Call(kind="listed", begin=begin, end=end, adapter_id=one["adapter_id"], pinned=one["pinned"]),
             )
         on_device = sum(adapter["num_bytes"] for adapter in shown if adapter["tier"] == "device")
         if max(on_device, body["stats"]["num_adapter_bytes"]) > self._world.device_bytes:
@@ -210,9 +208,9 @@ class RandomClient:
         begin = time.monotonic()
         status, error, has_left = 200, None, False
         try:
-            for status, event in self._send(body, is_stream=is_stream, leaves=leaves):
+            for event_status, event in self._send(body, is_stream=is_stream, leaves=leaves):
                 if "error" in event:
-                    error = event["error"]
+                    status, error = event_status, event["error"]
                 else:
                     self._take(parts, event)
         except _LeftError:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 from lora_serve.engine import adapter_operations
 from lora_serve.engine.adapter_operations import AdapterOperations
-from lora_serve.engine.load_queues import LoadQueues
 from lora_serve.kernels.lora_weights import LoRALayerTable
 from lora_serve.lora.adapter_reader import AdapterReader
 from lora_serve.lora.device_adapters import DeviceAdapters
@@ -39,24 +39,35 @@ def reload_keeps_the_kv_namespace() -> None:
 
 
 def leased_block_is_evicted() -> None:
-    """Host memory that a copy to the device is going to read is given to another load."""
+    """Host memory that a slow copy to the device is going to read is given to another load."""
+    load = DeviceAdapters.load
 
     def last_use_at(self: Any, offset: int) -> int | None:
         record = self._records[offset]
-        return record.last_use if record.num_holds == 0 or record.adapter_id is not None else None
+        if record.num_holds == 0:
+            last_use: int = record.last_use
+            return last_use
+        return None if record.adapter_id is None else -1
+
+    def load_slowly(self: Any, *arguments: Any) -> None:
+        time.sleep(0.02)
+        load(self, *arguments)
 
     HostPool._last_use_at = last_use_at  # type: ignore[method-assign]
+    DeviceAdapters.load = load_slowly  # type: ignore[method-assign]
 
 
 def slot_is_not_rewritten() -> None:
     """A slot that is used again goes on to stand for what it stood for first."""
-    install = LoRALayerTable.install
+    write = DeviceAdapters._write
+    written: set[int] = set()
 
-    def install_once(self: Any, slot: int, weights: Any) -> None:
-        if slot not in self._slots:
-            install(self, slot, weights)
+    def write_once(self: Any, resident: Any) -> None:
+        if resident.slot not in written:
+            written.add(resident.slot)
+            write(self, resident)
 
-    LoRALayerTable.install = install_once  # type: ignore[method-assign]
+    DeviceAdapters._write = write_once  # type: ignore[method-assign]
     LoRALayerTable.clear = lambda self, slot: None  # type: ignore[method-assign]
 
 
@@ -70,8 +81,15 @@ def moved_adapter_is_not_rewritten() -> None:
 
 
 def unload_keeps_host_memory() -> None:
-    """What is unloaded stays in the host pool."""
-    HostPool.drop = lambda self, adapter_id: None  # type: ignore[method-assign]
+    """The first adapter that is unloaded leaves its bytes in the host pool."""
+    drop = HostPool.drop
+
+    def drop_halfway(self: Any, adapter_id: int) -> None:
+        HostPool.drop = drop  # type: ignore[method-assign]
+        record = self._kept.pop(adapter_id)
+        record.adapter_id, record.num_holds = None, record.num_holds + 1
+
+    HostPool.drop = drop_halfway  # type: ignore[method-assign]
 
 
 def unload_keeps_device_memory() -> None:
@@ -92,22 +110,8 @@ def unload_does_not_wait() -> None:
 def read_again_without_a_look_at_the_digest() -> None:
     """What is read again may be other content than what was loaded."""
     AdapterReader.read_again = (  # type: ignore[method-assign]
-        lambda self, folder, layout, content_digest: self._read(folder, None, {})
+        lambda self, folder, layout, content_digest, *rest: self._read(folder, None, {}, *rest)
     )
-
-
-def load_joins_a_read_that_runs() -> None:
-    """A load is answered with what an earlier load has read."""
-    add = LoadQueues.add
-
-    def join(self: Any, load: Any) -> bool:
-        queue = self._queues.get(load.name)
-        if queue and queue[-1].asks_the_same(load):
-            queue[-1].callers += load.callers
-            return False
-        return add(self, load)
-
-    LoadQueues.add = join  # type: ignore[method-assign]
 
 
 def load_in_place_needs_no_flag() -> None:
@@ -129,7 +133,6 @@ FAULTS: dict[str, Callable[[], None]] = {
         unload_keeps_device_memory,
         unload_does_not_wait,
         read_again_without_a_look_at_the_digest,
-        load_joins_a_read_that_runs,
         load_in_place_needs_no_flag,
     )
 }

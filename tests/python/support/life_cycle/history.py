@@ -147,6 +147,8 @@ class NameHistory:
         match call.kind:
             case "loaded":
                 assert call.adapter_id is not None
+                if serving == call.adapter_id and state.pinned == call.pinned and self._fits(serving, call):
+                    yield state  # A load that waited, and was answered to all who had asked the same.
                 is_allowed = serving is None or (call.inplace and self._differs(call.adapter_id, serving))
                 if is_allowed and call.adapter_id > state.newest and self._fits(call.adapter_id, call):
                     yield State(call.adapter_id, call.adapter_id, call.pinned)

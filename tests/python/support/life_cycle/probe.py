@@ -70,4 +70,3 @@ def _memory(core: EngineCore) -> dict[str, Any]:
         "tree pages of adapters": stats.num_tree_pages - base.num_tree_pages,
         "host pages of adapters": stats.num_host_pages - stats.num_free_host_pages - base.num_host_pages,
     }
-

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ class FuzzServer(ServerProcess):
     def __init__(self, model: Path, catalogue_bytes: int, folder: Path, fault: str = "") -> None:
         self.device_bytes = _round(NUM_ON_DEVICE * catalogue_bytes)
         self.host_bytes = _round(NUM_ON_HOST * catalogue_bytes)
-        self._probe = str(folder / "probe")
+        self._probe = str(Path(tempfile.mkdtemp(dir=folder)) / "probe")
         page_bytes = page_num_bytes(read_model_config(model), PAGE_SIZE)
         super().__init__(
             *(model, "--served-model-name", BASE, "--max-model-len", "96", "--page-size", str(PAGE_SIZE)),
