@@ -298,7 +298,8 @@ class LoRAManager:
         """Bring to the device what has arrived on the host; tell which loads have ended, well or not.
 
         One adapter's failure is its own, whatever its type. Rows of the plan that loads it may name its slot
-        all the same: then the slot is left without any module, so that they run; what they give means nothing.
+        all the same: then the slot is left without any module, so that they run, and what they give means
+        nothing.
         """
         reports = LoadReports()
         newest, self._newest_loads = self._newest_loads, frozenset()
