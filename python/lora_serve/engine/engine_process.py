@@ -18,6 +18,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from functools import partial
@@ -40,7 +41,10 @@ logger = logging.getLogger(__name__)
 STALLED_POLL_MS = 5
 """Sleep after a step that could do nothing although the scheduler has work: never a busy loop."""
 SWITCH_INTERVAL_S = 5e-4
-"""How long a thread that only runs Python code may keep the loop from the interpreter; Python's own is 5 ms."""
+"""How long a thread that only runs Python code may hold up the loop; Python's default is 5 ms."""
+FULL_COLLECTION_INTERVAL_S = 60.0
+"""Between two garbage collections of everything, which happen only while the engine has no work."""
+_NEVER = 2**31 - 1
 LINGER_MS = 2000
 """How long the last messages may take to leave."""
 
@@ -63,6 +67,7 @@ class EngineServer:
         self._make_core = make_core
         self._decoder = msgspec.msgpack.Decoder(wire.ClientMessage)
         self._is_running = True
+        self._collected_at = time.monotonic()
         # Reader threads wake the loop through this pipe; a full pipe means that it is awake already.
         self._wake_reader, self._wake_writer = os.pipe()
         os.set_blocking(self._wake_reader, False)
@@ -98,6 +103,7 @@ class EngineServer:
         poller.register(self._wake_reader, zmq.POLLIN)
         while self._is_running:
             if not core.has_work:
+                self._collect_garbage()
                 poller.poll()
             elif core.is_stalled:
                 poller.poll(STALLED_POLL_MS)
@@ -109,6 +115,13 @@ class EngineServer:
             if core.failure is not None:
                 self._send(wire.Failed(WireError(InternalError.__name__, core.failure)))
                 return
+
+    def _collect_garbage(self) -> None:
+        """Collect all of it if it is time, while nobody waits; see `settle_interpreter`."""
+        now = time.monotonic()
+        if now - self._collected_at >= FULL_COLLECTION_INTERVAL_S:
+            gc.collect()
+            self._collected_at = now
 
     def _wake(self) -> None:
         with contextlib.suppress(BlockingIOError):
@@ -184,12 +197,14 @@ class EngineServer:
 def settle_interpreter() -> None:
     """Keep the interpreter's own pauses short, now that all that lasts is there.
 
-    A full garbage collection visits every object of torch and the model with the interpreter lock held: 150 ms
-    and more, in whichever thread happens to allocate, such as one that loads an adapter. It leaves out what is
-    frozen.
+    A full garbage collection visits every object with the interpreter lock held, in whichever thread happens
+    to allocate, such as one that loads an adapter: 150 ms and more with torch and a model, and 50 ms for the
+    layouts of some hundred adapters. So what is there now is left out from now on, and full collections are
+    left to whoever knows when nobody waits.
     """
     gc.collect()
     gc.freeze()
+    gc.set_threshold(*gc.get_threshold()[:2], _NEVER)
     sys.setswitchinterval(SWITCH_INTERVAL_S)
 
 

@@ -193,9 +193,7 @@ class AdapterReader:
             block = self._pool.reserve(checked.layout.num_bytes, is_over)
             try:
                 load_ms["room"], begin = _ms_since(begin), time.monotonic()
-                digest = read_into(
-                    checked, block.tensor, threads=self._threads, is_cancelled=is_over
-                )
+                digest = read_into(checked, block.tensor, threads=self._threads, is_cancelled=is_over)
             except BaseException:
                 block.release()
                 raise
@@ -232,6 +230,7 @@ class AdapterReader:
         """End the threads; reads that run end with LoadCancelledError. Twice is nothing."""
         self._is_closed = True
         self._threads.shutdown(wait=False)
+
 
 def _ms_since(begin_s: float) -> float:
     return 1e3 * (time.monotonic() - begin_s)

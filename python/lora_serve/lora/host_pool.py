@@ -128,7 +128,7 @@ class HostPool:
 
     @property
     def num_lock_waits(self) -> int:
-        """How often a call other than `reserve` found the pool's lock taken: the loop may have had to wait."""
+        """How often a call other than `reserve` found the lock taken: the loop may have had to wait."""
         return self._between_steps.num_waits
 
     def make_room(self) -> list[int]:

@@ -75,7 +75,10 @@ class OracleAdapterStore:
         """Do nothing: there is never news."""
 
     def read(
-        self, path: str, name: str | None = None, is_cancelled: Callable[[], bool] = never  # noqa: ARG002
+        self,
+        path: str,
+        name: str | None = None,
+        is_cancelled: Callable[[], bool] = never,  # noqa: ARG002
     ) -> HostAdapter:
         """Give an adapter whose content is a function of the path; no file is touched."""
         return make_oracle_adapter(path, path, num_bytes=self._num_bytes)
