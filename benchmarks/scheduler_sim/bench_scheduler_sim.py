@@ -20,6 +20,7 @@ from sim_scenarios import OPEN_LOOP, OTHER, OWN_DEVICE, VLLM_DEVICE, Plan, make_
 from sim_tables import (
     Results,
     large_table,
+    many_adapters_table,
     ratio_table,
     replace_between_markers,
     system_table,
@@ -43,14 +44,16 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def run_plan(plan: Plan, runner: Runner, num_jobs: int) -> tuple[list[Result], list[Result]]:
-    """Run everything: the results that are compared, and those of the large runs."""
+def run_plan(plan: Plan, runner: Runner, num_jobs: int) -> tuple[list[Result], list[Result], list[Result]]:
+    """Run everything: the results that are compared, those of the large runs, and of many adapters."""
     compared = runner.run_all(plan.table + plan.sweeps + plan.validation, num_jobs)
     large = runner.run_all(plan.large, 1)  # alone, because they are timed
-    return compared, large
+    return compared, large, runner.run_all(plan.many, num_jobs)
 
 
-def make_tables(plan: Plan, compared: list[Result], large: list[Result]) -> dict[str, str]:
+def make_tables(
+    plan: Plan, compared: list[Result], large: list[Result], many: list[Result]
+) -> dict[str, str]:
     """Return the tables by the names of their markers."""
     num_table = len(plan.table) + len(plan.sweeps)
     results = Results(compared[:num_table])
@@ -61,6 +64,7 @@ def make_tables(plan: Plan, compared: list[Result], large: list[Result]) -> dict
         "sim_own_device": system_table(results, scenarios, OWN_DEVICE),
         "sim_validation": validation_table(compared[num_table:]),
         "sim_large": large_table(large),
+        "sim_many": many_adapters_table(many),
     }
 
 
@@ -88,20 +92,19 @@ def main() -> int:
     plan = make_plan(SMALLEST_REQUESTS if args.smallest else args.requests)
     with tempfile.TemporaryDirectory() as folder:
         try:
-            compared, large = run_plan(plan, Runner(args.program, Path(folder)), args.jobs)
+            compared, large, many = run_plan(plan, Runner(args.program, Path(folder)), args.jobs)
         except subprocess.CalledProcessError as error:
             print(f"failed: {' '.join(error.cmd)}", file=sys.stderr)
             return 1
-    tables = make_tables(plan, compared, large)
+    tables = make_tables(plan, compared, large, many)
     if args.smallest:
-        print(f"{len(compared) + len(large)} simulated runs ended as they should")
+        print(f"{len(plan.all())} simulated runs ended as they should")
         return 0
     for name, table in tables.items():
         print(f"\n{name}\n\n{table}")
     if not args.dry_run:
-        print(
-            f"appended to {append_rows('scheduler_sim', [result_row(result) for result in compared + large])}"
-        )
+        rows = [result_row(result) for result in compared + large + many]
+        print(f"appended to {append_rows('scheduler_sim', rows)}")
         write_document(tables)
         write_plots(Results(compared[: len(plan.table) + len(plan.sweeps)]))
     return 0

@@ -204,6 +204,23 @@ LARGE = (
     ),
 )
 
+# How much it costs that few of many adapters fit: the same arrivals over 20 that all fit, and over 1,000.
+# Each device at 60% of what it serves of the 20 in a closed loop: 50.5/s and 77.4/s.
+MANY_ADAPTERS = tuple(
+    Scenario(
+        f"{name}-{share_of}",
+        title,
+        _options(adapters, "zipf", 20, host, rate),
+        systems=(LORA_SERVE,),
+        devices=(device,),
+    )
+    for share_of, device, rate in (("vllm-device", VLLM_DEVICE, 30.3), ("own-device", OWN_DEVICE, 46.4))
+    for name, title, adapters, host in (
+        ("zipf20-resident", f"20 zipf, memory for 20, {rate}/s", 20, 20),
+        ("zipf1000-of-20", f"1,000 zipf, memory for 20, host for 200, {rate}/s", 1000, 200),
+    )
+)
+
 
 @dataclass(frozen=True)
 class Run:
@@ -235,10 +252,11 @@ class Plan:
     sweeps: list[Run] = field(default_factory=list)
     validation: list[Run] = field(default_factory=list)
     large: list[Run] = field(default_factory=list)
+    many: list[Run] = field(default_factory=list)
 
     def all(self) -> list[Run]:
         """In the order in which they are reported."""
-        return self.table + self.sweeps + self.validation + self.large
+        return self.table + self.sweeps + self.validation + self.large + self.many
 
 
 NUM_VALIDATION_SEEDS = 9
@@ -265,4 +283,10 @@ def make_plan(max_requests: int | None = None) -> Plan:
         for seed in range(1, NUM_VALIDATION_SEEDS + 1)
     ]
     sweeps = [run for scenarios in RATE_SWEEPS.values() for run in runs(scenarios)]
-    return Plan(table=runs(OPEN_LOOP + OTHER), sweeps=sweeps, validation=validation, large=runs(LARGE))
+    return Plan(
+        table=runs(OPEN_LOOP + OTHER),
+        sweeps=sweeps,
+        validation=validation,
+        large=runs(LARGE),
+        many=runs(MANY_ADAPTERS),
+    )

@@ -170,6 +170,32 @@ def large_table(results: Iterable[Result]) -> str:
     return markdown(header, rows)
 
 
+def many_adapters_table(results: Sequence[Result]) -> str:
+    """Pairs of runs on one device: adapters that all fit, and many of which few do."""
+    header = (
+        "adapters, memory, rate",
+        "device",
+        "requests/s",
+        "of the former",
+        "TTFT p50 / p99",
+        "loads host / disk",
+    )
+    rows = []
+    for few, many in zip(results[::2], results[1::2], strict=True):
+        rows += [
+            (
+                result.run.scenario.title,
+                "vLLM's" if result.run.device == VLLM_DEVICE else "lora_serve's",
+                number(result["requests_per_s"]),
+                "" if result is few else f"{result['requests_per_s'] / few['requests_per_s']:.3f}",
+                _join(result, "ttft_p50_ms", "ttft_p99_ms"),
+                f"{result['host_loads']:,.0f} / {result['disk_loads']:,.0f}",
+            )
+            for result in (few, many)
+        ]
+    return markdown(header, rows)
+
+
 def replace_between_markers(text: str, name: str, content: str) -> str:
     """Replace what stands between `<!-- name:begin -->` and `<!-- name:end -->`.
 

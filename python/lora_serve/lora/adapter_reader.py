@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import sys
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,6 +23,8 @@ from lora_serve.lora.sources import AdapterFolder, AdapterSources
 
 NUM_READ_THREADS = 8
 """Threads that read the tensors of all adapters, at most; one core is left to the step loop."""
+_NICENESS = 15
+"""How far these threads step back; see `_step_back`."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,7 +136,9 @@ class AdapterReader:
         self._pool = pool
         self._sources = sources
         num_threads = num_threads or min(NUM_READ_THREADS, max(1, len(os.sched_getaffinity(0)) - 1))
-        self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix="lora-serve-tensors")
+        self._threads = ThreadPoolExecutor(
+            num_threads, thread_name_prefix="lora-serve-tensors", initializer=_step_back
+        )
         self._is_closed = False
 
     def read(
@@ -230,6 +236,19 @@ class AdapterReader:
         """End the threads; reads that run end with LoadCancelledError. Twice is nothing."""
         self._is_closed = True
         self._threads.shutdown(wait=False)
+
+
+def _step_back() -> None:
+    """Let the calling thread leave its core to whoever else wants it, such as the step loop.
+
+    Threads that copy and hash never pause by themselves, so on a machine with few cores the loop would be
+    interrupted in the midst of a step. Not for threads that mostly run Python code: one that cannot go on
+    while it has the interpreter lock holds up everybody.
+    """
+    if sys.platform == "linux":  # Elsewhere it would be all threads of the process.
+        thread_id = threading.get_native_id()
+        niceness = os.getpriority(os.PRIO_PROCESS, thread_id)
+        os.setpriority(os.PRIO_PROCESS, thread_id, min(19, niceness + _NICENESS))
 
 
 def _ms_since(begin_s: float) -> float:

@@ -77,7 +77,7 @@ class OracleAdapterStore:
     def read(
         self,
         path: str,
-        name: str | None = None,
+        name: str | None = None,  # noqa: ARG002
         is_cancelled: Callable[[], bool] = never,  # noqa: ARG002
     ) -> HostAdapter:
         """Give an adapter whose content is a function of the path; no file is touched."""

@@ -164,7 +164,7 @@ def test_loop_looks_at_the_pool_in_each_step_without_its_lock():
         assert not pool.contains(1)
 
 
-# --- The interpreter ---------------------------------------------------------------------------------------
+# --- Cores and the interpreter ------------------------------------------------------------------------------
 
 
 def test_settled_interpreter_never_collects_everything_by_itself_and_switches_soon():
