@@ -1,0 +1,117 @@
+"""An executor with real adapter memory whose steps only take time."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from lora_serve.executor.executor import NO_PLAN, ExecutionResult
+from lora_serve.executor.plan_worker import PlanWorker
+from lora_serve.executor.sampling_state import SamplingState
+from lora_serve.lora.manager import LoadReports, LoRAManager
+from lora_serve.lora.sources import AdapterSources
+from lora_serve.models.config import read_model_config
+from lora_serve.models.decoder import DecoderModel
+
+if TYPE_CHECKING:
+    from lora_serve.scheduler import ExecutionPlan
+
+
+class PacedExecutor:
+    """Implements `Executor`: a step does what plans say of adapters, then sleeps, as if a device computed.
+
+    It has adapter memory of a real model's shape, whose weights nobody needs. Every token is 1.
+
+    Parameters
+    ----------
+    model_dir : Path
+        Only its config.json is read.
+    num_device_pages, max_model_len : int
+        Reported to the engine.
+    step_ms : float
+        How long the device computes.
+    max_lora_rank, memory_bytes, host_memory_bytes : int
+        Of the adapter memory, on the CPU.
+
+    Attributes
+    ----------
+    late_ms : list of float
+        How long after the end of a step its result was taken, where somebody waited for it.
+    """
+
+    vocab_size = 1000
+    num_host_pages = 0
+    eos_token_ids = ()
+
+    def __init__(
+        self,
+        model_dir: Path,
+        *,
+        num_device_pages: int,
+        max_model_len: int,
+        step_ms: float,
+        max_lora_rank: int,
+        memory_bytes: int,
+        host_memory_bytes: int,
+    ) -> None:
+        self.num_device_pages = num_device_pages
+        self.max_model_len = max_model_len
+        self.late_ms: list[float] = []
+        model = DecoderModel(read_model_config(model_dir), device=torch.device("meta"))
+        self.lora = LoRAManager(
+            model.lora_targets(),
+            model.fused_lora_targets(),
+            torch.bfloat16,
+            "cpu",
+            max_lora_rank,
+            memory_bytes=memory_bytes,
+            host_memory_bytes=host_memory_bytes,
+            sources=AdapterSources(),
+        )
+        self._step_s = step_ms / 1e3
+        self._ended_at = 0.0
+        self._worker = PlanWorker(self._run_plan)
+
+    def submit(self, plan: ExecutionPlan, states: Sequence[SamplingState]) -> None:
+        """Begin a plan; see `Executor.submit`."""
+        self._worker.submit(plan, states)
+
+    def collect(self) -> ExecutionResult:
+        """Wait for the oldest plan on its way; see `Executor.collect`."""
+        called_at = time.perf_counter()
+        result = self._worker.collect()
+        if self._ended_at > called_at:
+            self.late_ms.append((time.perf_counter() - self._ended_at) * 1e3)
+        return result
+
+    def report(self) -> ExecutionResult:
+        """Give what has ended since the last result; see `Executor.report`."""
+        loads = self.lora.take_loads() if self._worker.num_in_flight == 0 else LoadReports()
+        return ExecutionResult(NO_PLAN, np.empty(0, np.int32), [], loads.loaded, loads.failed)
+
+    def close(self) -> None:
+        """End the threads."""
+        self._worker.close()
+        self.lora.close()
+
+    def _run_plan(self, plan: ExecutionPlan, states: Sequence[SamplingState]) -> ExecutionResult:
+        for adapter_id in plan.drained_adapter_ids.tolist():
+            self.lora.free(adapter_id)
+        for adapter_id in plan.evicted_adapter_ids.tolist():
+            self.lora.evict(adapter_id)
+        slots = zip(plan.load_adapter_ids.tolist(), plan.load_adapter_slots.tolist(), strict=True)
+        self.lora.start_loads(dict(slots))
+        loads = self.lora.take_loads()
+        token_ids = np.where(plan.samples_token, 1, -1).astype(np.int32)
+        positions = (plan.num_computed_tokens + plan.num_scheduled_tokens).tolist()
+        for row in np.flatnonzero(plan.samples_token).tolist():
+            states[row].append_output(1, positions[row])
+        time.sleep(self._step_s)
+        result = ExecutionResult(plan.plan_id, token_ids, [None] * len(states), loads.loaded, loads.failed)
+        self._ended_at = time.perf_counter()
+        return result
