@@ -111,8 +111,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_model_len: int | None = None
     max_loras: int = 64
     max_lora_rank: int = 64
-    lora_memory_gb: float = 4.0
-    lora_host_memory_gb: float = 4.0
+    lora_memory_gb: float = 1.0
+    lora_host_memory_gb: float = 1.0
     max_loading_adapters: int = 4
     adapter_patience_ms: int = 20
     adapter_time_slice_steps: int = 4
