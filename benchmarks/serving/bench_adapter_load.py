@@ -33,6 +33,7 @@ from safetensors.torch import load_file, save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from result_file import append_rows
+from timing import percentiles, wall_times_ms
 
 # Qwen3-8B: input and output features of its projections.
 PROJECTIONS = {
@@ -157,14 +158,6 @@ def drop_from_page_cache(path: Path) -> None:
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def percentiles(values: list[float]) -> tuple[float, float, float]:
-    """p20, p50 and p80, interpolated."""
-    if len(values) == 1:
-        return values[0], values[0], values[0]
-    tenths = statistics.quantiles(values, n=10, method="inclusive")
-    return tenths[1], statistics.median(values), tenths[7]
-
-
 def driver_version() -> str:
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
@@ -215,18 +208,6 @@ class Report:
             f"{p20:9.3f} {p50:9.3f} {p80:9.3f} ms  {row['p50_gb_per_s']:>7} GB/s{busy}{lost}",
             flush=True,
         )
-
-
-def wall_times_ms(run: Run, repetitions: int, before: Run | None = None) -> list[float]:
-    """Wall times of `run` after two runs that do not count. `before` runs ahead of each and is not timed."""
-    times: list[float] = []
-    for _ in range(repetitions + 2):
-        if before is not None:
-            before()
-        start = time.perf_counter()
-        run()
-        times.append((time.perf_counter() - start) * 1e3)
-    return times[2:]
 
 
 def check_filled(destination: torch.Tensor, run: Run, adapter: Adapter) -> None:

@@ -16,7 +16,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -34,6 +34,7 @@ from lora_serve.testing.adapters import make_random_adapter
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from result_file import append_rows
+from timing import percentiles, wall_times_ms
 
 QWEN3_8B = {
     "architectures": ["Qwen3ForCausalLM"],
@@ -87,7 +88,7 @@ class Report:
     def add(
         self, workload: str, adapter: HostAdapter, num_threads: int, times_ms: list[float], **more: object
     ) -> None:
-        p20, p50, p80 = statistics.quantiles(times_ms, n=10, method="inclusive")[1:8:3]
+        p20, p50, p80 = percentiles(times_ms)
         row: dict[str, object] = {
             "workload": workload,
             "num_threads": num_threads,
@@ -106,16 +107,6 @@ class Report:
         }
         self.rows.append(row)
         print(*(f"{key}={value}" for key, value in row.items() if value != ""), flush=True)
-
-
-def wall_times_ms(run: Callable[[], object], repetitions: int) -> list[float]:
-    """Wall times of `run`, after two runs that do not count."""
-    times = []
-    for _ in range(repetitions + 2):
-        begin = time.perf_counter()
-        run()
-        times.append((time.perf_counter() - begin) * 1e3)
-    return times[2:]
 
 
 def bench_reads(

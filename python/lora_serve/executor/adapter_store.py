@@ -48,7 +48,7 @@ class AdapterStore(Protocol):
         ...
 
     def add(self, adapter_id: int, adapter: HostAdapter) -> None:
-        """Remember a generation, so that plans may load it; takes over what `read` gave."""
+        """Remember a generation, so that plans may load it; the caller still releases what `read` gave."""
         ...
 
     def remove(self, adapter_id: int) -> None:
