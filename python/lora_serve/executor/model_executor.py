@@ -137,7 +137,7 @@ class ModelExecutor:
         """Give what has ended since the last result; see `Executor.report`."""
         is_idle = self._worker.num_in_flight == 0
         transfers = self._transfers.take_reports() if is_idle else TransferReports()
-        loads = self.lora.take_loads() if is_idle else LoadReports()
+        loads = self.lora.take_loads({}) if is_idle else LoadReports()
         return ExecutionResult(
             NO_PLAN,
             np.empty(0, dtype=np.int32),
@@ -206,8 +206,7 @@ class ModelExecutor:
         slot_of = dict(zip(plan.load_adapter_ids.tolist(), plan.load_adapter_slots.tolist(), strict=True))
         for slot in slot_of.values():
             self._failed_slots.pop(slot, None)
-        self.lora.start_loads(slot_of)
-        loads = self.lora.take_loads()
+        loads = self.lora.take_loads(slot_of)
         for adapter_id in loads.failed:
             if adapter_id in slot_of:
                 self._failed_slots[slot_of[adapter_id]] = adapter_id

@@ -159,7 +159,6 @@ class LoRAManager:
         self._staged: dict[int, _Staged | str] = {}  # What plans may load; or why it cannot be read.
         self._awaited: set[int] = set()  # Plans load them, but they must be read first. The step loop's.
         self._pending: dict[int, int] = {}  # Loads of plans that have not ended, to their slots. The steps'.
-        self._newest_loads: frozenset[int] = frozenset()  # Of the plan that runs next. The steps'.
         self._copy_ms: dict[int, float] = {}
 
     # --- Any thread ---------------------------------------------------------------------------------------
@@ -286,23 +285,23 @@ class LoRAManager:
 
     # --- The steps ----------------------------------------------------------------------------------------
 
-    def start_loads(self, slot_of: Mapping[int, int]) -> None:
-        """Note the loads of a plan, adapter to slot.
-
-        Those whose blocks were leased for the plan end with the next :meth:`take_loads`.
-        """
-        self._pending.update(slot_of)
-        self._newest_loads = frozenset(slot_of)
-
-    def take_loads(self) -> LoadReports:
+    def take_loads(self, slot_of: Mapping[int, int]) -> LoadReports:
         """Bring to the device what has arrived on the host; tell which loads have ended, well or not.
 
+        Parameters
+        ----------
+        slot_of
+            The loads of the plan that runs next, adapter to slot; empty between plans. Those whose blocks
+            were leased for the plan end now, the others in a later call.
+
+        Notes
+        -----
         One adapter's failure is its own, whatever its type. Rows of the plan that loads it may name its slot
         all the same: then the slot is left without any module, so that they run, and what they give means
         nothing.
         """
         reports = LoadReports()
-        newest, self._newest_loads = self._newest_loads, frozenset()
+        self._pending.update(slot_of)
         for adapter_id, slot in list(self._pending.items()):
             with self._lock:
                 staged = self._staged.pop(adapter_id, None)
@@ -317,7 +316,7 @@ class LoRAManager:
                     reports.loaded.append(adapter_id)
             except Exception as error:  # Out of memory included: the other requests go on.
                 reports.failed[adapter_id] = describe_error(error)
-            if adapter_id in reports.failed and adapter_id in newest:
+            if adapter_id in reports.failed and adapter_id in slot_of:
                 self._device.install_nothing(slot)
         return reports
 

@@ -325,12 +325,16 @@ def test_report_takes_no_load_from_a_plan_on_its_way(model_path, make_adapter, m
     executor = _executor(model_path)
     _add(executor, 1, make_adapter(1, 2, ("v_proj",)))
     executor.lora.prepare_loads([1])
-    begun, reported, start_loads = threading.Event(), threading.Event(), executor.lora.start_loads
-    monkeypatch.setattr(
-        executor.lora,
-        "start_loads",
-        lambda slot_of: (start_loads(slot_of), begun.set(), reported.wait(TIMEOUT_S)),
-    )
+    begun, reported, take_loads = threading.Event(), threading.Event(), executor.lora.take_loads
+
+    def take_late(slot_of):
+        executor.lora._pending.update(slot_of)  # So that whoever takes loads now would take this one.
+        if slot_of:
+            begun.set()
+            reported.wait(TIMEOUT_S)
+        return take_loads(slot_of)
+
+    monkeypatch.setattr(executor.lora, "take_loads", take_late)
     executor.submit(PlanStandIn(loads=[(1, 0)]), [])
     assert begun.wait(TIMEOUT_S)
     early = executor.report()

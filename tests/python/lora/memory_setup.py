@@ -191,8 +191,7 @@ class Memory:
             self.manager.free(adapter_id)
         for adapter_id in evicted:
             self.manager.evict(adapter_id)
-        self.manager.start_loads(loads or {})
-        return self.manager.take_loads()
+        return self.manager.take_loads(loads or {})
 
     def wait_for_loads(self, num: int = 1) -> LoadReports:
         """Poll and take loads, as idle steps do, until so many have ended."""
@@ -200,7 +199,7 @@ class Memory:
 
         def has_all() -> bool:
             self.poll()
-            taken = self.manager.take_loads()
+            taken = self.manager.take_loads({})
             reports.loaded.extend(taken.loaded)
             reports.failed.update(taken.failed)
             return len(reports.loaded) + len(reports.failed) >= num

@@ -118,7 +118,7 @@ def test_changed_folder_fails_a_read_that_a_request_began(make_memory):
     memory.manager.want(1)
     wait_until(lambda: memory.poll() and memory.news.failed)
     assert "the folder was changed" in memory.news.failed[1]
-    assert memory.manager.take_loads() == loaded()
+    assert memory.manager.take_loads({}) == loaded()
 
 
 def test_load_that_contradicts_what_is_there_fails_and_leaves_the_others_alone(make_memory):
@@ -204,7 +204,7 @@ def test_read_of_a_removed_adapter_that_ends_later_installs_nothing(make_memory,
     wait_until(lambda: memory.poll() and memory.pool.snapshot().num_held_bytes == 0)
 
     assert (memory.news.arrived, memory.news.failed) == ([], {})
-    assert memory.manager.take_loads() == loaded()
+    assert memory.manager.take_loads({}) == loaded()
     memory.assert_holds({2: 0})
     assert [block.adapter_id for block in memory.pool.snapshot().adapters] == [2]
 
@@ -293,8 +293,7 @@ def test_blocks_leave_the_host_only_in_poll_and_never_while_a_plan_holds_them(ma
         assert manager.poll().evicted == [3]
         again.result(TIMEOUT_S).release()
         assert manager.is_on_host(1)
-        manager.start_loads({1: 0})
-        assert manager.take_loads() == loaded(1)
+        assert manager.take_loads({1: 0}) == loaded(1)
     memory.assert_holds({1: 0})
 
 
@@ -320,8 +319,7 @@ def test_read_for_a_new_name_goes_on_beside_plans_when_copies_end(make_memory, t
         read = thread.submit(manager.read, str(path))
         wait_until(lambda: memory.pool.snapshot().num_waiters == 1)
         assert manager.poll() == HostNews()
-        manager.start_loads({1: 0})
-        assert manager.take_loads() == loaded(1)
+        assert manager.take_loads({1: 0}) == loaded(1)
         assert not read.done()
         wait_until(lambda: memory.poll() and read.done())
         with read.result() as adapter:
@@ -419,8 +417,7 @@ def test_adapters_can_be_added_and_looked_up_while_others_come_and_go(make_memor
         slot = 0
         while turn.acquire(timeout=TIMEOUT_S) and not ends.is_set():
             slot = 1 - slot
-            manager.start_loads({1: slot, 2: 2 + slot})
-            assert sorted(manager.take_loads().loaded) == [1, 2]
+            assert sorted(manager.take_loads({1: slot, 2: 2 + slot}).loaded) == [1, 2]
             stepped.release()
             manager.evict(1)
             manager.free(2)
@@ -498,7 +495,7 @@ def test_random_life_ends_as_it_began(make_device_memory, tmp_path, seed):
             manager.want(rng.choice(sorted(added)))
         elif action < 0.7:
             memory.poll()
-            take(manager.take_loads())
+            take(manager.take_loads({}))
         else:
             memory.poll()
             run_plan()
@@ -506,7 +503,7 @@ def test_random_life_ends_as_it_began(make_device_memory, tmp_path, seed):
             memory.assert_holds(slots)
     while loading:
         memory.poll()
-        take(manager.take_loads())
+        take(manager.take_loads({}))
     memory.assert_holds(slots)
     memory.plan(drained=list(slots))
     for adapter_id in added:
