@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <array>
+#include <cstdint>
 #include <span>
 #include <string>
 #include <string_view>
@@ -11,6 +12,7 @@
 #include "array_conversion.h"
 #include "bindings.h"
 #include "common/check.h"
+#include "common/errors.h"
 #include "python_plan.h"
 
 namespace lora_serve::bindings {
@@ -90,6 +92,17 @@ const char* DocOf(std::string_view name) {
   return found->doc;
 }
 
+py::typing::Dict<py::str, py::slice> LayoutOf(const PlanBlock& block) {
+  py::typing::Dict<py::str, py::slice> layout;
+  const PlanArrays padded = block.Padded();
+  for (const PlanArrayInfo& array : kPlanArrays) {
+    const PlanArrays::View view = padded.*array.member;
+    const py::ssize_t start = view.empty() ? 0 : view.data() - block.block().data();
+    layout[array.name] = py::slice(start, start + std::ssize(view), 1);
+  }
+  return layout;
+}
+
 /// The arrays that go to the device, and the block that they lie in.
 void BindBlock(py::class_<PythonPlan>& plan) {
   for (const PlanArrayInfo& array : kPlanArrays) {
@@ -102,17 +115,7 @@ void BindBlock(py::class_<PythonPlan>& plan) {
       },
       "[all of it] int32, the memory that holds the arrays named in ``layout``, and nothing else.");
   plan.def_property_readonly(
-      "layout",
-      [](const PythonPlan& self) {
-        py::typing::Dict<py::str, py::slice> layout;
-        const PlanArrays padded = self.Padded();
-        for (const PlanArrayInfo& array : kPlanArrays) {
-          const PlanArrays::View view = padded.*array.member;
-          const py::ssize_t start = view.empty() ? 0 : view.data() - self.block().data();
-          layout[array.name] = py::slice(start, start + std::ssize(view), 1);
-        }
-        return layout;
-      },
+      "layout", [](const PythonPlan& self) { return LayoutOf(self); },
       "Where each array lies in ``block``, padded entries included: name to slice.");
   plan.def_readonly("num_padded_rows", &ExecutionPlan::num_padded_rows,
                     "P, rows with the padded ones; B when nothing is padded.");
@@ -213,11 +216,53 @@ InvalidArgumentError
       .def_readonly("plan_id", &ExecutionEvent::plan_id);
 }
 
+void BindPlanLayout(py::module_& module) {
+  module.def(
+      "plan_layout",
+      [](std::int32_t max_loras, std::int32_t num_padded_rows, std::int32_t num_padded_tokens) {
+        if (max_loras < 1 || num_padded_rows < 0 || num_padded_tokens < num_padded_rows) {
+          throw InvalidArgumentError(
+              "plan_layout: max_loras is " + std::to_string(max_loras) + ", the plan has " +
+              std::to_string(num_padded_rows) + " rows and " + std::to_string(num_padded_tokens) +
+              " tokens; expected max_loras of at least 1 and at least one token a row");
+        }
+        PlanBlock block;
+        block.LayOut({.num_groups = max_loras + 1,
+                      .num_rows = num_padded_rows,
+                      .num_padded_rows = num_padded_rows,
+                      .num_tokens = num_padded_tokens,
+                      .num_padded_tokens = num_padded_tokens});
+        return LayoutOf(block);
+      },
+      py::arg("max_loras"), py::arg("num_padded_rows"), py::arg("num_padded_tokens"),
+      R"doc(
+Where the arrays of a plan of these padded sizes lie in its block, without any page-table delta.
+
+Parameters
+----------
+max_loras : int
+    As in ``SchedulerOptions``.
+num_padded_rows, num_padded_tokens : int
+    As of the plan.
+
+Returns
+-------
+dict from str to slice
+    As ``ExecutionPlan.layout``; only the arrays of deltas may lie elsewhere in a plan.
+
+Raises
+------
+InvalidArgumentError
+    A size is out of range.
+)doc");
+}
+
 }  // namespace
 
 void BindPlan(py::module_& module) {
   BindExecutionPlan(module);
   BindExecutionEvent(module);
+  BindPlanLayout(module);
 }
 
 }  // namespace lora_serve::bindings

@@ -78,12 +78,13 @@ void BindStep(py::class_<Scheduler>& scheduler) {
               plan->memory = WritableEntries(*block, "block");
               plan->block_owner = *std::move(block);
             }
-            const py::gil_scoped_release release;
+            // The interpreter lock is kept: a thread that loads adapters would take it, and the
+            // step loop would wait for longer to get it back than all of this takes.
             self.NextPlan(now_us, *plan);
             return plan;
           },
           py::arg("now_us"), py::arg("block") = py::none(), R"doc(
-Plan one step. The interpreter lock is released meanwhile.
+Plan one step. The interpreter lock is kept: to get it back would take longer than the step.
 
 Parameters
 ----------
@@ -107,9 +108,8 @@ InternalError
 InvalidArgumentError
     ``block`` is not such an array; nothing is changed then.
 )doc")
-      .def("advance", &Scheduler::Advance, py::arg("event"),
-           py::call_guard<py::gil_scoped_release>(), R"doc(
-Take the result of the oldest outstanding plan. The interpreter lock is released meanwhile.
+      .def("advance", &Scheduler::Advance, py::arg("event"), R"doc(
+Take the result of the oldest outstanding plan. The interpreter lock is kept, as in ``next_plan``.
 
 An event with ``plan_id`` -1 only reports loads and copies; it is taken at any time.
 
@@ -118,6 +118,35 @@ Raises
 InvalidArgumentError
     The event does not answer the plan (ids, lengths), or reports a load or a copy that is not under way; nothing
     is changed then.
+)doc");
+}
+
+/// What the engine asks between plans to keep the right adapters in host memory.
+void BindReadAhead(py::class_<Scheduler>& scheduler) {
+  const auto values_of = [](const std::vector<AdapterId>& ids) {
+    std::vector<std::int64_t> values;
+    for (const AdapterId id : ids) values.push_back(id.value());
+    return values;
+  };
+  scheduler.def(
+      "adapters_to_stage",
+      [values_of](const Scheduler& self) { return values_of(self.AdaptersToStage()); },
+      R"doc(
+Give the generations to read into host memory next, the first in front.
+
+Of those that wait to be loaded, the ones that the next four rounds of loads (of ``max_loading_adapters`` each) bring
+to the device, as far as it holds them all at once, less those that are staged.
+)doc");
+  scheduler.def(
+      "waiting_adapters",
+      [values_of](const Scheduler& self, const std::vector<std::int64_t>& adapter_ids) {
+        const std::vector<AdapterId> ids(adapter_ids.begin(), adapter_ids.end());
+        return values_of(self.WaitingAdapters(ids));
+      },
+      py::arg("adapter_ids"), R"doc(
+Give those of ``adapter_ids`` that wait for memory or a place on the device, whose turn comes first in front.
+
+Unknown ids are left out.
 )doc");
 }
 
@@ -295,6 +324,7 @@ End a request wherever it is; returns False when the id is not live (a late abor
           "Entries of a ``block`` that holds any plan of this scheduler.")
       .def_property_readonly("options", &Scheduler::options);
   BindStep(scheduler);
+  BindReadAhead(scheduler);
 }
 
 }  // namespace lora_serve::bindings

@@ -9,13 +9,16 @@ The loop's own time is the engine's measure: a step without the wait for the exe
 wait takes beyond the end of the device's step (known of `paced` only). `loop_waits` counts how often the
 loop's thread gave up its core while it had work, for the interpreter lock or any other. `load_waits` is the
 engine's count of waits for threads that load. `cores_used_by_others` are cores that other processes kept
-busy: where they leave none free, the loop's times are theirs, too.
+busy: where they leave none free, the loop's times are theirs, too. The engine logs as in its own process.
+
+Last come the rises: how much more the loop's p99 is with loads than without, each repeat by itself.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import resource
 import sys
@@ -43,6 +46,7 @@ from lora_serve.common.config import EngineConfig
 from lora_serve.common.sampling_params import SamplingParams
 from lora_serve.engine.engine_core import EngineCore
 from lora_serve.engine.engine_process import settle_interpreter
+from lora_serve.engine.loop_log import LoopLogHandler
 from lora_serve.engine.messages import EngineRequest
 from lora_serve.executor.executor import Executor
 from lora_serve.executor.model_executor import ModelExecutor
@@ -277,9 +281,20 @@ def bench(device: Device, num_loads: int, repeats: int) -> list[dict[str, object
     return rows
 
 
+def describe_rises(rows: list[dict[str, object]]) -> list[str]:
+    """One line a repeat: the loop's p99 with loads less that without."""
+    p99s = {(row["device"], row["repeat"], row["workload"]): float(str(row["own_p99_ms"])) for row in rows}
+    return [
+        f"device={device} repeat={repeat} rise_of_own_p99_ms={p99 - p99s[device, repeat, 'no loads']:.3f}"
+        for (device, repeat, workload), p99 in p99s.items()
+        if workload != "no loads"
+    ]
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--smallest", action="store_true", help="few loads of small adapters; no rows")
+    parser.add_argument("--no-rows", action="store_true", help="print only; then no git is needed")
     parser.add_argument("--loads", type=int, default=50)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument(
@@ -289,10 +304,15 @@ def main() -> int:
     num_loads, repeats = (LOADS_A_PHASE, 1) if options.smallest else (options.loads, options.repeats)
     makers = {"paced": make_paced, "cpu_model": make_cpu_model}
     rows: list[dict[str, object]] = []
-    for name in options.devices:
-        with tempfile.TemporaryDirectory() as folder:
-            rows += bench(makers[name](Path(folder) / name, options.smallest), num_loads, repeats)
-    if not options.smallest:
+    with tempfile.TemporaryFile("w+") as log:
+        handler = LoopLogHandler(log, "%(asctime)s %(levelname)s engine[%(process)d] %(name)s: %(message)s")
+        logging.basicConfig(level=logging.INFO, handlers=[handler])
+        for name in options.devices:
+            with tempfile.TemporaryDirectory() as folder:
+                rows += bench(makers[name](Path(folder) / name, options.smallest), num_loads, repeats)
+        logging.shutdown()
+    print(*describe_rises(rows), sep="\n")
+    if not options.smallest and not options.no_rows:
         print(f"appended to {append_rows('load_stall', rows)}")
     return 0
 

@@ -3,7 +3,13 @@
 The engine runs in this process with a small model on the CPU. First the saturation: clients in a closed loop
 over 20 adapters, all on the device. Then an open loop, Poisson at 60% of that rate, zipf(1): over the 20, and
 over 1,000 registered ones of which 200 fit on the host and 20 on the device. Both have the same arrivals and
-lengths. A run must be long beside the waits: they grow until enough requests of an adapter share its turn.
+lengths. Completions count from the arrival of the middle request on: waits grow until enough requests of an
+adapter share its turn, and a run must be long beside that. `live_at_middle` and `live_at_end` show whether it
+was: requests that had arrived and were not answered.
+
+Each set of adapters has a saturation of its own as well, with four times the clients, so that requests of an
+adapter meet. Where that of the 1,000 is above the arrivals, the device's places are enough for them;
+`adapters_per_step` says how many of the 20 the steps used.
 """
 
 from __future__ import annotations
@@ -48,7 +54,7 @@ class Sizes:
     num_adapters: int = 1000
     num_host_adapters: int = 200
     num_device_adapters: int = 20
-    num_requests: int = 10_000
+    num_requests: int = 20_000
     num_clients: int = 64
     repeats: int = 1
 
@@ -144,30 +150,45 @@ def closed_loop(traffic: Traffic, ids: Ids, num_clients: int, num_requests: int)
     return rate
 
 
-def open_loop(traffic: Traffic, ids: Ids, rate: float, num_requests: int) -> float:
-    """Completed requests/s from the arrival of the first fifth to the last arrival.
+@dataclass(frozen=True)
+class OpenLoop:
+    """What became of arrivals at a given rate, from the middle one to the last.
 
-    While the engine keeps up, that is the rate of arrivals, however long each request takes; less means that
-    ever more of them wait.
+    Parameters
+    ----------
+    completed_per_s
+        Requests/s. While the engine keeps up, that is the rate of arrivals, however long each request takes;
+        less means that ever more of them wait.
+    live_at_middle, live_at_end
+        Requests that had arrived and were not answered.
     """
+
+    completed_per_s: float
+    live_at_middle: int
+    live_at_end: int
+
+
+def open_loop(traffic: Traffic, ids: Ids, rate: float, num_requests: int) -> OpenLoop:
+    """Send requests at random times, whatever becomes of them."""
     gaps = np.random.default_rng(traffic.seed + 1).exponential(1 / rate, num_requests)
     arrivals = (time.perf_counter() + np.cumsum(gaps)).tolist()
-    num_sent = num_before = 0
-    num_skipped = num_requests // 5
+    num_sent = num_before = live_at_middle = 0
+    middle = num_requests // 2
     while num_sent < num_requests:
         while num_sent < num_requests and arrivals[num_sent] <= time.perf_counter():
             traffic.send(ids.take(), arrivals[num_sent])
             num_sent += 1
-            if num_sent == num_skipped:
-                num_before = traffic.num_completed
+            if num_sent == middle:
+                num_before, live_at_middle = traffic.num_completed, traffic.num_live
         if traffic.core.has_work:
             traffic.step()
         elif num_sent < num_requests:
             time.sleep(max(0.0, min(1e-3, arrivals[num_sent] - time.perf_counter())))
-    completed = traffic.num_completed - num_before
+    took_s = time.perf_counter() - arrivals[middle - 1]
+    result = OpenLoop((traffic.num_completed - num_before) / took_s, live_at_middle, traffic.num_live)
     while traffic.num_live:
         traffic.step()
-    return completed / (arrivals[-1] - arrivals[num_skipped - 1])
+    return result
 
 
 def make_engine(folder: Path, sizes: Sizes, lora_rank: int) -> tuple[EngineCore, list[str]]:
@@ -200,19 +221,35 @@ def make_engine(folder: Path, sizes: Sizes, lora_rank: int) -> tuple[EngineCore,
     return core, names
 
 
-def figures(core: EngineCore, traffic: Traffic, before: tuple[int, int]) -> dict[str, object]:
-    p50, p99 = np.quantile(traffic.first_token_ms, (0.5, 0.99)).round(1).tolist()
-    loads, reads = count_loads(core)
-    return {
-        "ttft_p50_ms": p50,
-        "ttft_p99_ms": p99,
-        "loads_to_device": loads - before[0],
-        "reads_from_disk": reads - before[1],
-    }
+class Counts:
+    """What the engine has counted since this was made."""
 
+    def __init__(self, core: EngineCore) -> None:
+        self._core = core
+        self._before = self._read()
+        self._began = time.perf_counter()
 
-def count_loads(core: EngineCore) -> tuple[int, int]:
-    return core.stats().total_adapter_loads, sum(info.total_reads for info in core.adapters())
+    def figures(self) -> dict[str, object]:
+        took_s = time.perf_counter() - self._began
+        counts = {name: count - self._before[name] for name, count in self._read().items()}
+        steps = counts["steps"]
+        return {
+            "rows_per_step": round(counts["rows"] / steps, 1),
+            "adapters_per_step": round(counts["adapters"] / steps, 1),
+            "ms_per_step": round(took_s / steps * 1e3, 2),
+            "loads_to_device": counts["loads"],
+            "reads_from_disk": counts["reads"],
+        }
+
+    def _read(self) -> dict[str, int]:
+        stats = self._core.stats()
+        return {
+            "steps": stats.total_steps,
+            "rows": stats.total_decode_rows + stats.total_prefill_rows,
+            "adapters": stats.total_step_adapters,
+            "loads": stats.total_adapter_loads,
+            "reads": sum(info.total_reads for info in self._core.adapters()),
+        }
 
 
 def bench(core: EngineCore, names: list[str], sizes: Sizes) -> list[dict[str, object]]:
@@ -221,13 +258,17 @@ def bench(core: EngineCore, names: list[str], sizes: Sizes) -> list[dict[str, ob
     closed_loop(Traffic(core, few, 0), ids, sizes.num_clients, max(10, sizes.num_requests // 20))
     rows: list[dict[str, object]] = []
     for repeat in range(sizes.repeats):
-        saturation = closed_loop(Traffic(core, few, repeat), ids, sizes.num_clients, sizes.num_requests // 5)
-        rates = []
+        saturation = closed_loop(Traffic(core, few, repeat), ids, sizes.num_clients, sizes.num_requests // 10)
+        rate = LOAD_SHARE * saturation
+        few_per_s = 0.0
         for adapters in (few, names):
-            warm_up = Traffic(core, adapters, 100 + repeat)
-            open_loop(warm_up, ids, LOAD_SHARE * saturation, max(10, sizes.num_requests // 20))
-            traffic, before, use = Traffic(core, adapters, repeat), count_loads(core), CoreUse()
-            rates.append(open_loop(traffic, ids, LOAD_SHARE * saturation, sizes.num_requests))
+            own = Traffic(core, adapters, 200 + repeat)
+            own_saturation = closed_loop(own, ids, 4 * sizes.num_clients, sizes.num_requests // 10)
+            open_loop(Traffic(core, adapters, 100 + repeat), ids, rate, max(10, sizes.num_requests // 20))
+            traffic, counts, use = Traffic(core, adapters, repeat), Counts(core), CoreUse()
+            result = open_loop(traffic, ids, rate, sizes.num_requests)
+            few_per_s = few_per_s or result.completed_per_s
+            p50, p99 = np.quantile(traffic.first_token_ms, (0.5, 0.99)).round(1).tolist()
             row = {
                 "repeat": repeat,
                 "num_adapters": len(adapters),
@@ -235,10 +276,15 @@ def bench(core: EngineCore, names: list[str], sizes: Sizes) -> list[dict[str, ob
                 "num_device_adapters": sizes.num_device_adapters,
                 "num_requests": sizes.num_requests,
                 "saturation_requests_per_s": round(saturation, 1),
-                "arrivals_per_s": round(LOAD_SHARE * saturation, 1),
-                "completed_requests_per_s": round(rates[-1], 1),
-                "of_few_adapters": round(rates[-1] / rates[0], 4),
-                **figures(core, traffic, before),
+                "own_saturation_requests_per_s": round(own_saturation, 1),
+                "arrivals_per_s": round(rate, 1),
+                "completed_requests_per_s": round(result.completed_per_s, 1),
+                "of_few_adapters": round(result.completed_per_s / few_per_s, 4),
+                "live_at_middle": result.live_at_middle,
+                "live_at_end": result.live_at_end,
+                "ttft_p50_ms": p50,
+                "ttft_p99_ms": p99,
+                **counts.figures(),
                 "cores_used_by_others": use.by_others(),
             }
             rows.append(row)
@@ -252,8 +298,13 @@ def main() -> int:
     parser.add_argument("--requests", type=int, default=Sizes.num_requests)
     parser.add_argument("--repeats", type=int, default=Sizes.repeats)
     parser.add_argument("--rank", type=int, default=8)
+    parser.add_argument("--host-adapters", type=int, default=Sizes.num_host_adapters, help="that fit there")
     options = parser.parse_args()
-    sizes = SMALLEST if options.smallest else Sizes(num_requests=options.requests, repeats=options.repeats)
+    sizes = Sizes(
+        num_host_adapters=options.host_adapters, num_requests=options.requests, repeats=options.repeats
+    )
+    if options.smallest:
+        sizes = SMALLEST
     with tempfile.TemporaryDirectory() as folder:
         core, names = make_engine(Path(folder), sizes, options.rank)
         settle_interpreter()

@@ -47,6 +47,7 @@ class PacedExecutor:
     vocab_size = 1000
     num_host_pages = 0
     eos_token_ids = ()
+    padded_batch_sizes = ()
 
     def __init__(
         self,
@@ -91,7 +92,7 @@ class PacedExecutor:
 
     def report(self) -> ExecutionResult:
         """Give what has ended since the last result; see `Executor.report`."""
-        loads = self.lora.take_loads() if self._worker.num_in_flight == 0 else LoadReports()
+        loads = self.lora.take_loads({}) if self._worker.num_in_flight == 0 else LoadReports()
         return ExecutionResult(NO_PLAN, np.empty(0, np.int32), [], loads.loaded, loads.failed)
 
     def close(self) -> None:
@@ -105,8 +106,7 @@ class PacedExecutor:
         for adapter_id in plan.evicted_adapter_ids.tolist():
             self.lora.evict(adapter_id)
         slots = zip(plan.load_adapter_ids.tolist(), plan.load_adapter_slots.tolist(), strict=True)
-        self.lora.start_loads(dict(slots))
-        loads = self.lora.take_loads()
+        loads = self.lora.take_loads(dict(slots))
         token_ids = np.where(plan.samples_token, 1, -1).astype(np.int32)
         positions = (plan.num_computed_tokens + plan.num_scheduled_tokens).tolist()
         for row in np.flatnonzero(plan.samples_token).tolist():

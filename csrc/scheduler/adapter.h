@@ -42,6 +42,8 @@ enum class AdapterStanding : std::uint8_t {
 struct LineKey {
   /// Since when it waits, plus priority * priority_ageing_us of its most senior request.
   std::int64_t virtual_since_us = 0;
+  /// Of those that began to wait together, the staged ones go first.
+  bool must_be_read = false;
   /// In the order of joining.
   std::int64_t join_number = 0;
 
@@ -99,6 +101,11 @@ struct Adapter {
   /// A preempted request counts, too, so that newer work cannot take its adapter's place.
   [[nodiscard]] bool HasStarted() const {
     return num_running_requests + num_preempted_requests > 0;
+  }
+  /// True when it is in one of the three lines, and its `line_key` says where.
+  [[nodiscard]] bool IsWaiting() const {
+    return standing == AdapterStanding::kInLine || standing == AdapterStanding::kUnplaced ||
+           standing == AdapterStanding::kPaused;
   }
   /// True when plans may have rows of it.
   [[nodiscard]] bool MayRun() const { return IsBase() || (is_in_place && !is_leaving); }

@@ -141,6 +141,7 @@ void AdapterTable::Relist(Adapter& adapter) {
     const std::int64_t priority =
         adapter.queue.empty() ? 0 : adapter.queue.begin()->second->priority();
     key.virtual_since_us = adapter.waits_since_us + priority * priority_ageing_us_;
+    key.must_be_read = !adapter.options.is_staged;
   }
   if (standing == adapter.standing && key == adapter.line_key) return;
   Unlist(adapter);

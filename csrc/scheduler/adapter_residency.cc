@@ -15,6 +15,10 @@ using Line = AdapterTable::Line;
 /// crowds cost those who wait; with more, the batches of saturated traffic shrink.
 constexpr std::int64_t kCrowdedFactor = 3;
 
+/// Rounds of loads that are read ahead. A place in host memory that is taken early is lost to
+/// adapters whose next request comes soon.
+constexpr std::size_t kRoundsAhead = 4;
+
 /// Several lines as one, in their common order.
 template <std::size_t kNumLines>
 class MergedLines {
@@ -144,6 +148,54 @@ void AdapterResidency::GivePlaces(std::vector<Adapter*>& newcomers) {
       adapters.EnterPlace(*adapter);
     }
   }
+}
+
+// --- What comes next -----------------------------------------------------------------------------
+
+std::vector<const Adapter*> AdapterResidency::FrontOfLine(std::size_t max_adapters) const {
+  std::vector<const Adapter*> front;
+  const auto add_from = [&](auto lines, bool may_take_room) {
+    while (const Adapter* adapter = front.size() < max_adapters ? lines.Next() : nullptr) {
+      if (!adapter->HoldsBytes() && MayTakeRoom(*adapter) == may_take_room) {
+        front.push_back(adapter);
+      }
+    }
+  };
+  const Line& line = adapters_backptr_->line();
+  const Line& paused = adapters_backptr_->paused();
+  if (!is_stalled_ && !StartedComeFirst()) {
+    add_from(MergedLines<2>({&line, &paused}), true);
+  } else {
+    add_from(MergedLines<1>({&paused}), true);  // nobody else may take room now
+    add_from(MergedLines<2>({&line, &paused}), false);
+  }
+  return front;
+}
+
+std::vector<AdapterId> AdapterResidency::ToStage() const {
+  const std::size_t max_adapters = kRoundsAhead * static_cast<std::size_t>(max_loading_);
+  std::int64_t num_bytes = adapters_backptr_->NumFreeBytes() + adapters_backptr_->num_bytes();
+  std::vector<AdapterId> ids;
+  for (const Adapter* adapter : FrontOfLine(max_adapters)) {
+    num_bytes -= adapter->options.size_bytes;
+    if (num_bytes < 0) break;
+    if (!adapter->options.is_staged) ids.push_back(adapter->id);
+  }
+  return ids;
+}
+
+std::vector<AdapterId> AdapterResidency::Waiting(std::span<const AdapterId> ids) const {
+  std::vector<const Adapter*> waiting;
+  for (const AdapterId id : ids) {
+    const Adapter* adapter = adapters_backptr_->Find(id);
+    if (adapter != nullptr && adapter->IsWaiting()) waiting.push_back(adapter);
+  }
+  std::ranges::sort(waiting, {}, [this](const Adapter* adapter) {
+    return std::pair(!MayTakeRoom(*adapter), adapter->line_key);
+  });
+  std::vector<AdapterId> in_order;
+  for (const Adapter* adapter : waiting) in_order.push_back(adapter->id);
+  return in_order;
 }
 
 // --- Taking it from others -----------------------------------------------------------------------

@@ -1,6 +1,7 @@
 #pragma once
 
 #include <cstdint>
+#include <span>
 #include <vector>
 
 #include "scheduler/adapter_table.h"
@@ -49,6 +50,11 @@ class AdapterResidency {
   /// requests).
   [[nodiscard]] Changes Plan(const Now& now);
 
+  /// See Scheduler::AdaptersToStage.
+  [[nodiscard]] std::vector<AdapterId> ToStage() const;
+  /// See Scheduler::WaitingAdapters.
+  [[nodiscard]] std::vector<AdapterId> Waiting(std::span<const AdapterId> ids) const;
+
   [[nodiscard]] std::int64_t num_closings() const { return num_closings_; }
   [[nodiscard]] std::int64_t num_pauses() const { return num_pauses_; }
 
@@ -75,6 +81,8 @@ class AdapterResidency {
   /// Lets paused adapters go on for which a place is left by those in front of them, and lists the
   /// newcomers.
   void GivePlaces(std::vector<Adapter*>& newcomers);
+  /// Those that have no bytes, at most so many, in the order in which they get them.
+  [[nodiscard]] std::vector<const Adapter*> FrontOfLine(std::size_t max_adapters) const;
 
   // --- Taking it from others -------------------------------------------------------------------
   /// Pauses those that were told to leave, once no plan touches them. True when one has.

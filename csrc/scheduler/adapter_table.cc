@@ -134,6 +134,7 @@ void AdapterTable::SetStaged(AdapterId id, bool is_staged) {
     throw AdapterNotFoundError(Subject(id) + " cannot be staged: it is not open");
   }
   it->second.options.is_staged = is_staged;
+  Relist(it->second);
 }
 
 void AdapterTable::SetWeight(AdapterId id, double weight) {

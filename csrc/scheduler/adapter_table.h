@@ -131,6 +131,11 @@ class AdapterTable {
   }
   /// Ordered by id; the base is the first.
   [[nodiscard]] const std::map<AdapterId, Adapter>& adapters() const { return adapters_; }
+  /// Nullptr when there is no such generation.
+  [[nodiscard]] const Adapter* Find(AdapterId id) const {
+    const auto it = adapters_.find(id);
+    return it == adapters_.end() ? nullptr : &it->second;
+  }
 
   /// Throws: InternalError.
   void CheckInvariants() const;

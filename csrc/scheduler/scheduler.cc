@@ -114,6 +114,12 @@ void Scheduler::SetAdapterStaged(AdapterId adapter_id, bool is_staged) {
   impl_->SetAdapterStaged(adapter_id, is_staged);
 }
 
+std::vector<AdapterId> Scheduler::AdaptersToStage() const { return impl_->AdaptersToStage(); }
+
+std::vector<AdapterId> Scheduler::WaitingAdapters(std::span<const AdapterId> adapter_ids) const {
+  return impl_->WaitingAdapters(adapter_ids);
+}
+
 void Scheduler::SetAdapterWeight(AdapterId adapter_id, double weight) {
   impl_->SetAdapterWeight(adapter_id, weight);
 }

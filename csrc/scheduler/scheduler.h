@@ -2,6 +2,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <span>
 #include <vector>
 
 #include "common/strong_id.h"
@@ -54,6 +55,16 @@ class Scheduler {
   /// aborts their requests before the event.
   /// Throws: AdapterNotFoundError (unknown).
   void SetAdapterStaged(AdapterId adapter_id, bool is_staged);
+  /// The generations to read into host memory next, the first in front: of those in line, the ones
+  /// that the next four rounds of loads (of max_loading_adapters each) bring to the device, as far
+  /// as it holds them all at once, less those that are staged.
+  /// Complexity: O(max_loading_adapters), when paused ones go first O(paused).
+  [[nodiscard]] std::vector<AdapterId> AdaptersToStage() const;
+  /// Those of `adapter_ids` that wait for bytes or a place, whose turn comes first in front: the
+  /// order in which host memory should keep them. Unknown ids are left out.
+  /// Complexity: O(n log adapters) for n ids.
+  [[nodiscard]] std::vector<AdapterId> WaitingAdapters(
+      std::span<const AdapterId> adapter_ids) const;
   /// Throws: AdapterNotFoundError (unknown, draining); InvalidArgumentError (out of range).
   void SetAdapterWeight(AdapterId adapter_id, double weight);
 

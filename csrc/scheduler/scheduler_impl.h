@@ -38,6 +38,10 @@ class Scheduler::Impl {
   bool OpenAdapter(AdapterId adapter_id, const AdapterOptions& options);
   void SetAdapterPinned(AdapterId adapter_id, bool is_pinned);
   void SetAdapterStaged(AdapterId adapter_id, bool is_staged);
+  [[nodiscard]] std::vector<AdapterId> AdaptersToStage() const { return residency_.ToStage(); }
+  [[nodiscard]] std::vector<AdapterId> WaitingAdapters(std::span<const AdapterId> ids) const {
+    return residency_.Waiting(ids);
+  }
   void SetAdapterWeight(AdapterId adapter_id, double weight);
   void DrainAdapter(AdapterId adapter_id);
   void AddRequests(std::vector<NewRequest>&& requests);

@@ -18,6 +18,7 @@ __all__: list[str] = [
     "SchedulerCounters",
     "SchedulerOptions",
     "SchedulerStats",
+    "plan_layout",
 ]
 
 class ExecutionPlan:
@@ -669,6 +670,13 @@ class Scheduler:
         """
         End a request wherever it is; returns False when the id is not live (a late abort is normal).
         """
+    def adapters_to_stage(self) -> list[int]:
+        """
+        Give the generations to read into host memory next, the first in front.
+
+        Of those that wait to be loaded, the ones that the next four rounds of loads (of ``max_loading_adapters`` each) bring
+        to the device, as far as it holds them all at once, less those that are staged.
+        """
     def add_request(self, request: NewRequest) -> None:
         """
         Queue a request.
@@ -697,7 +705,7 @@ class Scheduler:
         """
     def advance(self, event: ExecutionEvent) -> None:
         """
-        Take the result of the oldest outstanding plan. The interpreter lock is released meanwhile.
+        Take the result of the oldest outstanding plan. The interpreter lock is kept, as in ``next_plan``.
 
         An event with ``plan_id`` -1 only reports loads and copies; it is taken at any time.
 
@@ -728,7 +736,7 @@ class Scheduler:
         self, now_us: typing.SupportsInt | typing.SupportsIndex, block: numpy.ndarray | None = None
     ) -> ExecutionPlan:
         """
-        Plan one step. The interpreter lock is released meanwhile.
+        Plan one step. The interpreter lock is kept: to get it back would take longer than the step.
 
         Parameters
         ----------
@@ -839,6 +847,14 @@ class Scheduler:
         """
         All counts; costs in proportion to the adapters.
         """
+    def waiting_adapters(
+        self, adapter_ids: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex]
+    ) -> list[int]:
+        """
+        Give those of ``adapter_ids`` that wait for memory or a place on the device, whose turn comes first in front.
+
+        Unknown ids are left out.
+        """
     @property
     def has_work(self) -> bool:
         """
@@ -851,3 +867,29 @@ class Scheduler:
         """
         Entries of a ``block`` that holds any plan of this scheduler.
         """
+
+def plan_layout(
+    max_loras: typing.SupportsInt | typing.SupportsIndex,
+    num_padded_rows: typing.SupportsInt | typing.SupportsIndex,
+    num_padded_tokens: typing.SupportsInt | typing.SupportsIndex,
+) -> dict[str, slice]:
+    """
+    Where the arrays of a plan of these padded sizes lie in its block, without any page-table delta.
+
+    Parameters
+    ----------
+    max_loras : int
+        As in ``SchedulerOptions``.
+    num_padded_rows, num_padded_tokens : int
+        As of the plan.
+
+    Returns
+    -------
+    dict from str to slice
+        As ``ExecutionPlan.layout``; only the arrays of deltas may lie elsewhere in a plan.
+
+    Raises
+    ------
+    InvalidArgumentError
+        A size is out of range.
+    """

@@ -16,6 +16,7 @@ from lora_serve._core import (
     SchedulerCounters,
     SchedulerOptions,
     SchedulerStats,
+    plan_layout,
 )
 
 __all__ = [
@@ -28,4 +29,5 @@ __all__ = [
     "SchedulerCounters",
     "SchedulerOptions",
     "SchedulerStats",
+    "plan_layout",
 ]

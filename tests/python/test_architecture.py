@@ -123,10 +123,12 @@ def test_scheduler_uses_the_cache_through_its_facade_only() -> None:
 
 
 def test_page_ids_become_positions_in_one_place_only() -> None:
-    """Only the input batch multiplies page ids by the page size."""
-    pattern = re.compile(r"slot_mapping\s*=|\*\s*(self\.)?_?page_size\s*\+")
-    files = [path for path in (PACKAGE / "executor").rglob("*.py") if path.name != "input_batch.py"]
-    assert [str(path) for path in files if pattern.search(path.read_text(encoding="utf-8"))] == []
+    """Only the input batch multiplies page ids; on the device `kernels/step_inputs.py` does."""
+    pattern = re.compile(r"\*\s*(self\.)?_?(page_size|PAGE_SIZE)\s*\+")
+    folders = ("executor", "kernels", "engine", "models")
+    files = [path for folder in folders for path in (PACKAGE / folder).rglob("[!r]*.py")]
+    found = [path.name for path in files if pattern.search(path.read_text(encoding="utf-8"))]
+    assert found == ["input_batch.py"]
 
 
 @pytest.mark.parametrize("folder", ["kernels", "layers", "models", "executor"])

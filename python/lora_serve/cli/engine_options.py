@@ -118,6 +118,23 @@ def _add_model_options(group: argparse._ArgumentGroup) -> None:
     )
     _add(group, "--max-num-seqs", "requests that may run at once", **_NUMBER)
     _add(group, "--max-num-batched-tokens", "tokens of one step", **_NUMBER)
+    _add(
+        group,
+        "--attention-backend",
+        "how attention is computed; auto = flashinfer on CUDA, torch elsewhere",
+        metavar="NAME",
+    )
+    group.add_argument(
+        "--enforce-eager", action="store_true", help="replay no step from a CUDA graph (slower decode steps)"
+    )
+    _add(
+        group,
+        "--cuda-graph-sizes",
+        "numbers of requests for which a decode step has a CUDA graph (default: 1, 2, 4, then every 8 up to "
+        "--max-num-seqs)",
+        nargs="+",
+        **_NUMBER,
+    )
     _add(group, "--seed", "for requests without a seed and for dummy weights", **_NUMBER)
 
 
@@ -125,7 +142,19 @@ def _add_kv_options(group: argparse._ArgumentGroup) -> None:
     _add(group, "--page-size", "tokens of a KV page", **_NUMBER)
     pages = group.add_mutually_exclusive_group()
     _add(pages, "--num-device-pages", "KV pages on the device", **_NUMBER)
-    _add(pages, "--kv-memory-gb", "memory of the KV pages in GiB", **_GB)
+    _add(
+        pages,
+        "--kv-memory-gb",
+        "memory of the KV pages in GiB (default: on CUDA what --gpu-memory-utilization leaves, elsewhere 1)",
+        **_GB,
+    )
+    _add(
+        pages,
+        "--gpu-memory-utilization",
+        "part of a CUDA device's memory that may be in use, KV pages included",
+        type=float,
+        metavar="PART",
+    )
     _add(
         group,
         "--kv-host-memory-gb",

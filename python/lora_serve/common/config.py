@@ -33,8 +33,12 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
         Tokens of a KV page, at least 1.
     num_device_pages : int or None
         KV pages on the device; None = as many as `kv_memory_gb` holds.
-    kv_memory_gb : float
-        Memory of the KV pages in GiB, above 0; ignored when `num_device_pages` is given.
+    kv_memory_gb : float or None
+        Memory of the KV pages in GiB, above 0; ignored when `num_device_pages` is given. None = on CUDA what
+        `gpu_memory_utilization` leaves, elsewhere 1 GiB.
+    gpu_memory_utilization : float
+        Part of a CUDA device's memory that may be in use, by weights, adapters, steps, KV pages and other
+        processes together, above 0 and at most 1; ignored when one of the two above is given.
     kv_host_memory_gb : float
         Memory of the host tier of KV pages in GiB, taken at the start; 0 = there is no host tier.
     kv_write_policy : {'write_through', 'write_back', 'off'}
@@ -89,7 +93,12 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     seed : int
         Seeds requests without a seed of their own, and dummy weights.
     attention_backend : str
-        Name of the attention implementation.
+        Name of the attention implementation; 'auto' = 'flashinfer' on CUDA, 'torch' elsewhere.
+    enforce_eager : bool
+        No step is replayed from a CUDA graph.
+    cuda_graph_sizes : list of int or None
+        Requests, each between 1 and `max_num_seqs`, for which a decode step has a CUDA graph; a step of fewer
+        is padded to the next size. None = 1, 2, 4, then every 8 up to `max_num_seqs`.
 
     Raises
     ------
@@ -103,7 +112,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     load_format: str = "auto"
     page_size: int = 16
     num_device_pages: int | None = None
-    kv_memory_gb: float = 1.0
+    kv_memory_gb: float | None = None
+    gpu_memory_utilization: float = 0.9
     kv_host_memory_gb: float = 0.0
     kv_write_policy: str = "write_through"
     max_num_seqs: int = 128
@@ -128,10 +138,34 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     lora_allow_hub: bool = False
     lora_resolvers: list[str] = []
     seed: int = 0
-    attention_backend: str = "torch"
+    attention_backend: str = "auto"
+    enforce_eager: bool = False
+    cuda_graph_sizes: list[int] | None = None
 
     def __post_init__(self) -> None:
         self.validate()
+
+    @property
+    def is_cuda(self) -> bool:
+        """Whether the device is CUDA's."""
+        return self.device.split(":")[0] == "cuda"
+
+    @property
+    def chosen_attention_backend(self) -> str:
+        """`attention_backend`, or what 'auto' stands for."""
+        if self.attention_backend != "auto":
+            return self.attention_backend
+        return "flashinfer" if self.is_cuda else "torch"
+
+    @property
+    def chosen_cuda_graph_sizes(self) -> tuple[int, ...]:
+        """Requests for which a decode step has a CUDA graph, rising; none with `enforce_eager`."""
+        if self.enforce_eager:
+            return ()
+        if self.cuda_graph_sizes is not None:
+            return tuple(sorted(set(self.cuda_graph_sizes)))
+        sizes = {1, 2, 4, *range(8, self.max_num_seqs, 8), self.max_num_seqs}
+        return tuple(sorted(size for size in sizes if size <= self.max_num_seqs))
 
     def validate(self) -> None:
         """Check every field.
@@ -151,7 +185,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
         check_int("page_size", self.page_size, 1)
         if self.num_device_pages is not None:
             check_int("num_device_pages", self.num_device_pages, 1)
-        check_float("kv_memory_gb", self.kv_memory_gb, 0.0, above_minimum=True)
+        if self.kv_memory_gb is not None:
+            check_float("kv_memory_gb", self.kv_memory_gb, 0.0, above_minimum=True)
         check_float("kv_host_memory_gb", self.kv_host_memory_gb, 0.0)
         if self.kv_write_policy not in KV_WRITE_POLICIES:
             refuse("kv_write_policy", self.kv_write_policy, f"one of {', '.join(KV_WRITE_POLICIES)}")
@@ -169,6 +204,20 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
         check_bool("enable_prefix_caching", self.enable_prefix_caching)
         check_int("seed", self.seed, 0, 2**63 - 1)
         self._validate_adapter_memory()
+        self._validate_cuda()
+
+    def _validate_cuda(self) -> None:
+        check_float("gpu_memory_utilization", self.gpu_memory_utilization, 0.0, 1.0, above_minimum=True)
+        check_bool("enforce_eager", self.enforce_eager)
+        if self.cuda_graph_sizes is not None:
+            if not isinstance(self.cuda_graph_sizes, list) or not self.cuda_graph_sizes:
+                refuse(
+                    "cuda_graph_sizes",
+                    self.cuda_graph_sizes,
+                    "a list of sizes, or None for the usual ones (no graph at all: --enforce-eager)",
+                )
+            for size in self.cuda_graph_sizes:
+                check_int("cuda_graph_sizes", size, 1, self.max_num_seqs)
 
     def _validate_scheduling(self) -> None:
         check_int("max_loading_adapters", self.max_loading_adapters, 1, _MAX_INT32)

@@ -19,6 +19,7 @@ from lora_serve.common.field_checks import check_adapter_weight, check_text
 from lora_serve.engine.adapter_log import AdapterLog
 from lora_serve.engine.load_queues import LoadQueues, PendingLoad
 from lora_serve.engine.messages import LoadAdapterResult, UnloadAdapterResult
+from lora_serve.lora.adapter_reader import FolderChange
 from lora_serve.lora.registry import AdapterContent, check_adapter_name
 
 if TYPE_CHECKING:
@@ -153,8 +154,8 @@ class AdapterOperations:
     # --- What the step loop reports -----------------------------------------------------------------------
 
     def poll(self) -> None:
-        """Take up the reads that have ended, and what has changed in host memory."""
-        news = self._store.poll()
+        """Take up the reads that have ended, what has changed in host memory, and read ahead."""
+        news = self._store.poll(self._scheduler)
         self._log.evicted_from_host(news.evicted)
         for adapter_id in news.evicted:
             self._scheduler.set_adapter_staged(adapter_id, False)
@@ -203,8 +204,9 @@ class AdapterOperations:
             if load is not None:
                 self._answer(load, self._failed_load_error(self._registry.get(adapter_id), reason))
 
-    def _failed_load_error(self, generation: AdapterGeneration, reason: str) -> InternalError:
-        return InternalError(f"adapter {generation.name!r} could not be brought to the device: {reason}")
+    def _failed_load_error(self, generation: AdapterGeneration, reason: str) -> LoraServeError:
+        message = f"adapter {generation.name!r} could not be brought to the device: {reason}"
+        return AdapterConflictError(message) if isinstance(reason, FolderChange) else InternalError(message)
 
     def on_drained(self, adapter_ids: Sequence[int]) -> None:
         """The executor has taken these generations off the device, and the scheduler has forgotten them."""

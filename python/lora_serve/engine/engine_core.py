@@ -45,6 +45,14 @@ def _monotonic_us() -> int:
 
 
 def _make_model_executor(config: EngineConfig) -> Executor:
+    if config.device.partition(":")[0] == "cuda":
+        from lora_serve.executor.cuda_executor import CudaExecutor
+        from lora_serve.executor.cuda_setup import set_up_cuda
+        from lora_serve.executor.warm_up import warm_up
+
+        executor = CudaExecutor(config, set_up_cuda(config))
+        warm_up(executor, config)
+        return executor
     from lora_serve.executor.model_executor import ModelExecutor
 
     return ModelExecutor(config)
@@ -227,7 +235,7 @@ class EngineCore:
             one.give_seed(self._seeds)
             self._requests.add(one)
         if generation is not None:
-            self._executor.lora.want(adapter_id)
+            self._executor.lora.touch(adapter_id)
         return AdmissionResult(
             adapter_id=adapter_id, content_digest="" if generation is None else generation.content_digest
         )

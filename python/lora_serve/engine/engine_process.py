@@ -29,7 +29,9 @@ import zmq
 
 from lora_serve.common.config import EngineConfig
 from lora_serve.common.errors import InternalError, LoraServeError
+from lora_serve.common.stage_log import log_stage
 from lora_serve.engine import wire
+from lora_serve.engine.loop_log import LoopLogHandler
 from lora_serve.engine.messages import LoadAdapterResult, UnloadAdapterResult, WireError
 
 if TYPE_CHECKING:
@@ -38,7 +40,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-STALLED_POLL_MS = 5
+STALLED_POLL_MS = 1
 """Sleep after a step that could do nothing although the scheduler has work: never a busy loop."""
 SWITCH_INTERVAL_S = 5e-4
 """How long a thread that only runs Python code may hold up the loop; Python's default is 5 ms."""
@@ -79,7 +81,8 @@ class EngineServer:
         if not isinstance(start, wire.Start):
             raise InternalError(f"the first message is {type(start).__name__} but must be Start")
         try:
-            core = self._make_core(start.config, self._wake)
+            with log_stage(logger, "engine"):
+                core = self._make_core(start.config, self._wake)
         except Exception as error:
             if not isinstance(error, LoraServeError):  # Those are the user's to mend; the client says why.
                 logger.exception("the engine cannot start")
@@ -212,6 +215,7 @@ def _end_with_parent(parent: socket.socket) -> None:
     """Block until the other end of the pair is closed, which the system does when the parent ends."""
     parent.recv(1)
     logger.error("the process that started the engine has ended; so does the engine")
+    logging.shutdown()  # Writes it.
     os._exit(1)
 
 
@@ -224,7 +228,8 @@ def _load_factory(name: str) -> Callable[[EngineConfig], Executor]:
 def _make_core(
     executor_factory: str | None, config: EngineConfig, on_read_done: Callable[[], None]
 ) -> EngineCore:
-    from lora_serve.engine.engine_core import EngineCore
+    with log_stage(logger, "modules of the engine"):  # Most of it is torch.
+        from lora_serve.engine.engine_core import EngineCore
 
     executor = None if executor_factory is None else _load_factory(executor_factory)(config)
     return EngineCore(config, executor, on_read_done=on_read_done)
@@ -237,9 +242,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--parent-fd", type=int, required=True, help="socket that is closed with the parent")
     parser.add_argument("--executor-factory", help="module:function that makes the executor, for tests")
     options = parser.parse_args(arguments)
-    logging.basicConfig(
-        level=logging.INFO, format="%(asctime)s %(levelname)s engine[%(process)d] %(name)s: %(message)s"
-    )
+    line_format = "%(asctime)s %(levelname)s engine[%(process)d] %(name)s: %(message)s"
+    logging.basicConfig(level=logging.INFO, handlers=[LoopLogHandler(sys.stderr, line_format)])
     # Ctrl-C reaches the whole process group; the client decides when the engine ends.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = socket.socket(fileno=options.parent_fd)

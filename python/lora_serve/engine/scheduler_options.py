@@ -35,4 +35,5 @@ def make_scheduler_options(config: EngineConfig, executor: Executor) -> Schedule
         max_queued_requests=config.max_queued_requests,
         max_queued_tokens=config.max_queued_tokens,
         max_requests_per_adapter=config.max_requests_per_adapter,
+        padded_batch_sizes=list(executor.padded_batch_sizes),
     )

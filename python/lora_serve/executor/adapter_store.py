@@ -9,6 +9,7 @@ from lora_serve.lora.adapter_reader import never
 
 if TYPE_CHECKING:
     from lora_serve.lora.adapter_reader import HostAdapter
+    from lora_serve.lora.eviction_order import AdapterLine
     from lora_serve.lora.host_adapters import HostNews
     from lora_serve.lora.manager import AdapterResidency
 
@@ -59,12 +60,18 @@ class AdapterStore(Protocol):
         """Whether the rows of a plan that is made before the next `poll` and loads it may use it at once."""
         ...
 
-    def want(self, adapter_id: int) -> None:
-        """Begin to read a generation from disk if it is in no memory, because a request has come for it."""
+    def touch(self, adapter_id: int) -> None:
+        """A request has come for a generation: of those that nobody waits for, it leaves the host last."""
         ...
 
-    def poll(self) -> HostNews:
-        """Take up what has ended, and make room on the host; tell what has changed there."""
+    def poll(self, line: AdapterLine) -> HostNews:
+        """Take up what has ended, make room on the host, and read ahead for those in front of the line.
+
+        Returns
+        -------
+        HostNews
+            What has changed on the host.
+        """
         ...
 
     def prepare_loads(self, adapter_ids: Iterable[int]) -> None:

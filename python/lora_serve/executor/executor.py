@@ -99,6 +99,11 @@ class Executor(Protocol):
         """The model's end-of-sequence tokens."""
         ...
 
+    @property
+    def padded_batch_sizes(self) -> tuple[int, ...]:
+        """Sizes that plans of single tokens are to be padded to, ascending; empty = they are not padded."""
+        ...
+
     def submit(self, plan: ExecutionPlan, states: Sequence[SamplingState]) -> None:
         """Begin a plan: drop drained adapters, evict, load, copy pages, run the rows, sample; in this order.
 

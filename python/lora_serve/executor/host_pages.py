@@ -1,57 +1,54 @@
-"""The host tier of the KV pages: its memory, and copies of whole pages between it and the device."""
+"""The memory of the host tier of the KV pages."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
+import torch
 from torch import Tensor
 
-from lora_serve.layers.attention import KVLayer
+from lora_serve.common.host_slab import HostSlab
 
 
 class HostPages:
-    """Host copies of KV pages.
-
-    Pages are copied whole, by their ids: no token's position is needed, and what stands behind the last token
-    of a page comes along as it is.
+    """Host memory for KV pages; what is in them is the business of `PageTransfers`.
 
     Parameters
     ----------
-    block : Tensor
-        [H, num_layers, 2, G, kv_heads, D] on the CPU: H pages, keys before values; see
-        `allocate_host_block`.
-    kv_layers : sequence of KVLayer
-        [num_layers]; the device's pages, of the same dtype and page shape.
+    num_pages : int
+        >= 0.
+    pool : Tensor
+        [P, num_layers, 2, G, kv_heads, D]: the device's pages; see `allocate_kv_pool`. If they are on a CUDA
+        device, the memory is page-locked, so that copies run beside the steps.
+
+    Raises
+    ------
+    InvalidArgumentError
+        The machine does not give that much memory.
     """
 
-    def __init__(self, block: Tensor, kv_layers: Sequence[KVLayer]) -> None:
-        # For each KV tensor of the device [P, G, kv_heads, D], the view of the block [H, G, kv_heads, D].
-        self._pairs = [
-            (device, block[:, layer, index])
-            for layer, kv_layer in enumerate(kv_layers)
-            for index, device in enumerate((kv_layer.k, kv_layer.v))
-        ]
-        self.num_pages = len(block)
+    block: Tensor
+    """[num_pages, num_layers, 2, G, kv_heads, D] of the pool's dtype on the CPU, contiguous. Zeroed, so that
+    the memory is really there before the first request."""
 
-    def write_back(self, device_pages: Tensor, host_pages: Tensor) -> None:
-        """Copy device pages to the host.
+    def __init__(self, num_pages: int, pool: Tensor) -> None:
+        num_bytes = num_pages * pool[0].nbytes
+        self._slab = HostSlab(
+            num_bytes, is_pinned=pool.is_cuda, contents="KV pages", option="--kv-host-memory-gb"
+        )
+        if not pool.is_cuda:
+            self._slab.tensor.zero_()
+        self.block = self._slab.tensor.view(pool.dtype).view(num_pages, *pool.shape[1:])
 
-        Parameters
-        ----------
-        device_pages, host_pages : Tensor
-            [N] int64 on the CPU: page ids of each tier, source and destination of each copy; destinations all
-            different.
-        """
-        for device, host in self._pairs:
-            source = device.index_select(0, device_pages.to(device.device))
-            host.index_copy_(0, host_pages, source.to(host.device))
+    @property
+    def num_pages(self) -> int:
+        """Page ids are in [0, num_pages)."""
+        return len(self.block)
 
-    def load_back(self, host_pages: Tensor, device_pages: Tensor) -> None:
-        """Copy host pages to the device; parameters as of `write_back`."""
-        for device, host in self._pairs:
-            source = host.index_select(0, host_pages)
-            device.index_copy_(0, device_pages.to(device.device), source.to(device.device))
+    @property
+    def is_page_locked(self) -> bool:
+        """Whether CUDA copies from and to it without the calling thread's help."""
+        return self._slab.is_page_locked
 
     def close(self) -> None:
-        """Drop the memory; nothing can be copied afterwards."""
-        self._pairs = []
+        """Drop the memory. No copy may be running; nothing can be copied afterwards."""
+        self.block = torch.empty(0, *self.block.shape[1:], dtype=self.block.dtype)
+        self._slab.close()

@@ -29,13 +29,16 @@ class InputBatch:
         [T] int64 in memory of its own. -1 = the token that the row sampled last: only the executor knows it,
         and fills it in before the model sees it.
     context : StepContext
-        Positions, attention and adapter metadata.
+        Positions, places in the KV tensors and adapter metadata.
+    attention : AttentionMetadata
+        Rows, lengths and pages.
     query_start_loc : numpy.ndarray
         [B + 1] int64 on the host; row b's tokens are [query_start_loc[b], query_start_loc[b + 1]).
     """
 
     token_ids: Tensor
     context: StepContext
+    attention: AttentionMetadata
     query_start_loc: npt.NDArray[np.int64]
 
 
@@ -120,9 +123,27 @@ def _check_tokens(plan: ExecutionPlan) -> None:
 
 
 def build_input_batch(
-    plan: ExecutionPlan, page_table: PageTable, *, page_size: int, device: torch.device
+    plan: ExecutionPlan,
+    page_table: PageTable,
+    *,
+    page_size: int,
+    device: torch.device,
+    adapts_embedding: bool = True,
 ) -> InputBatch:
     """Build the tensors of a plan that has rows; its deltas must be in the page table already.
+
+    Parameters
+    ----------
+    plan : ExecutionPlan
+        The step.
+    page_table : PageTable
+        Of all rows.
+    page_size : int
+        Tokens of a page.
+    device : torch.device
+        Where the model is.
+    adapts_embedding : bool
+        Some adapter of the step may have weights for the token embedding.
 
     Raises
     ------
@@ -145,17 +166,18 @@ def build_input_batch(
         num_computed_tokens=block["num_computed_tokens"],
         seq_lens=block["seq_lens"],
         page_table=torch.from_numpy(row_pages).to(device),
-        slot_mapping=torch.from_numpy(slots).to(device),
         host_query_lens=plan.num_scheduled_tokens.tolist(),
         host_seq_lens=seq_lens.tolist(),
     )
     context = StepContext(
         positions=torch.from_numpy(positions).to(device),
-        attention=attention,
+        slot_mapping=torch.from_numpy(slots).to(device),
         lora=_lora_metadata(plan, block),
+        adapts_embedding=adapts_embedding,
     )
     return InputBatch(
         token_ids=block["token_ids"].to(torch.int64),
         context=context,
+        attention=attention,
         query_start_loc=plan.query_start_loc.astype(np.int64),
     )

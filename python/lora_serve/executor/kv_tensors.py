@@ -11,6 +11,8 @@ from lora_serve.layers.attention import KVLayer
 from lora_serve.models.config import ModelConfig
 
 _GIB = 2**30
+_CPU_MEMORY_GB = 1.0
+"""For KV pages where nothing is said and the device is not CUDA's."""
 
 
 def page_num_bytes(model: ModelConfig, page_size: int) -> int:
@@ -19,22 +21,43 @@ def page_num_bytes(model: ModelConfig, page_size: int) -> int:
     return elements * model.dtype.itemsize
 
 
-def choose_num_device_pages(config: EngineConfig, model: ModelConfig) -> int:
-    """Pages to allocate: `num_device_pages`, or what `kv_memory_gb` (GiB) holds.
+def choose_num_device_pages(config: EngineConfig, model: ModelConfig, free_bytes: int | None = None) -> int:
+    """Pages to allocate: `num_device_pages`, else what `kv_memory_gb` (GiB) holds, else what fits.
+
+    Parameters
+    ----------
+    config : EngineConfig
+        The engine's.
+    model : ModelConfig
+        For the size of a page.
+    free_bytes : int or None
+        On a CUDA device: what `gpu_memory_utilization` leaves beside the weights, the adapters, the largest
+        step and other users of the device; below 0 if they take more. None = another device, where a GiB is
+        taken.
 
     Raises
     ------
     InvalidArgumentError
-        `kv_memory_gb` does not hold a page.
+        Not one page fits.
     """
     if config.num_device_pages is not None:
         return config.num_device_pages
     num_bytes = page_num_bytes(model, config.page_size)
-    num_pages = int(config.kv_memory_gb * _GIB) // num_bytes
+    page = f"one page of {config.page_size} tokens takes {num_bytes / _GIB:.6f} GiB"
+    if config.kv_memory_gb is None and free_bytes is not None:
+        if free_bytes < num_bytes:
+            lacks = "leaves" if free_bytes >= 0 else "is exceeded, beside KV pages, by"
+            raise InvalidArgumentError(
+                f"gpu_memory_utilization is {config.gpu_memory_utilization}, which {lacks} "
+                f"{abs(free_bytes) / _GIB:.3f} GiB, but {page}; raise --gpu-memory-utilization, or lower "
+                "--lora-memory-gb, --max-num-batched-tokens or --max-num-seqs, or end what else uses it"
+            )
+        return free_bytes // num_bytes
+    memory_gb = config.kv_memory_gb if config.kv_memory_gb is not None else _CPU_MEMORY_GB
+    num_pages = int(memory_gb * _GIB) // num_bytes
     if num_pages < 1:
         raise InvalidArgumentError(
-            f"kv_memory_gb is {config.kv_memory_gb} but one page of {config.page_size} tokens takes "
-            f"{num_bytes / _GIB:.6f} GiB; raise --kv-memory-gb or lower --page-size"
+            f"kv_memory_gb is {memory_gb} but {page}; raise --kv-memory-gb or lower --page-size"
         )
     return num_pages
 
@@ -88,48 +111,35 @@ def choose_max_model_len(config: EngineConfig, model: ModelConfig, num_device_pa
     return config.max_model_len
 
 
-def allocate_kv_layers(
+def allocate_kv_pool(
     model: ModelConfig, num_device_pages: int, page_size: int, device: torch.device
-) -> list[KVLayer]:
-    """Zeroed KV tensors, one pair a layer.
-
-    Returns
-    -------
-    list of KVLayer
-        [num_layers]; keys and values each [num_device_pages, page_size, num_kv_heads, head_dim] in the
-        model's dtype. Zeroed, so that two runs are equal even where something read what was never written.
-    """
-    shape = (num_device_pages, page_size, model.num_kv_heads, model.head_dim)
-    return [
-        KVLayer(
-            k=torch.zeros(shape, dtype=model.dtype, device=device),
-            v=torch.zeros(shape, dtype=model.dtype, device=device),
-        )
-        for _ in range(model.num_layers)
-    ]
-
-
-def allocate_host_block(model: ModelConfig, num_host_pages: int, page_size: int) -> Tensor:
-    """Zeroed memory of the host tier, one contiguous block.
+) -> Tensor:
+    """Zeroed memory of all KV pages, one contiguous block.
 
     Returns
     -------
     Tensor
-        [num_host_pages, num_layers, 2, page_size, num_kv_heads, head_dim] of the model's dtype on the CPU;
-        keys before values. Page after page, unlike the device's tensors: all of a page lies together, so that
-        a copy moves few large pieces. Zeroed, so that the memory is really there before the first request.
+        [P, num_layers, 2, G, kv_heads, D] of the model's dtype: P pages of G tokens, keys before values. Page
+        after page, so that a page is one piece of memory, which a copy engine moves at its full speed: layer
+        after layer, a page of Qwen3-8B would be 72 pieces of 32 KiB. Zeroed, so that two runs are equal even
+        where something read what was never written.
 
     Raises
     ------
     InvalidArgumentError
-        The machine does not give that much memory.
+        The device does not give that much memory.
     """
-    shape = (num_host_pages, model.num_layers, 2, page_size, model.num_kv_heads, model.head_dim)
+    shape = (num_device_pages, model.num_layers, 2, page_size, model.num_kv_heads, model.head_dim)
     try:
-        return torch.zeros(shape, dtype=model.dtype)
+        return torch.zeros(shape, dtype=model.dtype, device=device)
     except RuntimeError as error:
-        num_bytes = num_host_pages * page_num_bytes(model, page_size)
+        num_bytes = num_device_pages * page_num_bytes(model, page_size)
         raise InvalidArgumentError(
-            f"the host tier of {num_host_pages} KV pages takes {num_bytes / _GIB:.3f} GiB, which this "
-            f"machine does not give ({error}); lower --kv-host-memory-gb"
+            f"{num_device_pages} KV pages take {num_bytes / _GIB:.3f} GiB, which {device} does not give "
+            f"({error}); lower --num-device-pages, --kv-memory-gb or --gpu-memory-utilization"
         ) from error
+
+
+def kv_layers_of(pool: Tensor) -> list[KVLayer]:
+    """The pages as each layer sees them: views of a pool of `allocate_kv_pool`, [num_layers]."""
+    return [KVLayer(k=pool[:, layer, 0], v=pool[:, layer, 1]) for layer in range(pool.shape[1])]

@@ -3,12 +3,41 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from lora_serve.executor.sampling_state import SamplingState
+
+
+class LogitChanges(NamedTuple):
+    """What is to be changed in logits [N, V], on the host. Places are ``row * V + token id``.
+
+    Parameters
+    ----------
+    biased_places : numpy.ndarray
+        [A] int32, no two alike.
+    biases : numpy.ndarray
+        [A] float32, what is added there.
+    banned_places : numpy.ndarray
+        [S] int32, logits that become -inf.
+    counted_places : numpy.ndarray
+        [U] int32, tokens of the prompts and outputs of rows with penalties; no two alike.
+    output_counts : numpy.ndarray
+        [U] float32, how often each occurs in the output.
+    penalties : numpy.ndarray
+        [3 * N] float32: for each row its repetition, frequency and presence penalty.
+    """
+
+    biased_places: npt.NDArray[np.int32]
+    biases: npt.NDArray[np.float32]
+    banned_places: npt.NDArray[np.int32]
+    counted_places: npt.NDArray[np.int32]
+    output_counts: npt.NDArray[np.float32]
+    penalties: npt.NDArray[np.float32]
 
 
 def adjust_logits(logits: Tensor, states: Sequence[SamplingState]) -> None:
@@ -17,73 +46,87 @@ def adjust_logits(logits: Tensor, states: Sequence[SamplingState]) -> None:
     Parameters
     ----------
     logits : Tensor
-        [N, V] float32, changed in place.
+        [N, V] float32, contiguous, changed in place.
     states : sequence of SamplingState
-        N, aligned with the rows.
+        N, aligned with the rows; their outputs are known.
 
     Notes
     -----
     O(entries touched): tokens with a bias, banned tokens, the distinct tokens of rows with penalties.
     """
-    _add_logit_bias(logits, states)
-    _ban_stop_tokens(logits, states)
-    _apply_penalties(logits, states)
+    num_outputs = [len(state.output_token_ids) for state in states]
+    changes = collect_changes(states, num_outputs, logits.shape[1])
+    apply_changes(logits, [torch.from_numpy(array).to(logits.device) for array in changes])
 
 
-def _add_logit_bias(logits: Tensor, states: Sequence[SamplingState]) -> None:
-    rows: list[int] = []
-    token_ids: list[int] = []
+def collect_changes(
+    states: Sequence[SamplingState], num_outputs: Sequence[int], vocab_size: int
+) -> LogitChanges:
+    """Say what the parameters change.
+
+    Parameters
+    ----------
+    states : sequence of SamplingState
+        N. Only for penalties their outputs are read.
+    num_outputs : sequence of int
+        N, tokens that each has sampled before.
+    vocab_size : int
+        V.
+    """
+    biased: list[int] = []
     biases: list[float] = []
-    for row, state in enumerate(states):
-        if state.params.logit_bias:
-            rows.extend([row] * len(state.params.logit_bias))
-            token_ids.extend(state.params.logit_bias.keys())
-            biases.extend(state.params.logit_bias.values())
-    if rows:
-        device = logits.device
-        index = (torch.tensor(rows, device=device), torch.tensor(token_ids, device=device))
-        logits[index] += torch.tensor(biases, dtype=logits.dtype, device=device)
+    banned: list[int] = []
+    counted: list[npt.NDArray[np.int64]] = []
+    counts: list[npt.NDArray[np.float32]] = []
+    penalties = np.zeros((len(states), 3), dtype=np.float32)
+    for row, (state, num_output) in enumerate(zip(states, num_outputs, strict=True)):
+        params, start = state.params, row * vocab_size
+        if params.logit_bias:
+            biased.extend(start + token_id for token_id in params.logit_bias)
+            biases.extend(params.logit_bias.values())
+        if state.bans_stop_tokens_at(num_output):
+            banned.extend(start + token_id for token_id in state.stop_ids)
+        if state.token_counts is not None:
+            counted.append(start + state.token_counts.token_ids)
+            counts.append(state.token_counts.output_counts)
+            penalties[row] = params.repetition_penalty, params.frequency_penalty, params.presence_penalty
+    return LogitChanges(
+        np.array(biased, dtype=np.int32),
+        np.array(biases, dtype=np.float32),
+        np.array(banned, dtype=np.int32),
+        np.concatenate(counted, dtype=np.int32, casting="same_kind") if counted else np.empty(0, np.int32),
+        np.concatenate(counts) if counts else np.empty(0, np.float32),
+        penalties.reshape(-1),
+    )
 
 
-def _ban_stop_tokens(logits: Tensor, states: Sequence[SamplingState]) -> None:
-    rows: list[int] = []
-    token_ids: list[int] = []
-    for row, state in enumerate(states):
-        if state.bans_stop_tokens:
-            rows.extend([row] * len(state.stop_ids))
-            token_ids.extend(state.stop_ids)
-    if rows:
-        device = logits.device
-        logits[torch.tensor(rows, device=device), torch.tensor(token_ids, device=device)] = -torch.inf
+def apply_changes(logits: Tensor, changes: Sequence[Tensor]) -> None:
+    """Change logits as `collect_changes` says.
 
+    Parameters
+    ----------
+    logits : Tensor
+        [N, V] float32, contiguous, changed in place.
+    changes : sequence of Tensor
+        The arrays of a `LogitChanges`, on the logits' device.
 
-def _apply_penalties(logits: Tensor, states: Sequence[SamplingState]) -> None:
-    """Repetition over prompt and output, then frequency and presence over the output.
-
-    Semantics, for a token of count c in the output:
+    Notes
+    -----
+    Does not wait for the device. Semantics of penalties, for a token of count c in the output:
         l = l / repetition if l > 0 else l * repetition     (token in prompt or output)
         l = l - frequency * c - presence * [c > 0]
     """
-    penalised = [
-        (row, state.params, state.token_counts)
-        for row, state in enumerate(states)
-        if state.token_counts is not None
-    ]
-    if not penalised:
-        return
-    sizes = [len(counts.token_ids) for _, _, counts in penalised]
-
-    def spread(values: list[float]) -> Tensor:
-        return torch.from_numpy(np.repeat(np.array(values, dtype=np.float32), sizes)).to(logits.device)
-
-    rows = torch.from_numpy(np.repeat(np.array([row for row, _, _ in penalised]), sizes)).to(logits.device)
-    token_ids = torch.from_numpy(np.concatenate([c.token_ids for _, _, c in penalised])).to(logits.device)
-    counts = torch.from_numpy(np.concatenate([c.output_counts for _, _, c in penalised])).to(logits.device)
-    repetition = spread([params.repetition_penalty for _, params, _ in penalised])
-    frequency = spread([params.frequency_penalty for _, params, _ in penalised])
-    presence = spread([params.presence_penalty for _, params, _ in penalised])
-
-    values = logits[rows, token_ids]
-    values = torch.where(values > 0, values / repetition, values * repetition)
-    values -= frequency * counts + presence * (counts > 0)
-    logits[rows, token_ids] = values
+    biased, biases, banned, counted, counts, penalties = changes
+    flat = logits.view(-1)
+    if len(biased):
+        flat.index_add_(0, biased.long(), biases)
+    if len(banned):
+        flat.index_fill_(0, banned.long(), -torch.inf)
+    if len(counted):
+        places = counted.long()
+        of_token = penalties.view(-1, 3).index_select(0, places // logits.shape[1])
+        repetition, frequency, presence = of_token.unbind(1)
+        values = flat.index_select(0, places)
+        values = torch.where(values > 0, values / repetition, values * repetition)
+        values -= frequency * counts + presence * (counts > 0)
+        flat.index_copy_(0, places, values)

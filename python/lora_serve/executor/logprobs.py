@@ -62,27 +62,57 @@ def compute_token_logprobs(
     """
     if not token_ids:
         return []
-    normaliser = torch.logsumexp(logits, dim=-1, keepdim=True)
-    chosen = torch.tensor(token_ids, dtype=torch.int64, device=logits.device).unsqueeze(1)
-    chosen_logits = logits.gather(1, chosen)
-    ranks = (logits > chosen_logits).sum(dim=-1) + 1
+    chosen = torch.tensor(token_ids, dtype=torch.int64, device=logits.device)
     num_kept = min(max(num_top), logits.shape[1])
-    top_logits, top_ids = logits.topk(num_kept, dim=-1)
+    return read_logprobs(gather_logprobs(logits, chosen, num_kept).cpu().numpy(), token_ids, num_top)
 
-    host_logprobs = (chosen_logits - normaliser).squeeze(1).tolist()
-    host_ranks = ranks.tolist()
-    host_top_logprobs = (top_logits - normaliser).cpu().numpy()
-    host_top_ids = top_ids.to(torch.int32).cpu().numpy()
-    order = np.lexsort((host_top_ids, -host_top_logprobs), axis=-1)
-    host_top_logprobs = np.take_along_axis(host_top_logprobs, order, axis=-1)
-    host_top_ids = np.take_along_axis(host_top_ids, order, axis=-1)
+
+def gather_logprobs(logits: Tensor, token_ids: Tensor, num_kept: int) -> Tensor:
+    """Compute what `read_logprobs` reads, without waiting for the device.
+
+    Parameters
+    ----------
+    logits : Tensor
+        [N, V] float32; not changed.
+    token_ids : Tensor
+        [N] int64 in [0, V).
+    num_kept : int
+        Most probable tokens to find, in [0, V].
+
+    Returns
+    -------
+    Tensor
+        [N, 2 + 2 * num_kept] int32: the token's log probability, its rank, the log probabilities of the most
+        probable tokens, their ids. Log probabilities are the bits of float32.
+    """
+    normaliser = torch.logsumexp(logits, dim=-1, keepdim=True)
+    chosen_logits = logits.gather(1, token_ids.unsqueeze(1))
+    ranks = (logits > chosen_logits).sum(dim=-1, keepdim=True, dtype=torch.int32) + 1
+    top_logits, top_ids = logits.topk(num_kept, dim=-1)
+    logprobs = (chosen_logits - normaliser).view(torch.int32)
+    top_logprobs = (top_logits - normaliser).view(torch.int32)
+    return torch.cat([logprobs, ranks, top_logprobs, top_ids.to(torch.int32)], dim=1)
+
+
+def read_logprobs(
+    entries: npt.NDArray[np.int32], token_ids: Sequence[int], num_top: Sequence[int]
+) -> list[TokenLogprobs]:
+    """Turn what `gather_logprobs` gave for the same tokens into objects, `num_top` tokens each."""
+    num_kept = entries.shape[1] // 2 - 1
+    logprobs = entries[:, 0].copy().view(np.float32).tolist()
+    ranks = entries[:, 1].tolist()
+    top_logprobs = entries[:, 2 : 2 + num_kept].copy().view(np.float32)
+    top_ids = entries[:, 2 + num_kept :]
+    order = np.lexsort((top_ids, -top_logprobs), axis=-1)
+    top_logprobs = np.take_along_axis(top_logprobs, order, axis=-1)
+    top_ids = np.take_along_axis(top_ids, order, axis=-1)
     return [
         TokenLogprobs(
             token_id=int(token_id),
-            logprob=host_logprobs[row],
-            rank=host_ranks[row],
-            top_token_ids=host_top_ids[row, : num_top[row]].copy(),
-            top_logprobs=host_top_logprobs[row, : num_top[row]].copy(),
+            logprob=logprobs[row],
+            rank=ranks[row],
+            top_token_ids=top_ids[row, : num_top[row]].copy(),
+            top_logprobs=top_logprobs[row, : num_top[row]].copy(),
         )
         for row, token_id in enumerate(token_ids)
     ]

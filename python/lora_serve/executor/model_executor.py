@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -11,34 +12,34 @@ import torch
 
 from lora_serve.common.config import EngineConfig
 from lora_serve.common.errors import InternalError
+from lora_serve.common.stage_log import log_stage
+from lora_serve.executor.adapter_steps import AdapterSteps
 from lora_serve.executor.executor import NO_PLAN, ExecutionResult
-from lora_serve.executor.host_pages import HostPages
 from lora_serve.executor.input_batch import build_input_batch
 from lora_serve.executor.kv_tensors import (
-    allocate_host_block,
-    allocate_kv_layers,
+    allocate_kv_pool,
     choose_max_model_len,
     choose_num_device_pages,
     choose_num_host_pages,
+    kv_layers_of,
 )
 from lora_serve.executor.last_tokens import LastSampledTokens
 from lora_serve.executor.logprobs import TokenLogprobs
+from lora_serve.executor.model_setup import load_configured_model, make_adapter_memory
 from lora_serve.executor.page_table import PageTable
 from lora_serve.executor.plan_worker import PlanWorker
 from lora_serve.executor.prompt_logprobs import fill_prompt_logprobs
 from lora_serve.executor.sampler import sample
 from lora_serve.executor.sampling_state import SamplingState
-from lora_serve.executor.transfers import PageTransfers, TransferReports
+from lora_serve.executor.transfers import TransferReports, make_page_transfers
 from lora_serve.kernels import LoRAMetadata, build_lora_metadata
-from lora_serve.lora.manager import LoadReports, LoRAManager
-from lora_serve.lora.sources import AdapterSources
+from lora_serve.lora.manager import LoadReports
 from lora_serve.models.config import ModelConfig
-from lora_serve.models.loader import load_model
 
 if TYPE_CHECKING:
     from lora_serve.scheduler import ExecutionPlan
 
-_GIB = 2**30
+logger = logging.getLogger(__name__)
 
 
 class ModelExecutor:
@@ -61,43 +62,24 @@ class ModelExecutor:
     """
 
     def __init__(self, config: EngineConfig) -> None:
-        self._model = load_model(
-            config.model,
-            dtype=config.dtype,
-            device=config.device,
-            load_format=config.load_format,
-            attention_backend=config.attention_backend,
-            seed=config.seed,
-        )
+        with log_stage(logger, "model"):
+            self._model = load_configured_model(config)
         self._config = config
         self._device = torch.device(config.device)
         self.model_config: ModelConfig = self._model.config
         self._num_device_pages = choose_num_device_pages(config, self.model_config)
         self._num_host_pages = choose_num_host_pages(config, self.model_config)
         self._max_model_len = choose_max_model_len(config, self.model_config, self._num_device_pages)
-        self.lora = LoRAManager(
-            self._model.lora_targets(),
-            self._model.fused_lora_targets(),
-            self.model_config.dtype,
-            self._device,
-            config.max_lora_rank,
-            memory_bytes=int(config.lora_memory_gb * _GIB),
-            host_memory_bytes=int(config.lora_host_memory_gb * _GIB),
-            sources=AdapterSources(
-                allowed_roots=config.lora_allowed_roots,
-                allow_hub=config.lora_allow_hub,
-                resolvers=config.lora_resolvers,
-            ),
-        )
-        self._kv_layers = allocate_kv_layers(
-            self.model_config, self._num_device_pages, config.page_size, self._device
-        )
-        host_block = allocate_host_block(self.model_config, self._num_host_pages, config.page_size)
-        self._transfers = PageTransfers(HostPages(host_block, self._kv_layers), self._num_device_pages)
+        with log_stage(logger, "adapter memory"):
+            self.lora = make_adapter_memory(config, self._model)
+        self._adapters = AdapterSteps(self.lora)
+        with log_stage(logger, "KV pages"):
+            pool = allocate_kv_pool(self.model_config, self._num_device_pages, config.page_size, self._device)
+            self._transfers = make_page_transfers(pool, self._num_host_pages)
+        self._kv_layers = kv_layers_of(pool)
         max_pages_per_row = -(-self._max_model_len // config.page_size)
         self._page_table = PageTable(config.max_num_seqs, max_pages_per_row, self._num_device_pages)
         self._last_tokens = LastSampledTokens(config.max_num_seqs)
-        self._failed_slots: dict[int, int] = {}  # To the generation whose load has failed.
         self._worker = PlanWorker(self._run_plan)
 
     @property
@@ -124,6 +106,11 @@ class ModelExecutor:
     def eos_token_ids(self) -> tuple[int, ...]:
         """The model's end-of-sequence tokens."""
         return self.model_config.eos_token_ids
+
+    @property
+    def padded_batch_sizes(self) -> tuple[int, ...]:
+        """None: plans are not padded."""
+        return ()
 
     def submit(self, plan: ExecutionPlan, states: Sequence[SamplingState]) -> None:
         """Begin a plan; see `Executor.submit`."""
@@ -174,12 +161,7 @@ class ModelExecutor:
         num_rows = len(plan.request_ids)
         if len(states) != num_rows:
             raise InternalError(f"plan {plan.plan_id} has {num_rows} rows but came with {len(states)} states")
-        for adapter_id in plan.drained_adapter_ids.tolist():
-            self.lora.free(adapter_id)
-        for adapter_id in plan.evicted_adapter_ids.tolist():
-            if adapter_id not in self._failed_slots.values():  # Or the plan was made before that was known.
-                self.lora.evict(adapter_id)
-        loads = self._take_loads(plan)
+        loads = self._adapters.begin(plan)
         self._transfers.start(plan)
         self._page_table.apply_deltas(plan)
         token_ids = np.full(num_rows, -1, dtype=np.int32)
@@ -197,21 +179,6 @@ class ModelExecutor:
             failed_transfer_ids=transfers.failed,
         )
 
-    def _take_loads(self, plan: ExecutionPlan) -> LoadReports:
-        """Begin the plan's loads, and end those of this and earlier plans that can end now.
-
-        Rows of this plan and of the next may name the slot of one that has failed: they run without the
-        adapter, and fail.
-        """
-        slot_of = dict(zip(plan.load_adapter_ids.tolist(), plan.load_adapter_slots.tolist(), strict=True))
-        for slot in slot_of.values():
-            self._failed_slots.pop(slot, None)
-        loads = self.lora.take_loads(slot_of)
-        for adapter_id in loads.failed:
-            if adapter_id in slot_of:
-                self._failed_slots[slot_of[adapter_id]] = adapter_id
-        return loads
-
     def _run_rows(
         self,
         plan: ExecutionPlan,
@@ -220,25 +187,27 @@ class ModelExecutor:
         logprobs: list[TokenLogprobs | None],
     ) -> dict[int, str]:
         """Run at least one row and fill in what it sampled; give the failed rows with their reasons."""
+        adapts_more = self.lora.adapts_more_than_layers(plan.adapter_slots)
         batch = build_input_batch(
             plan,
             self._page_table,
             page_size=self._config.page_size,
             device=self._device,
+            adapts_embedding=adapts_more,
         )
         without_input = self._last_tokens.fill(batch.token_ids, plan)
-        hidden = self._model.forward(batch.token_ids, batch.context, self._kv_layers)
+        attention_plan = self._model.plan_attention(batch.attention, self._kv_layers)
+        hidden = self._model.forward(batch.token_ids, batch.context, self._kv_layers, attention_plan)
         row_errors = fill_prompt_logprobs(
             plan, states, hidden, batch.query_start_loc, self._model.compute_logits
         )
         row_errors.update(dict.fromkeys(without_input, "the step before gave no token to go on from"))
-        for row, slot in enumerate(plan.adapter_slots.tolist() if self._failed_slots else ()):
-            if slot in self._failed_slots:
-                row_errors[row] = "its adapter could not be brought to the device"
+        row_errors.update(self._adapters.row_errors(plan))
         rows = [row for row in np.flatnonzero(plan.samples_token).tolist() if row not in row_errors]
         if rows:
             last_tokens = torch.from_numpy(batch.query_start_loc[1:][rows] - 1).to(self._device)
-            logits = self._model.compute_logits(hidden[last_tokens], self._lora_of_rows(plan, rows))
+            lora = self._lora_of_rows(plan, rows) if adapts_more else None
+            logits = self._model.compute_logits(hidden[last_tokens], lora)
             sampled = sample(logits, [states[row] for row in rows])
             row_errors.update({rows[i]: reason for i, reason in sampled.row_errors.items()})
             token_ids[rows] = sampled.token_ids
@@ -250,12 +219,10 @@ class ModelExecutor:
         self._last_tokens.note(plan, token_ids)
         return row_errors
 
-    def _lora_of_rows(self, plan: ExecutionPlan, rows: list[int]) -> LoRAMetadata | None:
-        """Group the rows whose logits are computed by adapter slot; None = the plan has no adapter.
+    def _lora_of_rows(self, plan: ExecutionPlan, rows: list[int]) -> LoRAMetadata:
+        """Group the rows whose logits are computed by adapter slot.
 
         Made on the host, where the plan's rows are known, and brought to the device in one copy.
         """
-        if plan.num_adapters == 0:
-            return None
         slots = torch.from_numpy(plan.adapter_slots[rows])
         return build_lora_metadata(slots, self._config.max_loras, device=self._device)

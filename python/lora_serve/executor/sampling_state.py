@@ -157,12 +157,20 @@ class SamplingState:
     @property
     def bans_stop_tokens(self) -> bool:
         """True while fewer than `min_tokens` tokens were sampled and there is a stop token to ban."""
-        return bool(self.stop_ids) and len(self.output_token_ids) < self.params.min_tokens
+        return self.bans_stop_tokens_at(len(self.output_token_ids))
 
     @property
     def adjusts_logits(self) -> bool:
-        """True when this step's token is chosen from other logits than the model's."""
-        return self.adjusts_every_step or self.bans_stop_tokens
+        """True when the next token is chosen from other logits than the model's."""
+        return self.adjusts_logits_at(len(self.output_token_ids))
+
+    def bans_stop_tokens_at(self, num_outputs: int) -> bool:
+        """`bans_stop_tokens` once `num_outputs` tokens were sampled, of which the last may not be known."""
+        return bool(self.stop_ids) and num_outputs < self.params.min_tokens
+
+    def adjusts_logits_at(self, num_outputs: int) -> bool:
+        """`adjusts_logits` once `num_outputs` tokens were sampled, of which the last may not be known."""
+        return self.adjusts_every_step or self.bans_stop_tokens_at(num_outputs)
 
     def append_output(self, token_id: int, position: int) -> None:
         """Take the token that was sampled for `position` of the sequence (prompt and output).

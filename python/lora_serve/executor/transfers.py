@@ -3,97 +3,22 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections import deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from lora_serve.common.errors import InternalError
 from lora_serve.executor.host_pages import HostPages
+from lora_serve.executor.memcpy_batch import MemcpyBatch
+from lora_serve.executor.page_copies import CpuPageCopies, CudaPageCopies, PageCopies, PageCopy
+from lora_serve.executor.transfer_orders import KIND_NAMES, Transfer, transfers_of
 
 if TYPE_CHECKING:
     from lora_serve.scheduler import ExecutionPlan
 
 logger = logging.getLogger(__name__)
-
-WRITE_BACK = 0
-"""In `transfer_kinds`: from the device to the host."""
-LOAD_BACK = 1
-"""In `transfer_kinds`: from the host to the device."""
-_KIND_NAMES = {WRITE_BACK: "write-back", LOAD_BACK: "load-back"}
-
-
-@dataclass(frozen=True)
-class Transfer:
-    """One copy between the tiers.
-
-    Parameters
-    ----------
-    transfer_id : int
-        The scheduler's.
-    kind : int
-        WRITE_BACK or LOAD_BACK.
-    source_pages, destination_pages : numpy.ndarray
-        [N] int32 page ids, of the source's and the destination's tier.
-    """
-
-    transfer_id: int
-    kind: int
-    source_pages: npt.NDArray[np.int32]
-    destination_pages: npt.NDArray[np.int32]
-
-
-def transfers_of(plan: ExecutionPlan, num_device_pages: int, num_host_pages: int) -> list[Transfer]:
-    """A plan's copies, in the plan's order.
-
-    Raises
-    ------
-    InternalError
-        The plan's arrays do not fit together, or a kind or page id does not exist.
-    """
-    ids, kinds, offsets = (
-        plan.transfer_ids.tolist(),
-        plan.transfer_kinds.tolist(),
-        plan.transfer_offsets.tolist(),
-    )
-    sources, destinations = plan.transfer_source_pages, plan.transfer_destination_pages
-    num_pairs = offsets[-1] if offsets else -1
-    if (
-        (len(kinds), len(offsets)) != (len(ids), len(ids) + 1)
-        or (len(sources), len(destinations)) != (num_pairs, num_pairs)
-        or offsets != sorted(offsets)
-        or offsets[0] != 0
-    ):
-        raise InternalError(
-            f"plan {plan.plan_id} has {len(ids)} transfers with {len(kinds)} kinds, offsets {offsets}, "
-            f"{len(sources)} source and {len(destinations)} destination pages"
-        )
-    transfers = []
-    for transfer_id, kind, begin, end in zip(ids, kinds, offsets[:-1], offsets[1:], strict=True):
-        transfer = Transfer(transfer_id, kind, sources[begin:end], destinations[begin:end])
-        _check(transfer, plan.plan_id, num_device_pages, num_host_pages)
-        transfers.append(transfer)
-    return transfers
-
-
-def _check(transfer: Transfer, plan_id: int, num_device_pages: int, num_host_pages: int) -> None:
-    if transfer.kind not in _KIND_NAMES:
-        raise InternalError(f"plan {plan_id}: transfer {transfer.transfer_id} has the kind {transfer.kind}")
-    limits = (num_device_pages, num_host_pages)
-    source_limit, destination_limit = limits if transfer.kind == WRITE_BACK else limits[::-1]
-    for what, pages, limit in (
-        ("source", transfer.source_pages, source_limit),
-        ("destination", transfer.destination_pages, destination_limit),
-    ):
-        if len(pages) and (pages.min() < 0 or pages.max() >= limit):
-            raise InternalError(
-                f"plan {plan_id}: {_KIND_NAMES[transfer.kind]} {transfer.transfer_id} names {what} pages "
-                f"{pages.min()} to {pages.max()} but page ids of that tier are in [0, {limit})"
-            )
 
 
 @dataclass(frozen=True)
@@ -113,25 +38,29 @@ class TransferReports:
 
 
 class PageTransfers:
-    """Copies pages between the tiers, in the order of the plans.
+    """Copies pages between the tiers, beside the steps where the device can.
 
-    Starting and reporting are apart, because the plan that orders a copy and the result that reports it need
-    not be the same. Here a copy is over when `start` returns; one that runs beside the steps on a copy stream
-    would be reported by the first `take_reports` after its end. Either way a destination is not read before
-    its report, and both ends of a copy stay as they are until then.
+    Starting and reporting are apart: a copy is reported by the first `take_reports` after its end, which may
+    be that of a later plan. Nobody reads a destination before its report, and both ends of a copy stay as
+    they are until then. One thread, the one that submits the steps, calls everything.
 
     Parameters
     ----------
     host_pages : HostPages
-        The host tier.
+        The host tier; closed with this.
     num_device_pages : int
         Device page ids are in [0, num_device_pages).
+    copies : PageCopies
+        The copies between the two; closed with this.
     """
 
-    def __init__(self, host_pages: HostPages, num_device_pages: int) -> None:
+    def __init__(self, host_pages: HostPages, num_device_pages: int, copies: PageCopies) -> None:
         self._host_pages = host_pages
         self._num_device_pages = num_device_pages
-        self._reports = TransferReports()
+        self._copies = copies
+        # By kind, because each ends in its own order, in which they are asked for: one that runs hides the
+        # later ones of its kind alone.
+        self._under_way: dict[int, deque[tuple[Transfer, PageCopy]]] = {kind: deque() for kind in KIND_NAMES}
 
     def start(self, plan: ExecutionPlan) -> None:
         """Begin a plan's copies, before its rows run.
@@ -143,38 +72,72 @@ class PageTransfers:
 
         Notes
         -----
-        A copy that fails does so alone, whatever the type of its error: its request recomputes what the copy
-        should have brought. It is logged and reported.
+        Waits for nothing, where the host tier is page-locked. On the CPU all copies are over on return.
         """
-        for transfer in transfers_of(plan, self._num_device_pages, self._host_pages.num_pages):
-            try:
-                copy = self._copy_of(transfer.kind)
-                copy(_to_index(transfer.source_pages), _to_index(transfer.destination_pages))
-            except Exception as error:
-                kind = _KIND_NAMES[transfer.kind]
-                logger.exception(
-                    "%s %d of %d KV pages failed; the tokens are computed again where they are needed",
-                    kind,
-                    transfer.transfer_id,
-                    len(transfer.source_pages),
-                )
-                self._reports.failed[transfer.transfer_id] = f"{type(error).__name__}: {error}"
-            else:
-                self._reports.completed.append(transfer.transfer_id)
+        transfers = transfers_of(plan, self._num_device_pages, self._host_pages.num_pages)
+        for transfer, copy in zip(transfers, self._copies.start(transfers), strict=True):
+            self._under_way[transfer.kind].append((transfer, copy))
 
     def take_reports(self) -> TransferReports:
-        """Give the copies that have ended since the last call; each is reported once."""
-        reports, self._reports = self._reports, TransferReports()
+        """Give the copies that have ended since the last call, without waiting; each is reported once.
+
+        A copy that fails does so alone, whatever the type of its error: its request recomputes what the copy
+        should have brought. It is logged and reported, when nothing of it is on its way any more.
+        """
+        reports = TransferReports()
+        for queue in self._under_way.values():
+            while queue and queue[0][1].is_done():
+                _report(*queue.popleft(), reports)
         return reports
 
     def close(self) -> None:
-        """Drop the host tier's memory; no plan may follow."""
+        """Wait for the copies that run, and drop the host tier's memory; no plan may follow."""
+        self._copies.close()
+        for queue in self._under_way.values():
+            queue.clear()
         self._host_pages.close()
 
-    def _copy_of(self, kind: int) -> Callable[[Tensor, Tensor], None]:
-        return self._host_pages.write_back if kind == WRITE_BACK else self._host_pages.load_back
+
+def make_page_transfers(
+    pool: Tensor, num_host_pages: int, execution_stream: torch.cuda.Stream | None = None
+) -> PageTransfers:
+    """Allocate the host tier and give the copies between it and the device.
+
+    Parameters
+    ----------
+    pool : Tensor
+        [P, num_layers, 2, G, kv_heads, D]: the device's pages; see `allocate_kv_pool`.
+    num_host_pages : int
+        >= 0; 0 = there is no host tier, and no plan orders a copy.
+    execution_stream : torch.cuda.Stream or None
+        The stream that runs the steps; None = whatever is current at each `start`. On the CPU it means
+        nothing.
+
+    Raises
+    ------
+    InvalidArgumentError
+        The machine does not give the host tier's memory.
+    """
+    host_pages = HostPages(num_host_pages, pool)
+    copies: PageCopies
+    if pool.is_cuda:
+        batch = MemcpyBatch.find(pool.device) if num_host_pages > 0 else None
+        copies = CudaPageCopies(pool, host_pages.block, execution_stream, batch=batch)
+    else:
+        copies = CpuPageCopies(pool, host_pages.block)
+    return PageTransfers(host_pages, len(pool), copies)
 
 
-def _to_index(pages: npt.NDArray[np.int32]) -> Tensor:
-    # A copy: torch takes no arrays that are read-only, as the plan's are.
-    return torch.from_numpy(pages.astype(np.int64))
+def _report(transfer: Transfer, copy: PageCopy, reports: TransferReports) -> None:
+    error = copy.error
+    if error is None:
+        reports.completed.append(transfer.transfer_id)
+        return
+    logger.error(
+        "%s %d of %d KV pages failed; the tokens are computed again where they are needed",
+        KIND_NAMES[transfer.kind],
+        transfer.transfer_id,
+        len(transfer.source_pages),
+        exc_info=error,
+    )
+    reports.failed[transfer.transfer_id] = f"{type(error).__name__}: {error}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from lora_serve.kernels.lora_embedding import add_lora_embedding, lora_lookup
 from lora_serve.kernels.lora_logits import add_lora_logits
-from lora_serve.kernels.lora_metadata import LoRAMetadata, LoRASegment, build_lora_metadata
+from lora_serve.kernels.lora_metadata import LoRAMetadata, build_lora_metadata
 from lora_serve.kernels.lora_ops import add_lora_linear, lora_expand, lora_shrink
 from lora_serve.kernels.lora_weights import LoRALayerTable, LoRALayerWeights, LoRASliceWeights
 
@@ -12,7 +12,6 @@ __all__ = [
     "LoRALayerTable",
     "LoRALayerWeights",
     "LoRAMetadata",
-    "LoRASegment",
     "LoRASliceWeights",
     "add_lora_embedding",
     "add_lora_linear",

@@ -18,11 +18,16 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 EMPTY_SLOT = -1
 """`lora_rank` of every slice of a slot that holds no adapter; 0 = its adapter has no module there."""
+
+MAX_RANK = 512
+"""The largest rank that kernels are built for."""
 
 _ROW_ALIGNMENT = 128
 _BYTES_PER_SLICE = 8 + 8 + 4 + 4
@@ -72,6 +77,26 @@ class DeviceLayerTable:
     scaling: Tensor
 
 
+@dataclass(frozen=True, eq=False)
+class HostRows:
+    """Rows of some slots on the host: the slices of all layers side by side.
+
+    Parameters
+    ----------
+    a_offset, b_offset
+        [G, M] int64.
+    lora_rank
+        [G, M] int32.
+    scaling
+        [G, M] float32.
+    """
+
+    a_offset: npt.NDArray[np.int64]
+    b_offset: npt.NDArray[np.int64]
+    lora_rank: npt.NDArray[np.int32]
+    scaling: npt.NDArray[np.float32]
+
+
 class DeviceTables:
     """The rows of all adapter slots.
 
@@ -87,6 +112,9 @@ class DeviceTables:
         L, the number of adapter slots, >= 1. All are empty at first.
     device
         Of the buffer.
+    max_rank
+        The largest rank that a row may have, >= 1: kernels size what lies between their halves by it, because
+        only the device knows the ranks of a step.
 
     Raises
     ------
@@ -94,12 +122,21 @@ class DeviceTables:
         A number is below 1.
     """
 
-    def __init__(self, slices_of_layers: Sequence[int], num_slots: int, device: torch.device | str) -> None:
-        if num_slots < 1 or not slices_of_layers or min(slices_of_layers) < 1:
+    def __init__(
+        self,
+        slices_of_layers: Sequence[int],
+        num_slots: int,
+        device: torch.device | str,
+        *,
+        max_rank: int = MAX_RANK,
+    ) -> None:
+        if min(num_slots, max_rank) < 1 or not slices_of_layers or min(slices_of_layers) < 1:
             raise ValueError(
-                f"device tables of {num_slots} slots and layers of {list(slices_of_layers)} slices, expected "
-                "at least one slot, one layer and one slice in each"
+                f"device tables of {num_slots} slots, ranks up to {max_rank} and layers of "
+                f"{list(slices_of_layers)} slices, expected at least one slot, one layer, one slice in each "
+                "and rank 1"
             )
+        self.max_rank = max_rank
         self.slices_of_layers = tuple(slices_of_layers)
         self.num_slices = sum(slices_of_layers)
         self.row_bytes = -(-self.num_slices * _BYTES_PER_SLICE // _ROW_ALIGNMENT) * _ROW_ALIGNMENT
@@ -119,6 +156,33 @@ class DeviceTables:
             for first, count in zip(self._first_of_layer, self.slices_of_layers, strict=True)
         )
 
+    @property
+    def used_slots(self) -> tuple[int, ...]:
+        """Slots that hold an adapter, ascending; on an accelerator this waits for the device."""
+        is_used = self._columns(self.rows).lora_rank[:, 0] != EMPTY_SLOT
+        return tuple(is_used.nonzero().flatten().tolist())
+
+    def read_rows(self, slots: npt.NDArray[np.int64]) -> HostRows:
+        """What some rows hold, on the host; on an accelerator this waits for the device.
+
+        Parameters
+        ----------
+        slots
+            [G], each in [0, L).
+        """
+        columns = self._columns(self.rows[torch.from_numpy(slots)].cpu())
+        return HostRows(
+            columns.a_offset.numpy(),
+            columns.b_offset.numpy(),
+            columns.lora_rank.numpy(),
+            columns.scaling.numpy(),
+        )
+
+    def slices_of(self, layer: int) -> slice:
+        """Which columns of `HostRows` are a layer's."""
+        first = self._first_of_layer[layer]
+        return slice(first, first + self.slices_of_layers[layer])
+
     def make_row(self, modules: Iterable[ModulePlace]) -> Tensor:
         """An adapter's row as it would be with its block at the arena's start; see `row_at`.
 
@@ -135,8 +199,8 @@ class DeviceTables:
         Raises
         ------
         ValueError
-            A slice does not exist or is named twice, a rank is below 1, an offset negative, a scaling not
-            finite.
+            A slice does not exist or is named twice, a rank is out of range, an offset is negative, a scaling
+            is not finite.
         """
         row = torch.zeros(self.row_bytes, dtype=torch.uint8)
         columns = self._columns(row)
@@ -179,8 +243,8 @@ class DeviceTables:
         layer, index = module.layer, module.slice_index
         if not 0 <= layer < len(self.slices_of_layers) or not 0 <= index < self.slices_of_layers[layer]:
             raise ValueError(f"{module}: the tables have no such slice; slices: {self.slices_of_layers}")
-        if module.lora_rank < 1 or min(module.a_offset, module.b_offset) < 0:
-            raise ValueError(f"{module}: expected a rank of 1 or above and offsets of 0 or above")
+        if not 1 <= module.lora_rank <= self.max_rank or min(module.a_offset, module.b_offset) < 0:
+            raise ValueError(f"{module}: expected a rank of 1 to {self.max_rank}, offsets of 0 or above")
         if not math.isfinite(module.scaling):
             raise ValueError(f"{module}: expected a finite scaling")
         return self._first_of_layer[layer] + index

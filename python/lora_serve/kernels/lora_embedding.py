@@ -19,9 +19,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lora_serve.kernels import torch_lora
+from lora_serve.kernels.lora_dispatch import lora_implementation
 from lora_serve.kernels.lora_metadata import LoRAMetadata
-from lora_serve.kernels.lora_ops import lora_expand
-from lora_serve.kernels.lora_segments import compute_dtype, largest_rank, weights_by_segment
+from lora_serve.kernels.lora_ops import check_output
 from lora_serve.kernels.lora_weights import LoRALayerTable
 
 
@@ -58,16 +59,7 @@ def lora_lookup(
         A token id is out of range (on the CPU; an accelerator does not check).
     """
     _check_token_ids(token_ids, table, metadata)
-    step_weights = weights_by_segment(table, metadata)
-    shape = (table.num_slices, token_ids.shape[0], largest_rank(step_weights))
-    v = torch.zeros(shape, dtype=dtype, device=token_ids.device)
-    for segment, (module,) in zip(metadata.segments, step_weights, strict=True):
-        if module is None:
-            continue
-        rows = module.a.index_select(0, token_ids.index_select(0, segment.rows))
-        rows = rows.to(compute_dtype(rows.dtype)).mul_(module.scaling)
-        v[0, :, : module.lora_rank].index_copy_(0, segment.rows, rows.to(dtype))
-    return v
+    return torch_lora.look_up(token_ids, table, metadata, dtype)
 
 
 def add_lora_embedding(
@@ -97,7 +89,9 @@ def add_lora_embedding(
     """
     if metadata is None or metadata.no_adapter:
         return
-    lora_expand(y, lora_lookup(token_ids, table, metadata, dtype=y.dtype), table, metadata)
+    _check_token_ids(token_ids, table, metadata)
+    check_output(y, table, metadata)
+    lora_implementation(y.device.type).add_embedding(y, token_ids, table, metadata)
 
 
 def _check_token_ids(token_ids: Tensor, table: LoRALayerTable, metadata: LoRAMetadata) -> None:

@@ -17,7 +17,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from lora_serve.kernels.lora_metadata import LoRAMetadata
-from lora_serve.kernels.lora_ops import lora_expand, lora_shrink
+from lora_serve.kernels.lora_ops import add_lora_linear
 from lora_serve.kernels.lora_weights import LoRALayerTable
 
 
@@ -44,7 +44,4 @@ def add_lora_logits(
     LookupError
         A row names an adapter slot that holds no adapter.
     """
-    if metadata is None or metadata.no_adapter:
-        return
-    v = lora_shrink(hidden, table, metadata, dtype=logits.dtype)
-    lora_expand(logits, v, table, metadata)
+    add_lora_linear(logits, hidden, table, metadata)

@@ -15,25 +15,46 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True)
-class LoRASegment:
-    """The rows of one adapter in a step.
+@dataclass(frozen=True, eq=False)
+class LoRAGroups:
+    """The tokens of a step that have an adapter, in groups of one adapter: what the torch operators read.
+
+    N tokens in G groups of at most M; sorted order means by ascending slot, then by position in the step.
+    Padded order is [G, M], where a group with fewer tokens repeats its first. M is the mean number of tokens
+    of an adapter, and who has more has several groups: so there are less than twice as many groups as
+    adapters and about 2 N padded tokens at most, however unequal the adapters' shares are.
 
     Parameters
     ----------
-    slot
-        Adapter slot, >= 0. Rows without an adapter have no segment.
-    rows
-        [num_rows] int64, ascending: the positions of the segment's tokens in the step.
+    slots, counts
+        [G] int64 on the host: adapter slot, ascending, and number of tokens, 1 to M.
+    max_count
+        M; 0 where no token has an adapter.
+    tokens
+        [N] int64: position in the step of each token, in sorted order.
+    group_of_token
+        [N] int64 on the host: index in ``slots`` of each, in sorted order.
+    padded_tokens
+        [G * M] int64: position in the step of each token, in padded order.
+    places
+        [N] int64: where each token of the sorted order is in the padded one; None where both are the same.
     """
 
-    slot: int
-    rows: Tensor
+    slots: npt.NDArray[np.int64]
+    counts: npt.NDArray[np.int64]
+    max_count: int
+    tokens: Tensor
+    group_of_token: npt.NDArray[np.int64]
+    padded_tokens: Tensor
+    places: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -59,7 +80,8 @@ class LoRAMetadata:
     Notes
     -----
     The tensors may be views of one larger tensor, such as a plan's block on the device.
-    Immutable: the tensors must not be written after construction, because ``segments`` is cached.
+    Immutable: the tensors must not be written after construction, nor the table rows of the step's slots
+    while it runs, because what the torch operators derive from them is kept here for all layers.
     """
 
     token_lora_mapping: Tensor
@@ -75,25 +97,65 @@ class LoRAMetadata:
         return self.token_lora_mapping.shape[0]
 
     @cached_property
-    def segments(self) -> tuple[LoRASegment, ...]:
-        """The rows of each adapter present, in ascending slot order; read back to the host once a step.
+    def groups(self) -> LoRAGroups:
+        """The tokens with an adapter; read back to the host once a step.
 
         Notes
         -----
         Reads three small tensors on the host, which on an accelerator waits for the device. It serves the
         torch operators only; device kernels read the tensors themselves.
         """
-        if self.no_adapter:
-            return ()
-        order = self.token_indices_sorted_by_lora_ids.to(torch.int64)
-        starts = self.lora_token_start_loc.tolist()
-        counts = self.num_tokens_per_lora.tolist()
-        slots = self.active_lora_ids.tolist()
-        return tuple(
-            LoRASegment(slot=slot, rows=order[start : start + count])
-            for slot, start, count in zip(slots, starts, counts, strict=False)
-            if slot >= 0 and count > 0
+        device = self.token_lora_mapping.device
+        counts, slots, order = (
+            tensor.cpu().numpy().astype(np.int64)
+            for tensor in (
+                self.num_tokens_per_lora,
+                self.active_lora_ids,
+                self.token_indices_sorted_by_lora_ids,
+            )
         )
+        is_used = (slots >= 0) & (counts > 0)
+        slots, counts = slots[is_used], counts[is_used]
+        num_tokens = int(counts.sum())
+        max_count = -(-num_tokens // max(len(slots), 1))
+        slots, counts = _split(slots, counts, max_count)
+        num_groups = len(slots)
+        tokens = order[len(order) - num_tokens :]  # Those without an adapter come first.
+        group_of_token = np.repeat(np.arange(num_groups), counts)
+        starts = np.cumsum(counts) - counts
+        places = group_of_token * max_count + np.arange(num_tokens) - starts[group_of_token]
+        padded_tokens = np.repeat(tokens[starts], max_count)
+        padded_tokens[places] = tokens
+
+        def on_device(array: npt.NDArray[np.int64]) -> Tensor:
+            return torch.from_numpy(array).to(device)
+
+        return LoRAGroups(
+            slots=slots,
+            counts=counts,
+            max_count=max_count,
+            tokens=on_device(tokens),
+            group_of_token=group_of_token,
+            padded_tokens=on_device(padded_tokens),
+            places=None if num_tokens == num_groups * max_count else on_device(places),
+        )
+
+    @cached_property
+    def of_tables(self) -> dict[Any, Any]:
+        """What an implementation derives from the tables for this step's slots, by whatever key it likes."""
+        return {}
+
+
+def _split(
+    slots: npt.NDArray[np.int64], counts: npt.NDArray[np.int64], max_count: int
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Slots and sizes of groups of at most `max_count` tokens: the last of a slot has the rest."""
+    if not len(counts) or int(counts.max()) <= max_count:
+        return slots, counts
+    num_parts = -(-counts // max_count)
+    sizes = np.full(int(num_parts.sum()), max_count)
+    sizes[np.cumsum(num_parts) - 1] = counts - (num_parts - 1) * max_count
+    return np.repeat(slots, num_parts), sizes
 
 
 def build_lora_metadata(

@@ -13,11 +13,9 @@ give rows of zeros in ``v`` and keep their rows of ``y`` bit for bit. A slice on
 module counts as rank 0. Columns outside the slices are not touched. An empty step is fine. Nothing is summed
 in an order that depends on chance, so the same inputs give the same bits.
 
-With ``lora_embedding`` and ``lora_logits`` this file is the seam that layers call; behind it stands plain
-torch, one matrix product for each (adapter, slice), which is the reference and the CPU path. The operators
-are ordinary functions: their weights are Python tables of tensors, which a torch custom operator cannot take
-as arguments. They become registered operators with the device tables of offsets, ranks and scalings, which
-are tensors.
+With ``lora_embedding`` and ``lora_logits`` this file is the seam that layers call: `add_lora_linear` runs the
+implementation that ``lora_dispatch`` has for the device. `lora_shrink` and `lora_expand` are the halves in
+torch, on any device.
 
 Source: the split in shrink and expand, and grouping tokens by adapter, are Punica's (Chen et al., 2023) and
 S-LoRA's (Sheng et al., 2023). Different here: A and B are both stored [R, features] at their exact rank.
@@ -28,8 +26,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lora_serve.kernels import torch_lora
+from lora_serve.kernels.lora_dispatch import lora_implementation
 from lora_serve.kernels.lora_metadata import LoRAMetadata
-from lora_serve.kernels.lora_segments import check_rows, compute_dtype, largest_rank, weights_by_segment
 from lora_serve.kernels.lora_weights import LoRALayerTable
 
 
@@ -64,23 +63,8 @@ def lora_shrink(
     LookupError
         A token names an adapter slot that holds no adapter.
     """
-    if table.is_embedding:
-        raise ValueError("the table is an embedding's, expected one of a linear layer")
-    check_rows("x", x, metadata, table.in_features)
-    step_weights = weights_by_segment(table, metadata)
-    shape = (table.num_slices, x.shape[0], largest_rank(step_weights))
-    v = x.new_zeros(shape, dtype=x.dtype if dtype is None else dtype)
-    product_dtype = compute_dtype(x.dtype)
-    for segment, weights in zip(metadata.segments, step_weights, strict=True):
-        if all(module is None for module in weights):
-            continue
-        rows = x.index_select(0, segment.rows).to(product_dtype)
-        for v_slice, module in zip(v, weights, strict=True):
-            if module is None:
-                continue
-            product = torch.mm(rows, module.a.to(product_dtype).t()).mul_(module.scaling)
-            v_slice[:, : module.lora_rank].index_copy_(0, segment.rows, product.to(v.dtype))
-    return v
+    _check_input(x, table, metadata)
+    return torch_lora.shrink(x, table, metadata, x.dtype if dtype is None else dtype)
 
 
 def lora_expand(
@@ -117,27 +101,13 @@ def lora_expand(
     LookupError
         A token names an adapter slot that holds no adapter.
     """
-    _check_expand_shapes(y, v, table, metadata, offset_start)
-    product_dtype = compute_dtype(y.dtype)
-    for segment, weights in zip(metadata.segments, weights_by_segment(table, metadata), strict=True):
-        offset = offset_start
-        for v_slice, module, width in zip(v, weights, table.output_slices, strict=True):
-            columns = y[:, offset : offset + width]
-            offset += width
-            if module is None:
-                if not add_inputs:
-                    columns.index_fill_(0, segment.rows, 0)
-                continue
-            if module.lora_rank > v.shape[2]:
-                raise ValueError(
-                    f"v has {v.shape[2]} columns of rank, the adapter in slot {segment.slot} has rank "
-                    f"{module.lora_rank}: v must come from lora_shrink with the same table and metadata"
-                )
-            rows = v_slice[:, : module.lora_rank].index_select(0, segment.rows).to(product_dtype)
-            delta = torch.mm(rows, module.b.to(product_dtype))
-            if add_inputs:
-                delta.add_(columns.index_select(0, segment.rows))
-            columns.index_copy_(0, segment.rows, delta.to(y.dtype))
+    check_output(y, table, metadata, offset_start)
+    if v.dim() != 3 or tuple(v.shape[:2]) != (table.num_slices, metadata.num_tokens) or v.dtype != y.dtype:
+        raise ValueError(
+            f"v has shape {tuple(v.shape)} and dtype {v.dtype}, expected [{table.num_slices}, "
+            f"{metadata.num_tokens}, R] of y's dtype {y.dtype}"
+        )
+    torch_lora.expand(y, v, table, metadata, offset_start, add_inputs)
 
 
 def add_lora_linear(y: Tensor, x: Tensor, table: LoRALayerTable, metadata: LoRAMetadata | None) -> None:
@@ -146,7 +116,8 @@ def add_lora_linear(y: Tensor, x: Tensor, table: LoRALayerTable, metadata: LoRAM
     Parameters
     ----------
     y
-        [T, sum(O_s)]: the base product, with bias where the layer has one; changed in place.
+        [T, sum(O_s)]: the base product, with bias where the layer has one; changed in place. Its dtype is
+        that of ``x``, or wider.
     x
         [T, H]: the layer's input.
     table
@@ -163,21 +134,32 @@ def add_lora_linear(y: Tensor, x: Tensor, table: LoRALayerTable, metadata: LoRAM
     """
     if metadata is None or metadata.no_adapter:
         return
-    lora_expand(y, lora_shrink(x, table, metadata), table, metadata)
+    _check_input(x, table, metadata)
+    check_output(y, table, metadata)
+    lora_implementation(y.device.type).add_linear(y, x, table, metadata)
 
 
-def _check_expand_shapes(
-    y: Tensor, v: Tensor, table: LoRALayerTable, metadata: LoRAMetadata, offset_start: int
-) -> None:
+def check_output(y: Tensor, table: LoRALayerTable, metadata: LoRAMetadata, offset_start: int = 0) -> None:
+    """Raise ``ValueError`` unless ``y`` is [T, O] of a floating-point dtype and has room for the slices."""
     columns_needed = offset_start + table.out_features
     if offset_start < 0 or y.dim() != 2 or y.shape[1] < columns_needed:
         raise ValueError(
             f"y has shape {tuple(y.shape)}, expected [T, O] with O >= {columns_needed}, which is "
             f"offset_start {offset_start} (0 or above) and slices {table.output_slices}"
         )
-    check_rows("y", y, metadata, y.shape[1])
-    if v.dim() != 3 or tuple(v.shape[:2]) != (table.num_slices, metadata.num_tokens) or v.dtype != y.dtype:
+    _check_rows("y", y, metadata, y.shape[1])
+
+
+def _check_input(x: Tensor, table: LoRALayerTable, metadata: LoRAMetadata) -> None:
+    if table.is_embedding:
+        raise ValueError("the table is an embedding's, expected one of a linear layer")
+    _check_rows("x", x, metadata, table.in_features)
+
+
+def _check_rows(name: str, tensor: Tensor, metadata: LoRAMetadata, features: int) -> None:
+    expected = (metadata.num_tokens, features)
+    if tuple(tensor.shape) != expected or not tensor.is_floating_point():
         raise ValueError(
-            f"v has shape {tuple(v.shape)} and dtype {v.dtype}, expected [{table.num_slices}, "
-            f"{metadata.num_tokens}, R] of y's dtype {y.dtype}"
+            f"{name} has shape {tuple(tensor.shape)} and dtype {tensor.dtype}, expected {expected} of a "
+            "floating-point dtype"
         )

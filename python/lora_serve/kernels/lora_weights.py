@@ -1,8 +1,8 @@
 """The weights that the LoRA operators read: one table a packed layer, one row an adapter slot.
 
 A packed layer (for example q, k and v in one matrix) has S slices of unequal widths. An adapter may have a
-module on any subset of them, at a rank of its own on each: a slice without a module is ``None`` (rank 0), and
-any rank is stored exactly, without padding.
+module on any subset of them, at a rank of its own on each, stored exactly, without padding. All matrices lie
+in one arena; the tables say where.
 
 A slot that holds no adapter is not the same as an adapter without a module on this layer. Operators refuse
 the first, so that a token whose adapter is not there can never run as the base model.
@@ -10,11 +10,12 @@ the first, so that a token whose adapter is not there can never run as the base 
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
+
+from lora_serve.kernels.device_tables import EMPTY_SLOT, DeviceTables
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,14 +52,12 @@ LoRALayerWeights = tuple[LoRASliceWeights | None, ...]
 
 
 class LoRALayerTable:
-    """Adapter slot to weights, for one packed layer or one embedding.
+    """One packed layer's, or one embedding's, view of the arena and of the device tables.
 
-    Owns: nothing but references; the tensors live as long as a table (or somebody else) holds them.
-    Deliberately does not know: names, generations, files, who may replace what when. That is the LoRA
-    manager's matter, which installs and clears between steps only.
-    Invariants: every stored entry has exactly S slices, each None or of shapes [R, H] and [R, O_s], R >= 1
-    ([H, R] and [R, O_s] for an embedding); an install replaces a slot's entry as a whole, so nothing of an
-    earlier adapter stays behind.
+    Owns: nothing; the arena and the tables are the LoRA manager's, which writes rows between steps only.
+    Deliberately does not know: names, generations, files, who may replace what when.
+    Invariants: `arena`, `a_offset`, `b_offset`, `lora_rank` and `scaling` are all there from the start and
+    change only in :meth:`bind`; every slot is empty before that.
 
     Parameters
     ----------
@@ -69,11 +68,35 @@ class LoRALayerTable:
     is_embedding
         True: the input is token ids, and A has a row for each.
 
+    Attributes
+    ----------
+    arena : Tensor
+        [E], the model's dtype: the weights of all adapters and layers. A is [R, H] ([V, R] for an embedding)
+        and B is [R, O_s], row-major.
+    a_offset, b_offset : Tensor
+        [L, S] int64, strided, on the arena's device: start of A and B in elements of the arena.
+    lora_rank : Tensor
+        [L, S] int32, strided; 0 = no module, -1 = no adapter in the slot. In both cases offsets mean nothing.
+    scaling : Tensor
+        [L, S] float32, strided.
+    tables : DeviceTables
+        Whose views these are.
+    layer : int
+        Index of this layer in the tables.
+
     Raises
     ------
     ValueError
         A width is below 1, or there is no slice, or an embedding has several.
     """
+
+    arena: Tensor
+    a_offset: Tensor
+    b_offset: Tensor
+    lora_rank: Tensor
+    scaling: Tensor
+    tables: DeviceTables
+    layer: int
 
     def __init__(
         self, output_slices: tuple[int, ...], in_features: int, *, is_embedding: bool = False
@@ -88,108 +111,63 @@ class LoRALayerTable:
         self.output_slices = tuple(output_slices)
         self.in_features = in_features
         self.is_embedding = is_embedding
-        self._slots: dict[int, LoRALayerWeights | Callable[[], LoRALayerWeights]] = {}
+        self.num_slices = len(output_slices)
+        self.out_features = sum(output_slices)
+        self.bind(torch.empty(0), DeviceTables([self.num_slices], 1, "cpu"), 0)
 
-    @property
-    def num_slices(self) -> int:
-        """S, the number of slices."""
-        return len(self.output_slices)
+    def bind(self, arena: Tensor, tables: DeviceTables, layer: int) -> None:
+        """Read weights from this arena by these tables from now on.
 
-    @property
-    def out_features(self) -> int:
-        """The sum of the slices' widths."""
-        return sum(self.output_slices)
+        Parameters
+        ----------
+        arena
+            [E] of the model's dtype, contiguous, on the device of the tables.
+        tables
+            Of the model's layers; offsets count elements of the arena.
+        layer
+            Index of this layer in the tables.
+
+        Raises
+        ------
+        ValueError
+            The layer has another number of slices in the tables, or the arena is not [E] contiguous.
+        """
+        found = tables.slices_of_layers[layer]
+        if found != self.num_slices or arena.dim() != 1 or not arena.is_contiguous():
+            raise ValueError(
+                f"a layer of {self.num_slices} slices is bound to one of {found} in the tables and to an "
+                f"arena of shape {tuple(arena.shape)}, expected the same number and a contiguous [E]"
+            )
+        views = tables.layers[layer]
+        self.arena, self.tables, self.layer = arena, tables, layer
+        self.a_offset, self.b_offset = views.a_offset, views.b_offset
+        self.lora_rank, self.scaling = views.lora_rank, views.scaling
+
+    def get(self, slot: int) -> LoRALayerWeights | None:
+        """The weights of a slot as views of the arena, or None where no adapter is; for tests and tuners.
+
+        Notes
+        -----
+        Reads the tables on the host, which on an accelerator waits for the device.
+        """
+        if not 0 <= slot < len(self.lora_rank) or int(self.lora_rank[slot, 0]) == EMPTY_SLOT:
+            return None
+        columns = (self.lora_rank, self.a_offset, self.b_offset, self.scaling)
+        ranks, a_offsets, b_offsets, scalings = (column[slot].tolist() for column in columns)
+        weights: list[LoRASliceWeights | None] = []
+        for rank, a_start, b_start, scaling, width in zip(
+            ranks, a_offsets, b_offsets, scalings, self.output_slices, strict=True
+        ):
+            if rank == 0:
+                weights.append(None)
+                continue
+            shape_a = (self.in_features, rank) if self.is_embedding else (rank, self.in_features)
+            a = self.arena[a_start : a_start + rank * self.in_features].view(shape_a)
+            b = self.arena[b_start : b_start + rank * width].view(rank, width)
+            weights.append(LoRASliceWeights(a, b, scaling))
+        return tuple(weights)
 
     @property
     def installed_slots(self) -> tuple[int, ...]:
-        """The slots that hold an adapter, ascending."""
-        return tuple(sorted(self._slots))
-
-    def check(self, weights: LoRALayerWeights) -> None:
-        """Raise unless the weights fit this layer.
-
-        Parameters
-        ----------
-        weights
-            One entry a slice; None = no module.
-
-        Raises
-        ------
-        ValueError
-            Wrong number of slices, a shape that is not [R, H] / [R, O_s] ([H, R] / [R, O_s] for an
-            embedding), rank 0, two dtypes or devices in one module, or a scaling that is not finite.
-        """
-        if len(weights) != self.num_slices:
-            raise ValueError(f"the layer has {self.num_slices} slices, the adapter's weights {len(weights)}")
-        for index, (module, width) in enumerate(zip(weights, self.output_slices, strict=True)):
-            if module is None:
-                continue
-            rank = module.lora_rank
-            found = (tuple(module.a.shape), tuple(module.b.shape))
-            shape_a = (self.in_features, rank) if self.is_embedding else (rank, self.in_features)
-            if rank < 1 or found != (shape_a, (rank, width)):
-                expected_a = f"({self.in_features}, R)" if self.is_embedding else f"(R, {self.in_features})"
-                raise ValueError(
-                    f"slice {index}: A and B have shapes {found[0]} and {found[1]}, expected {expected_a} "
-                    f"and (R, {width}) with R >= 1"
-                )
-            if module.a.dtype != module.b.dtype or module.a.device != module.b.device:
-                raise ValueError(
-                    f"slice {index}: A is {module.a.dtype} on {module.a.device}, B is {module.b.dtype} on "
-                    f"{module.b.device}, expected the same"
-                )
-            if not math.isfinite(module.scaling):
-                raise ValueError(f"slice {index}: scaling is {module.scaling}, expected a finite number")
-
-    def install(self, slot: int, weights: LoRALayerWeights) -> None:
-        """Give a slot to an adapter; whatever the slot held before is gone as a whole.
-
-        Parameters
-        ----------
-        slot
-            Adapter slot, >= 0.
-        weights
-            One entry a slice; all None where the adapter has no module on this layer. Kept by reference.
-
-        Raises
-        ------
-        ValueError
-            ``slot`` is negative, or the weights do not fit (see :meth:`check`); the table is unchanged.
-        """
-        if slot < 0:
-            raise ValueError(f"adapter slot is {slot}, expected 0 or above (-1 means no adapter)")
-        self.check(weights)
-        self._slots[slot] = tuple(weights)
-
-    def install_lazily(self, slot: int, make_weights: Callable[[], LoRALayerWeights]) -> None:
-        """As :meth:`install`, but the weights are asked for, and checked, when they are first read.
-
-        Making views of hundreds of matrices takes milliseconds, which a step that runs on kernels that read
-        the device's own tables should not wait for.
-
-        Raises
-        ------
-        ValueError
-            ``slot`` is negative; the table is unchanged.
-        """
-        if slot < 0:
-            raise ValueError(f"adapter slot is {slot}, expected 0 or above (-1 means no adapter)")
-        self._slots[slot] = make_weights
-
-    def clear(self, slot: int) -> None:
-        """Empty a slot; a slot that is empty already stays so."""
-        self._slots.pop(slot, None)
-
-    def get(self, slot: int) -> LoRALayerWeights | None:
-        """The weights of a slot, or None where no adapter is installed.
-
-        Raises
-        ------
-        ValueError
-            Weights that were installed lazily do not fit (see :meth:`check`).
-        """
-        weights = self._slots.get(slot)
-        if callable(weights):
-            weights = weights()
-            self.install(slot, weights)
-        return weights
+        """The slots that hold an adapter, ascending; reads the tables on the host, as :meth:`get` does."""
+        return self.tables.used_slots

@@ -10,9 +10,11 @@ from lora_serve.layers.attention import (
     register_attention_backend,
 )
 from lora_serve.layers.embedding import LogitsProjection, TokenEmbedding
+from lora_serve.layers.flashinfer_attention import FlashInferAttentionBackend
 from lora_serve.layers.linear import LoRAKind, LoRATarget, PackedLinear
+from lora_serve.layers.ops import HeadNorms
 from lora_serve.layers.rms_norm import RMSNorm
-from lora_serve.layers.rotary import RopeParameters, RotaryEmbedding, apply_rotary
+from lora_serve.layers.rotary import RopeParameters, compute_cos_sin
 from lora_serve.layers.step_context import AttentionMetadata, StepContext
 from lora_serve.layers.torch_attention import TorchAttentionBackend
 
@@ -20,6 +22,8 @@ __all__ = [
     "AttentionBackend",
     "AttentionMetadata",
     "AttentionSpec",
+    "FlashInferAttentionBackend",
+    "HeadNorms",
     "KVLayer",
     "LoRAKind",
     "LoRATarget",
@@ -27,11 +31,10 @@ __all__ = [
     "PackedLinear",
     "RMSNorm",
     "RopeParameters",
-    "RotaryEmbedding",
     "StepContext",
     "TokenEmbedding",
     "TorchAttentionBackend",
-    "apply_rotary",
+    "compute_cos_sin",
     "make_attention_backend",
     "register_attention_backend",
 ]

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora_serve.kernels import LoRALayerTable, LoRAMetadata, add_lora_embedding, add_lora_logits
+from lora_serve.layers import ops
 from lora_serve.layers.linear import LoRAKind, LoRATarget
 from lora_serve.layers.step_context import StepContext
 
@@ -66,7 +67,7 @@ class TokenEmbedding(nn.Module):
             A token names an adapter slot that holds no adapter.
         """
         hidden = F.embedding(token_ids, self.weight)
-        if ctx.lora is not None:
+        if ctx.lora is not None and ctx.adapts_embedding:
             add_lora_embedding(hidden, token_ids, self.lora_table, ctx.lora)
         return hidden
 
@@ -119,7 +120,7 @@ class LogitsProjection(nn.Module):
         LookupError
             A row names an adapter slot that holds no adapter.
         """
-        logits = F.linear(hidden, self.weight).float()
+        logits = ops.linear(hidden, self.weight).float()
         add_lora_logits(logits, hidden, self.lora_table, lora)
         return logits
 

@@ -7,10 +7,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora_serve.kernels import LoRALayerTable, add_lora_linear
+from lora_serve.layers import ops
 from lora_serve.layers.step_context import StepContext
 
 
@@ -130,7 +130,7 @@ class PackedLinear(nn.Module):
         LookupError
             A token names an adapter slot that holds no adapter.
         """
-        y = F.linear(x, self.weight, self.bias)
+        y = ops.linear(x, self.weight, self.bias)
         if ctx.lora is not None:
             add_lora_linear(y, x, self.lora_table, ctx.lora)
         return y

@@ -1,9 +1,11 @@
-"""Root-mean-square normalisation over the last axis."""
+"""Root-mean-square normalisation over the last axis, with or without an addition before it."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+
+from lora_serve.layers import ops
 
 
 class RMSNorm(nn.Module):
@@ -33,19 +35,21 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(size, dtype=dtype, device=device), requires_grad=False)
         self.eps = eps
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalise the last axis.
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """Normalise the last axis of ``x``, or of ``x + residual``.
 
         Parameters
         ----------
         x
-            [..., D], floating point, any strides.
+            [T, D], floating point; any strides of rows.
+        residual
+            [T, D], contiguous, same dtype: becomes ``x + residual`` in place. None = ``x`` alone.
 
         Returns
         -------
         Tensor
-            [..., D], contiguous, the dtype of ``x``.
+            [T, D], contiguous, the dtype of ``x``.
         """
-        wide = x.float()
-        mean_square = wide.square().mean(-1, keepdim=True)
-        return self.weight * (wide * torch.rsqrt(mean_square + self.eps)).to(x.dtype)
+        if residual is None:
+            return ops.rms_norm(x, self.weight, self.eps)
+        return ops.add_rms_norm(x, residual, self.weight, self.eps)

@@ -140,8 +140,8 @@ def compute_inverse_frequencies(rope: RopeParameters, head_dim: int) -> tuple[Te
     return _VARIANTS[rope.rope_type](rope, head_dim)
 
 
-class RotaryEmbedding:
-    """Cosines and sines of a step's positions; computed once a step and shared by all layers.
+def compute_cos_sin(rope: RopeParameters, head_dim: int, max_positions: int, device: torch.device) -> Tensor:
+    """Give cosines and sines of every position; made once, shared by all layers.
 
     Parameters
     ----------
@@ -149,48 +149,18 @@ class RotaryEmbedding:
         Checked parameters.
     head_dim
         D, even.
+    max_positions
+        Positions from 0.
     device
-        Where positions lie.
-    """
-
-    def __init__(self, rope: RopeParameters, head_dim: int, device: torch.device) -> None:
-        inv_freq, self._attention_factor = compute_inverse_frequencies(rope, head_dim)
-        self._inv_freq = inv_freq.to(device)
-
-    def cos_sin(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Give cosine and sine, angles in fp32.
-
-        Parameters
-        ----------
-        positions
-            [T] int64.
-        dtype
-            Of the result.
-
-        Returns
-        -------
-        tuple[Tensor, Tensor]
-            Cosine and sine, each [T, 1, D/2]; the middle axis spreads over heads.
-        """
-        angles = (positions.float()[:, None] * self._inv_freq)[:, None, :]
-        factor = self._attention_factor
-        return (angles.cos() * factor).to(dtype), (angles.sin() * factor).to(dtype)
-
-
-def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each head of each token; plane i holds the features i and i + D/2.
-
-    Parameters
-    ----------
-    x
-        [T, heads, D], any strides; not changed.
-    cos, sin
-        [T, 1, D/2] of the dtype of ``x``.
+        Where the table is computed and stays.
 
     Returns
     -------
     Tensor
-        [T, heads, D], contiguous, the dtype of ``x``.
+        [max_positions, D] float32: in a row the cosines of the D/2 planes, then the sines, both times the
+        variant's factor. 64 MiB for 131,072 positions of heads of 128.
     """
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    inv_freq, factor = compute_inverse_frequencies(rope, head_dim)
+    positions = torch.arange(max_positions, device=device, dtype=torch.float32)
+    angles = torch.outer(positions, inv_freq.to(device))
+    return torch.cat((angles.cos(), angles.sin()), dim=-1).mul_(factor)

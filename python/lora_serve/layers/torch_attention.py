@@ -12,7 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lora_serve.layers.attention import AttentionSpec, KVLayer, register_attention_backend
+from lora_serve.layers.attention import (
+    AttentionSpec,
+    DecodeGraphAttention,
+    KVLayer,
+    register_attention_backend,
+)
 from lora_serve.layers.step_context import AttentionMetadata
 from lora_serve.layers.torch_attention_plan import DecodeGroup, PrefillRow, TorchAttentionPlan
 
@@ -24,6 +29,7 @@ class TorchAttentionBackend:
     """
 
     name = "torch"
+    supports_graphs = False
 
     def plan(
         self, metadata: AttentionMetadata, kv_layer: KVLayer, specs: Collection[AttentionSpec]
@@ -33,31 +39,39 @@ class TorchAttentionBackend:
         Raises
         ------
         ValueError
-            The rows' lengths do not add up to the step's tokens.
+            The rows' lengths do not fit together.
         """
         return TorchAttentionPlan(metadata, kv_layer, {spec.sliding_window for spec in specs})
 
-    def forward(
+    def make_decode_graph_state(
         self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
+        num_padded_rows: int,
         kv_layer: KVLayer,
-        spec: AttentionSpec,
-        plan: TorchAttentionPlan,
+        specs: Collection[AttentionSpec],
+        page_indices: Tensor,
+    ) -> DecodeGraphAttention:
+        """Raise: the work of a step depends on its lengths; see :class:`AttentionBackend`."""
+        raise NotImplementedError("the torch attention backend has no decode graphs")
+
+    def attend(
+        self, query: Tensor, kv_layer: KVLayer, spec: AttentionSpec, plan: TorchAttentionPlan
     ) -> Tensor:
-        """Write the step's keys and values, then attend row by row; see :class:`AttentionBackend`."""
-        kv_layer.write(key, value, plan.metadata.slot_mapping)
+        """Attend row by row; see :class:`AttentionBackend`.
+
+        Raises
+        ------
+        ValueError
+            The plan is of another number of tokens.
+        """
+        if query.shape[0] != plan.num_tokens:
+            raise ValueError(f"query has {query.shape[0]} tokens, the plan's rows have {plan.num_tokens}")
         output = torch.empty_like(query, memory_format=torch.contiguous_format)
         work = plan.by_window[spec.sliding_window]
         for group in work.decode_groups:
             output.index_copy_(0, group.tokens, _decode(query, kv_layer, spec, group))
         for row in work.prefill_rows:
-            if row.pages is None:
-                keys, values = key[row.start : row.stop], value[row.start : row.stop]
-            else:
-                keys = kv_layer.k.index_select(0, row.pages).flatten(0, 1)[: row.num_keys]
-                values = kv_layer.v.index_select(0, row.pages).flatten(0, 1)[: row.num_keys]
+            keys = kv_layer.k.index_select(0, row.pages).flatten(0, 1)[: row.num_keys]
+            values = kv_layer.v.index_select(0, row.pages).flatten(0, 1)[: row.num_keys]
             output[row.start : row.stop] = _prefill(query[row.start : row.stop], keys, values, spec, row)
         return output
 
@@ -78,7 +92,7 @@ def _decode(query: Tensor, kv_layer: KVLayer, spec: AttentionSpec, group: Decode
 
 def _prefill(query: Tensor, keys: Tensor, values: Tensor, spec: AttentionSpec, row: PrefillRow) -> Tensor:
     heads_per_kv = spec.num_heads // spec.num_kv_heads
-    queries = query.view(-1, spec.num_kv_heads, heads_per_kv, spec.head_dim).permute(1, 2, 0, 3)
+    queries = query.view(len(query), -1, heads_per_kv, spec.head_dim).permute(1, 2, 0, 3)
 
     def spread(x: Tensor) -> Tensor:
         return x.transpose(0, 1)[:, None].expand(-1, heads_per_kv, -1, -1)

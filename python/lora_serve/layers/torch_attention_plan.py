@@ -61,16 +61,16 @@ class PrefillRow:
     start, stop
         The row's tokens in the step.
     pages
-        [p] int64: pages to read; None = the step's own keys are all there is.
+        [p] int64: pages to read.
     num_keys
-        Leading keys of the gathered pages (or of the step's own) that are tokens of the row.
+        Leading keys of the gathered pages that are tokens of the row, those of this step included.
     mask
         [stop - start, num_keys] bool: True = visible; None = plain causal.
     """
 
     start: int
     stop: int
-    pages: Tensor | None
+    pages: Tensor
     num_keys: int
     mask: Tensor | None
 
@@ -103,24 +103,34 @@ class TorchAttentionPlan:
     windows
         Distinct sliding windows of the layers.
 
+    Attributes
+    ----------
+    num_tokens : int
+        T, of all rows.
+    by_window : dict from int or None to WindowPlan
+        The work.
+
     Raises
     ------
     ValueError
-        The rows' lengths do not add up to the step's tokens, or a row is empty or shorter than its chunk.
+        There is not one sequence length a row, or a row is empty or shorter than its chunk.
     """
 
     def __init__(
         self, metadata: AttentionMetadata, kv_layer: KVLayer, windows: Collection[int | None]
     ) -> None:
-        query_lens, seq_lens = metadata.host_query_lens, metadata.host_seq_lens
-        if sum(query_lens) != metadata.num_tokens or len(query_lens) != len(seq_lens):
+        # Numbers of Python, whatever the caller has: numpy's lack bit_length, and overflow.
+        query_lens = [int(length) for length in metadata.host_query_lens]
+        seq_lens = [int(length) for length in metadata.host_seq_lens]
+        if len(query_lens) != len(seq_lens):
             raise ValueError(
-                f"the step has {metadata.num_tokens} tokens and {len(seq_lens)} sequence lengths, its rows "
-                f"{len(query_lens)} query lengths with {sum(query_lens)} tokens"
+                f"the step has {len(query_lens)} query lengths and {len(seq_lens)} sequence lengths"
             )
         if any(query < 1 or query > seq for query, seq in zip(query_lens, seq_lens, strict=True)):
             raise ValueError(f"query lengths {query_lens} must be at least 1 and at most {seq_lens}")
         self.metadata = metadata
+        self.num_tokens = sum(query_lens)
+        self._query_lens, self._seq_lens = query_lens, seq_lens
         self._page_size = kv_layer.page_size
         self._max_gathered_pages = max(1, _MAX_GATHERED_ELEMENTS // kv_layer.k[0].numel())
         self.by_window = {window: self._make_window_plan(window) for window in windows}
@@ -129,7 +139,7 @@ class TorchAttentionPlan:
         buckets: dict[int, list[tuple[int, int]]] = {}
         prefill_rows: list[PrefillRow] = []
         start = 0
-        lens = zip(self.metadata.host_query_lens, self.metadata.host_seq_lens, strict=True)
+        lens = zip(self._query_lens, self._seq_lens, strict=True)
         for row, (query_len, seq_len) in enumerate(lens):
             if query_len == 1:
                 num_pages = self._num_pages(seq_len) - self._first_page(seq_len - 1, window)
@@ -159,7 +169,7 @@ class TorchAttentionPlan:
         table = self.metadata.page_table
         device, page_size = table.device, self._page_size
         rows = [row for row, _ in members]
-        seq_lens = [self.metadata.host_seq_lens[row] for row in rows]
+        seq_lens = [self._seq_lens[row] for row in rows]
         lens = torch.tensor(seq_lens, device=device)[:, None]
         first = torch.tensor([self._first_page(n - 1, window) for n in seq_lens], device=device)[:, None]
         last = torch.tensor([self._num_pages(n) - 1 for n in seq_lens], device=device)[:, None]
@@ -182,14 +192,12 @@ class TorchAttentionPlan:
         )
 
     def _make_prefill_row(self, row: int, start: int, window: int | None) -> PrefillRow:
-        query_len = self.metadata.host_query_lens[row]
-        seq_len = self.metadata.host_seq_lens[row]
+        query_len = self._query_lens[row]
+        seq_len = self._seq_lens[row]
         num_computed = seq_len - query_len
-        first_key, pages = 0, None
-        if num_computed > 0:
-            first_page = self._first_page(num_computed, window)
-            first_key = first_page * self._page_size
-            pages = self.metadata.page_table[row, first_page : self._num_pages(seq_len)].long()
+        first_page = self._first_page(num_computed, window)
+        first_key = first_page * self._page_size
+        pages = self.metadata.page_table[row, first_page : self._num_pages(seq_len)].long()
         mask = None
         if num_computed > 0 or (window is not None and window < query_len):
             device = self.metadata.page_table.device

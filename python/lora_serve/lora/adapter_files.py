@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import NoReturn
 
-from lora_serve.lora.load_problems import LoadProblems
+from lora_serve.lora.load_problems import AdapterProblemsError, LoadProblems
 from lora_serve.lora.peft_config import CONFIG_FILE
 from lora_serve.lora.safetensors_header import (
     LENGTH_BYTES,
@@ -32,6 +32,10 @@ MAX_CONFIG_BYTES = 4 << 20
 _OPEN_FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOFOLLOW
 # Linux takes at most 1024 buffers in one read.
 _MAX_BUFFERS = 512
+
+
+class UnreadableFileError(AdapterProblemsError):
+    """A file is there, but the system does not give its content: an error of the disk, a missing right."""
 
 
 class WeightsFile:
@@ -111,7 +115,7 @@ class WeightsFile:
             try:
                 count = os.preadv(self._file.fileno(), left[:_MAX_BUFFERS], offset)
             except OSError as error:
-                self._problems.fail(f"{WEIGHTS_FILE}: {error.strerror}")
+                _fail_to_read(WEIGHTS_FILE, self._problems, error)
             if count == 0:
                 self._changed()
             offset += count
@@ -230,11 +234,20 @@ def open_regular(path: str, name: str, problems: LoadProblems) -> io.FileIO:
     try:
         descriptor = os.open(path, _OPEN_FLAGS)
     except OSError as error:
-        problems.fail(f"{name}: {error.strerror}")
+        _fail_to_read(name, problems, error)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         problems.fail(f"{name} is not a regular file")
     return io.FileIO(descriptor)
+
+
+def _fail_to_read(name: str, problems: LoadProblems, error: OSError) -> NoReturn:
+    try:
+        problems.fail(f"{name}: {error.strerror}")
+    except AdapterProblemsError as found:
+        if isinstance(error, FileNotFoundError):  # Removed since it was looked for.
+            raise
+        raise UnreadableFileError(str(found), found.problems) from error
 
 
 def _read_start(file: io.FileIO, num_bytes: int, name: str, problems: LoadProblems) -> bytes:
@@ -244,7 +257,7 @@ def _read_start(file: io.FileIO, num_bytes: int, name: str, problems: LoadProble
         try:
             part = os.pread(file.fileno(), num_bytes - len(content), len(content))
         except OSError as error:
-            problems.fail(f"{name}: {error.strerror}")
+            _fail_to_read(name, problems, error)
         if not part:
             break
         content += part

@@ -11,8 +11,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from types import TracebackType
 
-from lora_serve.common.errors import InvalidArgumentError, LoraServeError
+from lora_serve.common.errors import AdapterConflictError, InvalidArgumentError, LoraServeError
 from lora_serve.layers.linear import LoRATarget
+from lora_serve.lora.adapter_files import UnreadableFileError
 from lora_serve.lora.adapter_layout import AdapterLayout
 from lora_serve.lora.host_block import HostBlock
 from lora_serve.lora.host_pool import HostPool
@@ -83,8 +84,20 @@ class HostAdapter:
         return self.layout.num_bytes
 
 
+class FolderChange(str):
+    """Why an adapter cannot be brought back: its folder does not hold any more what was loaded from there.
+
+    A text as other reasons are, so that it goes with them from thread to thread; but this one is not the
+    server's fault.
+    """
+
+    __slots__ = ()
+
+
 def describe_error(error: Exception) -> str:
     """What an adapter's owner should read: the message of our own errors, else the type as well."""
+    if isinstance(error, AdapterConflictError):
+        return FolderChange(error)
     return str(error) if isinstance(error, LoraServeError) else f"{type(error).__name__}: {error}"
 
 
@@ -173,7 +186,10 @@ class AdapterReader:
         """
         begin = time.monotonic()
         folder = self._sources.locate(path, name)
-        return self._read(folder, name, {"locate": _ms_since(begin)}, is_cancelled)
+        return self._read(folder, name, {"locate": _ms_since(begin)}, is_cancelled, self._reserve)
+
+    def _reserve(self, layout: AdapterLayout, is_cancelled: Callable[[], bool]) -> HostBlock:
+        return self._pool.reserve(layout.num_bytes, is_cancelled)
 
     def _read(
         self,
@@ -181,6 +197,7 @@ class AdapterReader:
         name: str | None,
         load_ms: dict[str, float],
         is_cancelled: Callable[[], bool],
+        take_room: Callable[[AdapterLayout, Callable[[], bool]], HostBlock],
     ) -> HostAdapter:
         def is_over() -> bool:
             return self._is_closed or is_cancelled()
@@ -196,7 +213,7 @@ class AdapterReader:
         )
         with checked:
             load_ms["check"], begin = _ms_since(begin), time.monotonic()
-            block = self._pool.reserve(checked.layout.num_bytes, is_over)
+            block = take_room(checked.layout, is_over)
             try:
                 load_ms["room"], begin = _ms_since(begin), time.monotonic()
                 digest = read_into(checked, block.tensor, threads=self._threads, is_cancelled=is_over)
@@ -212,30 +229,72 @@ class AdapterReader:
         layout: AdapterLayout,
         content_digest: str,
         is_cancelled: Callable[[], bool] = never,
+        room: HostBlock | None = None,
     ) -> HostAdapter:
         """Read what was read from a folder before.
 
+        Parameters
+        ----------
+        folder, layout, content_digest
+            Of what was read.
+        is_cancelled
+            As in :meth:`read`.
+        room
+            Where to read it, of the layout's size; released if the read fails. None = wait for room.
+
         Raises
         ------
-        InvalidArgumentError
-            The folder does not hold the same content any more.
+        AdapterConflictError
+            The folder does not hold the same content any more: another one, or none that can be read.
+        UnreadableFileError
+            The system does not give the content of a file.
         CapacityError, LoadCancelledError
             As in :meth:`read`.
         """
-        adapter = self._read(folder, None, {}, is_cancelled)
-        if (adapter.content_digest, adapter.layout) != (content_digest, layout):
-            adapter.release()
-            raise InvalidArgumentError(
-                f"{folder.path!r} holds content {adapter.content_digest}, expected "
-                f"{content_digest}, which was loaded from there: the folder was changed; load it again "
-                "with load_inplace, and write new versions to new folders"
-            )
+
+        def take_room(found: AdapterLayout, is_over: Callable[[], bool]) -> HostBlock:
+            if room is None:
+                return self._reserve(found, is_over)
+            if found != layout:
+                raise _changed(folder, content_digest, "holds other modules, ranks or scalings")
+            return room
+
+        try:
+            adapter = self._read_same(folder, content_digest, is_cancelled, take_room)
+            if (adapter.content_digest, adapter.layout) != (content_digest, layout):
+                adapter.release()
+                raise _changed(folder, content_digest, f"holds content {adapter.content_digest}")
+        except BaseException:
+            if room is not None:
+                room.release()
+            raise
         return adapter
+
+    def _read_same(
+        self,
+        folder: AdapterFolder,
+        content_digest: str,
+        is_cancelled: Callable[[], bool],
+        take_room: Callable[[AdapterLayout, Callable[[], bool]], HostBlock],
+    ) -> HostAdapter:
+        try:
+            return self._read(folder, None, {}, is_cancelled, take_room)
+        except UnreadableFileError:
+            raise
+        except InvalidArgumentError as error:
+            raise _changed(folder, content_digest, f"cannot be read any more ({error})") from error
 
     def close(self) -> None:
         """End the threads; reads that run end with LoadCancelledError. Twice is nothing."""
         self._is_closed = True
         self._threads.shutdown(wait=False)
+
+
+def _changed(folder: AdapterFolder, content_digest: str, found: str) -> AdapterConflictError:
+    return AdapterConflictError(
+        f"{folder.path!r} {found}, expected content {content_digest}, which was loaded from there: "
+        "the folder was changed; load it again, and write new versions to new folders"
+    )
 
 
 def _step_back() -> None:

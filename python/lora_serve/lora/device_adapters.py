@@ -5,23 +5,17 @@ from __future__ import annotations
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from lora_serve.common.errors import InternalError
-from lora_serve.kernels.device_tables import DeviceTables, ModulePlace
-from lora_serve.kernels.lora_weights import LoRASliceWeights
-from lora_serve.layers.linear import LoRATarget
+from lora_serve.kernels.device_tables import MAX_RANK, DeviceTables, ModulePlace
+from lora_serve.layers.linear import LoRAKind, LoRATarget
 from lora_serve.lora.adapter_copies import AdapterCopies, PendingCopy
-from lora_serve.lora.adapter_layout import (
-    BLOCK_ALIGNMENT,
-    AdapterLayout,
-    ModuleLayout,
-    align,
-    view_modules,
-)
+from lora_serve.lora.adapter_layout import BLOCK_ALIGNMENT, AdapterLayout, align
 from lora_serve.lora.device_arena import DeviceArena, DeviceExtent
 from lora_serve.lora.host_block import HostBlock
 
@@ -32,21 +26,14 @@ NUM_SLOTS = 2 * MAX_RESIDENT_ADAPTERS
 its bytes when that plan is made."""
 
 
-@dataclass(frozen=True, eq=False)
-class _Description:
-    """What an adapter's layout means for the tables, whatever its slot and place."""
-
-    row: Tensor  # as with its extent at the arena's start
-    layouts: dict[int, AdapterLayout]  # its modules, by the index of their layer
-
-
 @dataclass(eq=False)
 class _Resident:
     """One adapter that has a slot."""
 
     slot: int
     extent: DeviceExtent
-    description: _Description
+    row: Tensor  # of the tables, as with its extent at the arena's start
+    adapts_more: bool  # than the decoder's layers
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,10 +48,11 @@ class _Arriving:
 class DeviceAdapters:
     """Which adapters are on the device, in which slots; the copies that bring them there.
 
-    Owns: the arena, the tables, the entries of the layers' own tables, the host blocks that copies read.
+    Owns: the arena, the tables, both of which the model's layers are bound to, the host blocks that copies
+    read.
     Deliberately does not know: names, files, who is needed, who may be replaced: plans say it.
-    Invariants: an adapter has at most one slot and a slot at most one adapter; the tables have rows, and the
-    layers' tables entries, for exactly those; a row is written when its bytes are there or on their way ahead
+    Invariants: an adapter has at most one slot and a slot at most one adapter; the tables have rows for
+    exactly those; a row is written when its bytes are there or on their way ahead
     of the steps that follow.
     Threads: one, the one that runs the steps, between two of them; any for `release_blocks`, `slots`, `in`.
     Nothing here waits for a CUDA device.
@@ -81,6 +69,8 @@ class DeviceAdapters:
         Size of the arena.
     copies
         The device's copies; closed with this.
+    max_lora_rank
+        Largest rank of any adapter: kernels size their scratch memory by it.
 
     Raises
     ------
@@ -95,6 +85,8 @@ class DeviceAdapters:
         device: torch.device | str,
         memory_bytes: int,
         copies: AdapterCopies,
+        *,
+        max_lora_rank: int = MAX_RANK,
     ) -> None:
         self._targets = dict(targets)
         self._layers = list({id(target.table): target.table for target in targets.values()}.values())
@@ -102,9 +94,15 @@ class DeviceAdapters:
         self._dtype = dtype
         self._copies = copies
         self._arena = DeviceArena(memory_bytes, device, copies)
-        self._tables = DeviceTables([layer.num_slices for layer in self._layers], NUM_SLOTS, device)
-        self._descriptions: dict[int, _Description] = {}  # Made once, because it takes a millisecond.
+        self._tables = DeviceTables(
+            [layer.num_slices for layer in self._layers], NUM_SLOTS, device, max_rank=max_lora_rank
+        )
+        for index, layer in enumerate(self._layers):
+            layer.bind(self._arena.buffer.view(dtype), self._tables, index)
+        self._rows: dict[int, Tensor] = {}  # Made once, because it takes a millisecond.
         self._residents: dict[int, _Resident] = {}
+        # By slot; the last entry is that of rows without an adapter, whose slot is -1.
+        self._adapts_more = np.zeros(NUM_SLOTS + 1, dtype=np.bool_)
         self._arriving: list[_Arriving] = []
         self._arriving_lock = threading.Lock()
         self._min_charge = align(-(-memory_bytes // MAX_RESIDENT_ADAPTERS), BLOCK_ALIGNMENT)
@@ -123,6 +121,16 @@ class DeviceAdapters:
     def slots(self) -> dict[int, int]:
         """Slot of each adapter that is on the device; a copy, from any thread."""
         return {adapter_id: resident.slot for adapter_id, resident in self._residents.copy().items()}
+
+    def adapts_more_than_layers(self, slots: npt.NDArray[np.int32]) -> bool:
+        """Whether any of these slots' adapters changes the token embedding or the projection to logits.
+
+        Parameters
+        ----------
+        slots
+            Each in [-1, NUM_SLOTS); -1 = no adapter.
+        """
+        return bool(self._adapts_more[slots].any())
 
     def charged_bytes(self, num_bytes: int) -> int:
         """What the scheduler counts for an adapter of this size.
@@ -153,8 +161,8 @@ class DeviceAdapters:
         """
         try:
             self._check_free(adapter_id, slot)
-            if adapter_id not in self._descriptions:
-                self._descriptions[adapter_id] = self._describe(layout)
+            if adapter_id not in self._rows:
+                self._rows[adapter_id] = self._make_row(layout)
             extent = self._place(layout.num_bytes)
             try:
                 copy = self._arena.load(extent, block.tensor)
@@ -169,7 +177,10 @@ class DeviceAdapters:
             raise
         with self._arriving_lock:
             self._arriving.append(_Arriving(adapter_id, copy, block))
-        resident = _Resident(slot, extent, self._descriptions[adapter_id])
+        adapts_more = any(
+            self._targets[module.module].kind is not LoRAKind.LINEAR for module in layout.modules
+        )
+        resident = _Resident(slot, extent, self._rows[adapter_id], adapts_more)
         self._residents[adapter_id] = resident
         self._write(resident)
 
@@ -210,8 +221,6 @@ class DeviceAdapters:
         if not 0 <= slot < NUM_SLOTS or slot in self.slots.values():
             return
         self._copies.write_row(self._tables.rows[slot], self._tables.make_row(()))
-        for layer in self._layers:
-            layer.install(slot, (None,) * layer.num_slices)
 
     def evict(self, adapter_id: int) -> None:
         """Take an adapter off the device.
@@ -225,15 +234,13 @@ class DeviceAdapters:
         if resident is None:
             raise InternalError(f"adapter generation {adapter_id} is evicted but is in no slot")
         self._arena.free(resident.extent)
-        self._copies.write_row(self._tables.rows[resident.slot], self._tables.empty_row)
-        for layer in self._layers:
-            layer.clear(resident.slot)
+        self._empty(resident.slot)
 
     def forget(self, adapter_id: int) -> None:
         """Take an adapter off the device if it is there; it will not come again."""
         if adapter_id in self._residents:
             self.evict(adapter_id)
-        self._descriptions.pop(adapter_id, None)
+        self._rows.pop(adapter_id, None)
 
     def __contains__(self, adapter_id: int) -> bool:
         """Whether the adapter has a slot."""
@@ -268,10 +275,10 @@ class DeviceAdapters:
         assert placement.extent is not None  # Loads were joined, so that none stood in the way.
         return placement.extent
 
-    def _describe(self, layout: AdapterLayout) -> _Description:
+    def _make_row(self, layout: AdapterLayout) -> Tensor:
+        """The adapter's row of the tables as with its extent at the arena's start."""
         size = self._dtype.itemsize
         places = []
-        modules: dict[int, list[ModuleLayout]] = {}
         for module in layout.modules:
             target = self._targets[module.module]
             layer = self._layer_of[id(target.table)]
@@ -279,24 +286,16 @@ class DeviceAdapters:
             places.append(
                 ModulePlace(layer, target.slice_index, a_offset, b_offset, module.lora_rank, module.scaling)
             )
-            modules.setdefault(layer, []).append(module)
-        layouts = {layer: AdapterLayout(tuple(own), layout.num_bytes) for layer, own in modules.items()}
-        return _Description(self._tables.make_row(places), layouts)
+        return self._tables.make_row(places)
 
     def _write(self, resident: _Resident) -> None:
         """Let the slot stand for the adapter at its present place, as a whole."""
         start = resident.extent.offset // self._dtype.itemsize
-        row = self._tables.row_at(resident.description.row, start)
+        row = self._tables.row_at(resident.row, start)
         self._copies.write_row(self._tables.rows[resident.slot], row)
-        for index, layer in enumerate(self._layers):
-            layer.install_lazily(resident.slot, partial(self._layer_weights, resident, index))
+        self._adapts_more[resident.slot] = resident.adapts_more
 
-    def _layer_weights(self, resident: _Resident, index: int) -> tuple[LoRASliceWeights | None, ...]:
-        """The same for the torch operators: views of the arena, one entry a slice of a layer."""
-        weights: list[LoRASliceWeights | None] = [None] * self._layers[index].num_slices
-        layout = resident.description.layouts.get(index)
-        if layout is not None:
-            views = view_modules(layout, resident.extent.tensor, self._targets, self._dtype)
-            for module, matrices in views.items():
-                weights[self._targets[module].slice_index] = matrices
-        return tuple(weights)
+    def _empty(self, slot: int) -> None:
+        """Let the slot stand for no adapter."""
+        self._copies.write_row(self._tables.rows[slot], self._tables.empty_row)
+        self._adapts_more[slot] = False

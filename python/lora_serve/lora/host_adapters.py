@@ -1,7 +1,8 @@
-"""Adapters in host memory: read from disk, kept while there is room, read again when they are wanted."""
+"""Adapters in host memory: read from disk, kept while there is room, read again before their turn comes."""
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -11,6 +12,7 @@ from dataclasses import dataclass, field
 from lora_serve.common.errors import AdapterNotFoundError, InternalError
 from lora_serve.lora.adapter_layout import AdapterLayout
 from lora_serve.lora.adapter_reader import AdapterReader, HostAdapter, describe_error, release_unwanted
+from lora_serve.lora.eviction_order import AdapterLine, EvictionOrder, NobodyWaits
 from lora_serve.lora.host_block import HostBlock
 from lora_serve.lora.host_pool import HostPool
 from lora_serve.lora.sources import AdapterFolder
@@ -94,11 +96,16 @@ class HostNews:
 class HostAdapters:
     """Which adapters lie in host memory, and the threads that bring them there.
 
+    Reads begin for one of two reasons: a plan loads the adapter (`stage`), or its turn is near (`poll`). The
+    first kind waits for its room and takes it from whoever can best do without. The second kind begins only
+    with its room in hand, one of `NUM_LOADERS` at once, so that it never stands in the way of the first.
+
     Owns: the record of each adapter that was added, what it keeps in the pool, the reads that are under way.
-    Deliberately does not know: names, slots, the device, who is needed when.
+    Deliberately does not know: names, slots, the device, requests; whose turn is near it is told.
     Invariants: an adapter's block leaves the pool only in `poll`, so that whoever has looked can rely on what
-    it saw until its next look; a record is there from `add` to `remove`; what is read again for an adapter
-    has the digest that it was added with, or is not used.
+    it saw until its next look; who is read ahead never takes the room of one whose turn comes before its own;
+    a record is there from `add` to `remove`; what is read again for an adapter has the digest that it was
+    added with, or is not used.
     Threads: one calls everything, and evicts for all reads of the pool, in `poll`.
 
     Parameters
@@ -187,6 +194,17 @@ class HostAdapters:
         self._get(adapter_id).last_used_s = time.time()
         return self._pool.lease(adapter_id)
 
+    def touch(self, adapter_id: int) -> None:
+        """Count as a use of an adapter, wherever it is.
+
+        Raises
+        ------
+        AdapterNotFoundError
+            The adapter was not added, or was removed.
+        """
+        self._get(adapter_id).last_used_s = time.time()
+        self._pool.touch(adapter_id)
+
     def stage(self, adapter_id: int) -> None:
         """Begin to read an adapter again, unless its block is there or on its way; `poll` tells the end.
 
@@ -195,39 +213,84 @@ class HostAdapters:
         AdapterNotFoundError
             The adapter was not added, or was removed.
         """
-        record = self._get(adapter_id)
-        record.last_used_s = time.time()
-        if self._pool.contains(adapter_id):
-            self._pool.touch(adapter_id)
-        elif adapter_id not in self._reads:
-            is_cancelled = threading.Event()
-            future = self._loaders.submit(
-                self._reader.read_again,
-                record.folder,
-                record.layout,
-                record.content_digest,
-                is_cancelled.is_set,
-            )
-            self._reads[adapter_id] = _Read(future, is_cancelled)
-            future.add_done_callback(lambda _: self._on_news())
+        self.touch(adapter_id)
+        if not self._pool.contains(adapter_id) and adapter_id not in self._reads:
+            self._start_read(adapter_id, None)
 
-    def poll(self) -> HostNews:
-        """Make room for reads that wait for it, and take up those that have ended."""
-        news = HostNews(evicted=self._pool.make_room())
-        for adapter_id in [i for i, read in self._reads.items() if read.future.done()]:
-            read = self._reads.pop(adapter_id)
-            try:
-                adapter = read.future.result()
-            except Exception as error:
-                news.failed[adapter_id] = describe_error(error)
-                continue
-            with adapter:
+    def poll(self, line: AdapterLine | None = None) -> HostNews:
+        """Make room for reads that wait for it, take up those that have ended, read ahead.
+
+        Parameters
+        ----------
+        line
+            Who is waited for; None = nobody.
+
+        Notes
+        -----
+        Costs as much as there is news; in a call that has to evict, O(blocks on the host).
+        """
+        line = line or NobodyWaits()
+        news = HostNews()
+        if self._pool.has_waiters:
+            waiting = line.waiting_adapters(self._pool.kept_adapters())
+            news.evicted += self._pool.make_room(EvictionOrder(waiting))
+        with contextlib.ExitStack() as arrivals:  # Nobody arrives and goes in the same call.
+            for adapter_id in [i for i, read in self._reads.items() if read.future.done()]:
+                read = self._reads.pop(adapter_id)
+                try:
+                    adapter = arrivals.enter_context(read.future.result())
+                except Exception as error:
+                    news.failed[adapter_id] = describe_error(error)
+                    continue
                 record = self._records[adapter_id]
                 record.load_ms = adapter.load_ms
                 record.num_reads += 1
                 self._keep(adapter_id, adapter)
-            news.arrived.append(adapter_id)
+                news.arrived.append(adapter_id)
+            news.evicted += self._read_ahead(line, news)
         return news
+
+    def _read_ahead(self, line: AdapterLine, news: HostNews) -> list[int]:
+        """Begin reads in the order of the line until one gets no room; who was evicted for them."""
+        evicted: list[int] = []
+        for adapter_id in line.adapters_to_stage():
+            # What has failed now goes as soon as the caller has heard of it.
+            is_done = adapter_id in self._reads or self._pool.contains(adapter_id)
+            if is_done or adapter_id in news.failed or adapter_id not in self._records:
+                continue
+            if len(self._reads) >= NUM_LOADERS:
+                break
+            num_bytes = self._records[adapter_id].layout.num_bytes
+            room, victims = self._pool.try_reserve(num_bytes)
+            if room is None:
+                waiting = line.waiting_adapters([*self._pool.kept_adapters(), adapter_id])
+                order = EvictionOrder(waiting, for_adapter=adapter_id)
+                room, victims = self._pool.try_reserve(num_bytes, order)
+            if room is None:  # Nobody behind it takes the room that comes free for it.
+                break
+            evicted += victims
+            self._start_read(adapter_id, room)
+        return evicted
+
+    def _start_read(self, adapter_id: int, room: HostBlock | None) -> None:
+        record = self._get(adapter_id)
+        is_cancelled = threading.Event()
+        future = self._loaders.submit(
+            self._reader.read_again,
+            record.folder,
+            record.layout,
+            record.content_digest,
+            is_cancelled.is_set,
+            room,
+        )
+        self._reads[adapter_id] = _Read(future, is_cancelled)
+
+        def on_end(read: Future[HostAdapter]) -> None:
+            if room is not None and read.cancelled():
+                room.release()  # It never began.
+            self._on_news()
+
+        future.add_done_callback(on_end)
 
     def close(self) -> None:
         """End the loader threads; pool and reader are closed by their owner. Twice changes nothing."""

@@ -1,4 +1,4 @@
-"""Host memory of adapters: one slab, one contiguous block an adapter, the least recently used go first."""
+"""Host memory of adapters: one slab, one contiguous block an adapter; its callers say who goes first."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from lora_serve.common.errors import CapacityError, InternalError
+from lora_serve.common.host_slab import HostSlab
 from lora_serve.lora.adapter_layout import BLOCK_ALIGNMENT
 from lora_serve.lora.counted_lock import CountedLock
+from lora_serve.lora.eviction_order import EvictionOrder
 from lora_serve.lora.extents import ExtentAllocator
 from lora_serve.lora.host_block import BlockRecord, HostBlock, HostBlockState, HostPoolSnapshot
-from lora_serve.lora.host_slab import HostSlab
 from lora_serve.lora.load_cancelled import LoadCancelledError
 
 __all__ = ["HostBlock", "HostPool", "HostPoolSnapshot"]
@@ -32,15 +33,16 @@ class _Waiter:
 class HostPool:
     """Blocks of host memory, reserved by loader threads and leased by device copies.
 
-    The life of a block: `reserve` gives room that only the caller knows; `keep` makes it findable under its
-    adapter; each `lease` is one more hold. Without a hold it may be evicted, the least recently used first.
-    `drop` makes it unfindable; it is freed with its last hold.
+    The life of a block: `reserve` or `try_reserve` gives room that only the caller knows; `keep` makes it
+    findable under its adapter; each `lease` is one more hold. Without a hold it may be evicted, in an
+    `EvictionOrder`. `drop` makes it unfindable; it is freed with its last hold.
 
     Owns: the slab, every block.
     Deliberately does not know: files, the device, names, which adapter is needed soon.
     Invariants: a block with a hold is neither moved, evicted nor overwritten; a block without one is kept; at
-    most one kept block an adapter; a kept block leaves only in `make_room`, `drop` or `close`, so whoever
-    calls these can rely on what it saw; room goes to the waiter that came first, so nobody is overtaken.
+    most one kept block an adapter; a kept block leaves only in `make_room`, `try_reserve`, `drop` or `close`,
+    so whoever calls these can rely on what it saw; room goes to the waiter that came first, so nobody is
+    overtaken.
     Threads: every method from any thread. The lock is never held while memory is read or written, a callback
     runs or a thread waits, so all but `reserve` may be called between two steps. A waiter needs nothing but
     that holds end and `make_room` is called; whoever must do either for others must not wait in `reserve`.
@@ -69,7 +71,12 @@ class HostPool:
         self, num_bytes: int, *, is_pinned: bool, on_room_wanted: Callable[[], None] = lambda: None
     ) -> None:
         self._extents = ExtentAllocator(num_bytes, BLOCK_ALIGNMENT)
-        self.slab = HostSlab(self._extents.capacity, is_pinned=is_pinned)
+        self.slab = HostSlab(
+            self._extents.capacity,
+            is_pinned=is_pinned,
+            contents="adapters",
+            option="--lora-host-memory-gb",
+        )
         self._on_room_wanted = on_room_wanted
         lock = threading.Lock()  # guards all below
         self._changed = threading.Condition(lock)  # notified for waiters
@@ -131,8 +138,23 @@ class HostPool:
         """How often a call other than `reserve` found the lock taken: the loop may have had to wait."""
         return self._between_steps.num_waits
 
-    def make_room(self) -> list[int]:
+    @property
+    def has_waiters(self) -> bool:
+        """Whether `make_room` may have something to do."""
+        return bool(self._waiters)
+
+    def kept_adapters(self) -> list[int]:
+        """Adapters that `lease` would find, in the order in which they came."""
+        with self._between_steps:
+            return list(self._kept)
+
+    def make_room(self, order: EvictionOrder | None = None) -> list[int]:
         """Evict for the threads that wait in `reserve`, in their order, as far as holds allow.
+
+        Parameters
+        ----------
+        order
+            Who goes first; None = the least recently used.
 
         Returns
         -------
@@ -145,13 +167,41 @@ class HostPool:
         with self._between_steps:
             evicted: list[int] = []
             while self._waiters and not self._is_closed:
-                victims = self._extents.plan_eviction(self._waiters[0].num_bytes, self._last_use_at)
+                victims = self._evict_for(self._waiters[0].num_bytes, order or EvictionOrder())
                 if victims is None:
                     break
-                evicted += [self._evict(offset) for offset in victims]
+                evicted += victims
                 self._serve_waiters()
-            self._num_evictions += len(evicted)
             return evicted
+
+    def try_reserve(
+        self, num_bytes: int, order: EvictionOrder | None = None
+    ) -> tuple[HostBlock | None, list[int]]:
+        """Room for an adapter, held by the caller, if it can be had at once and nobody waits in `reserve`.
+
+        Parameters
+        ----------
+        num_bytes
+            Size of the block, >= 1.
+        order
+            Who may be evicted; None = nobody.
+
+        Returns
+        -------
+        HostBlock or None, list of int
+            The room, and the adapters that were evicted for it: none without room.
+        """
+        with self._between_steps:
+            if self._waiters or self._is_closed:
+                return None, []
+            offset, evicted = self._extents.allocate(num_bytes), []
+            if offset is None and order is not None:
+                evicted = self._evict_for(num_bytes, order) or []
+                offset = self._extents.allocate(num_bytes) if evicted else None
+            if offset is None:
+                return None, []
+            record = self._records[offset] = BlockRecord(offset, num_bytes)
+            return self._hold(record), evicted
 
     def keep(self, adapter_id: int, block: HostBlock) -> None:
         """Make a filled block findable. The caller's hold goes on; with its end the block may be evicted.
@@ -275,6 +325,23 @@ class HostPool:
             self._waiters.popleft()
             self._changed.notify_all()
 
+    def _evict_for(self, num_bytes: int, order: EvictionOrder) -> list[int] | None:
+        """Make a hole of so many bytes; who went, None where those that have to stay leave no such hole."""
+
+        def rank_at(offset: int) -> int | None:
+            last_use = self._last_use_at(offset)
+            return None if last_use is None else order.rank(self._records[offset].adapter_id, last_use)
+
+        victims = self._extents.plan_eviction(num_bytes, rank_at)
+        if victims is None:
+            return None
+        self._num_evictions += len(victims)
+        return [self._evict(offset) for offset in victims]
+
+    def _last_use_at(self, offset: int) -> int | None:
+        record = self._records[offset]
+        return None if record.num_holds > 0 else record.last_use
+
     def _evict(self, offset: int) -> int:
         record = self._records.pop(offset)
         self._extents.free(offset)
@@ -282,10 +349,6 @@ class HostPool:
             raise InternalError(f"the host block at {offset} has neither an adapter nor a hold")
         del self._kept[record.adapter_id]
         return record.adapter_id
-
-    def _last_use_at(self, offset: int) -> int | None:
-        record = self._records[offset]
-        return None if record.num_holds > 0 else record.last_use
 
     def _free_if_unused(self, record: BlockRecord) -> None:
         if record.num_holds == 0 and record.adapter_id is None:

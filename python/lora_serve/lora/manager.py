@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from lora_serve.common.errors import InvalidArgumentError
@@ -20,6 +22,7 @@ from lora_serve.lora.adapter_copies import AdapterCopies, CpuCopies, CudaCopies
 from lora_serve.lora.adapter_layout import AdapterLayout
 from lora_serve.lora.adapter_reader import AdapterReader, HostAdapter, describe_error, never
 from lora_serve.lora.device_adapters import DeviceAdapters
+from lora_serve.lora.eviction_order import AdapterLine
 from lora_serve.lora.host_adapters import HostAdapters, HostNews
 from lora_serve.lora.host_block import HostBlock
 from lora_serve.lora.host_pool import HostPool
@@ -149,7 +152,9 @@ class LoRAManager:
         device = torch.device(device)
         is_cuda = device.type == "cuda"
         copies: AdapterCopies = CudaCopies(device) if is_cuda else CpuCopies()
-        self._device = DeviceAdapters(targets, dtype, device, memory_bytes, copies)
+        self._device = DeviceAdapters(
+            targets, dtype, device, memory_bytes, copies, max_lora_rank=max_lora_rank
+        )
         self._wake: Callable[[], None] = lambda: None
         self._pool = HostPool(host_memory_bytes, is_pinned=is_cuda, on_room_wanted=self._on_news)
         limits = AdapterLimits(max_lora_rank=max_lora_rank, dtype=dtype)
@@ -207,20 +212,24 @@ class LoRAManager:
         """Whether a plan that is made before the next :meth:`poll` may load it and use it at once."""
         return self._host.is_on_host(adapter_id)
 
-    def want(self, adapter_id: int) -> None:
-        """A request has come for an adapter: read it again now if it is in neither memory."""
-        if adapter_id not in self._device:
-            self._host.stage(adapter_id)
+    def touch(self, adapter_id: int) -> None:
+        """A request has come for an adapter: of those that nobody waits for, it will leave the host last."""
+        self._host.touch(adapter_id)
 
-    def poll(self) -> HostNews:
-        """Take up what has ended, make room on the host; tell what is on the host now and what is not.
+    def poll(self, line: AdapterLine | None = None) -> HostNews:
+        """Take up what has ended, make room on the host, read ahead; tell what has come to the host or gone.
 
         Failures of reads for which a plan waits are not told here, but as failures of its load.
+
+        Parameters
+        ----------
+        line
+            Who is waited for; None = nobody.
         """
         for adapter_id, copy_ms in self._device.release_blocks().items():
             if adapter_id in self._host:  # Or it was removed while its last copy ended.
                 self._copy_ms[adapter_id] = copy_ms
-        news = self._host.poll()
+        news = self._host.poll(line)
         for adapter_id in self._awaited.intersection(news.arrived):
             self._hand_over(adapter_id)
         for adapter_id in self._awaited.intersection(news.failed):
@@ -327,3 +336,7 @@ class LoRAManager:
     def free(self, adapter_id: int) -> None:
         """Take an adapter off the device if it is there, because it is drained."""
         self._device.forget(adapter_id)
+
+    def adapts_more_than_layers(self, slots: npt.NDArray[np.int32]) -> bool:
+        """Whether an adapter in one of these slots has weights beyond the layers; see `DeviceAdapters`."""
+        return self._device.adapts_more_than_layers(slots)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from tqdm import tqdm
 
 from lora_serve.common.errors import InvalidArgumentError
 from lora_serve.models.config_fields import ConfigFields, read_json_object
+from lora_serve.models.staged_copies import StagedCopies
 
 _INDEX_NAME = "model.safetensors.index.json"
 _SINGLE_NAME = "model.safetensors"
@@ -78,6 +80,8 @@ class CheckpointLoader:
         self._has_tied_embeddings = has_tied_embeddings
         self._show_progress = show_progress
         self._source_files: dict[str, Path] = {}
+        device = next(iter(parameters.values())).device
+        self._staged = StagedCopies(device) if device.type == "cuda" else None
 
     def load(self, files: list[Path]) -> None:
         """Fill all parameters.
@@ -85,7 +89,8 @@ class CheckpointLoader:
         Parameters
         ----------
         files
-            Safetensors files, read one after the other; one tensor at a time is held beside the parameters.
+            Safetensors files, read one after the other. They are mapped, not held in memory: the system may
+            drop a page as soon as it is on the parameters' device.
 
         Raises
         ------
@@ -97,9 +102,13 @@ class CheckpointLoader:
         # Where the bar is wanted, `disable` is left to tqdm, which reads TQDM_DISABLE from the environment.
         options = {} if self._show_progress else {"disable": True}
         with tqdm(total=total, unit="B", unit_scale=True, desc="Loading weights", **options) as bar:
-            for file in files:
+            for file, after in zip(files, [*files[1:], None], strict=True):
+                if after is not None:
+                    _read_ahead(after)
                 self._load_file(file, bar)
             bar.update(total - bar.n)  # the files' headers
+        if self._staged is not None:
+            self._staged.wait()
         self._check_complete(files)
 
     def _load_file(self, file: Path, bar: tqdm[Any]) -> None:
@@ -148,7 +157,10 @@ class CheckpointLoader:
                 )
             return
         with torch.no_grad():
-            target.copy_(tensor)
+            if self._staged is None:
+                target.copy_(tensor)
+            else:
+                self._staged.copy(tensor, target)
 
     def _check_complete(self, files: list[Path]) -> None:
         filled = set(self._source_files)
@@ -164,6 +176,18 @@ class CheckpointLoader:
             )
 
 
+def _read_ahead(file: Path) -> None:
+    """Have the system read a file from the disk while another is copied."""
+    try:
+        descriptor = os.open(file, os.O_RDONLY)
+    except OSError:
+        return  # Said by the one who opens it next.
+    try:
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_WILLNEED)
+    finally:
+        os.close(descriptor)
+
+
 def fill_with_random_weights(parameters: Mapping[str, Tensor], seed: int) -> None:
     """Fill a model without files: matrices with scaled normal noise, vectors with ones (norms) or zeros.
 
@@ -172,7 +196,11 @@ def fill_with_random_weights(parameters: Mapping[str, Tensor], seed: int) -> Non
     parameters
         As for :class:`CheckpointLoader`; filled in their order, so that a seed gives the same weights.
     seed
-        At least 0.
+        At least 0. The same seed gives other weights on another kind of device.
+
+    Notes
+    -----
+    Drawn on the parameters' own device and in their dtype: nothing crosses the bus.
     """
     generator: torch.Generator | None = None
     with torch.no_grad():

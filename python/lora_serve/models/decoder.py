@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lora_serve.kernels import LoRAMetadata
 from lora_serve.layers import (
+    AttentionMetadata,
     KVLayer,
     LogitsProjection,
     LoRATarget,
     PackedLinear,
     RMSNorm,
-    RotaryEmbedding,
     StepContext,
     TokenEmbedding,
+    compute_cos_sin,
     make_attention_backend,
+    ops,
 )
 from lora_serve.models.config import ModelConfig
 from lora_serve.models.decoder_layer import DecoderLayer
@@ -37,6 +40,16 @@ class DecoderModel(nn.Module):
         Of the weights.
     attention_backend
         Name of the attention implementation.
+    max_positions
+        Positions that a token may have, for the table of cosines and sines; None = the configuration's
+        ``max_model_len``, which is never exceeded.
+
+    Attributes
+    ----------
+    attention_backend : AttentionBackend
+        Plans steps for :meth:`forward`.
+    attention_specs : frozenset of AttentionSpec
+        Every distinct spec among the layers.
 
     Raises
     ------
@@ -45,7 +58,12 @@ class DecoderModel(nn.Module):
     """
 
     def __init__(
-        self, config: ModelConfig, *, device: torch.device, attention_backend: str = "torch"
+        self,
+        config: ModelConfig,
+        *,
+        device: torch.device,
+        attention_backend: str = "torch",
+        max_positions: int | None = None,
     ) -> None:
         super().__init__()
         self.config = config
@@ -60,17 +78,37 @@ class DecoderModel(nn.Module):
         ]
         self.layers = nn.ModuleList(layers)
         self._typed_layers = layers
-        self._attention_specs = {layer.self_attn.spec for layer in layers}
+        self.attention_specs = frozenset(layer.self_attn.spec for layer in layers)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype, device=device)
         logits_weight = self.embed_tokens.weight
         if not config.has_tied_embeddings:
             untied = torch.empty(config.vocab_size, config.hidden_size, dtype=dtype, device=device)
             logits_weight = nn.Parameter(untied, requires_grad=False)
         self.lm_head = LogitsProjection("lm_head", logits_weight)
-        self._rotary = RotaryEmbedding(config.rope, config.head_dim, device)
+        num_positions = min(max_positions or config.max_model_len, config.max_model_len)
+        self._cos_sin = compute_cos_sin(config.rope, config.head_dim, num_positions, device)
+
+    def plan_attention(self, metadata: AttentionMetadata, kv_layers: Sequence[KVLayer]) -> Any:
+        """Plan a step for :meth:`forward`, outside of what a CUDA graph captures.
+
+        Parameters
+        ----------
+        metadata
+            Rows, lengths and pages of the step.
+        kv_layers
+            [num_layers], as for :meth:`forward`.
+
+        Returns
+        -------
+        Any
+            For :meth:`forward` of this step; only the attention backend knows what it is.
+        """
+        return self.attention_backend.plan(metadata, kv_layers[0], self.attention_specs)
 
     @torch.inference_mode()
-    def forward(self, token_ids: Tensor, ctx: StepContext, kv_layers: Sequence[KVLayer]) -> Tensor:
+    def forward(
+        self, token_ids: Tensor, ctx: StepContext, kv_layers: Sequence[KVLayer], attention_plan: Any
+    ) -> Tensor:
         """Run one step.
 
         Parameters
@@ -78,9 +116,11 @@ class DecoderModel(nn.Module):
         token_ids
             [T] int32 or int64, in [0, vocab_size), row after row; T at least 1.
         ctx
-            Positions, pages and adapter slots of the tokens.
+            Positions, places in the pages and adapter slots of the tokens.
         kv_layers
             [num_layers]; the pages at ``slot_mapping`` are written.
+        attention_plan
+            What :meth:`plan_attention`, or the attention backend itself, has made for this step.
 
         Returns
         -------
@@ -90,21 +130,30 @@ class DecoderModel(nn.Module):
         Raises
         ------
         ValueError
-            The context does not fit the tokens, or there is not one KV layer a layer.
+            The context or the plan does not fit the tokens, or there is not one KV layer a layer.
         LookupError
-            A token names an adapter slot that holds no adapter.
+            A token names an adapter slot that holds no adapter (on the CPU; an accelerator does not check).
+
+        Notes
+        -----
+        On CUDA nothing waits for the device, and with a backend that can be captured the whole step is
+        capturable in a graph: shapes depend on the number of tokens alone.
         """
-        if token_ids.shape != ctx.positions.shape or len(kv_layers) != len(self.layers):
+        places = ctx.slot_mapping.shape
+        if token_ids.shape != ctx.positions.shape or token_ids.shape != places:
             raise ValueError(
                 f"token_ids has shape {tuple(token_ids.shape)}, positions {tuple(ctx.positions.shape)}, "
-                f"expected the same; {len(kv_layers)} KV layers, expected {len(self.layers)}"
+                f"slot_mapping {tuple(places)}, expected the same"
             )
-        plan = self.attention_backend.plan(ctx.attention, kv_layers[0], self._attention_specs)
-        rotation = self._rotary.cos_sin(ctx.positions, self.config.dtype)
-        hidden = self.embed_tokens.forward(token_ids, ctx)
+        if len(kv_layers) != len(self.layers):
+            raise ValueError(f"there are {len(kv_layers)} KV layers, expected {len(self.layers)}")
+        # The stream of hidden states is `residual + added`; each norm does the sum, so that it is no kernel.
+        residual = self.embed_tokens.forward(token_ids, ctx)
+        added: Tensor | None = None
         for layer, kv_layer in zip(self._typed_layers, kv_layers, strict=True):
-            hidden = layer.forward(hidden, rotation, ctx, kv_layer, plan)
-        return self.norm.forward(hidden)
+            added = layer.forward(added, residual, self._cos_sin, ctx, kv_layer, attention_plan)
+        assert added is not None, "a model has layers"
+        return self.norm.forward(added, residual)
 
     @torch.no_grad()
     def compute_logits(self, hidden: Tensor, lora: LoRAMetadata | None) -> Tensor:
@@ -130,6 +179,25 @@ class DecoderModel(nn.Module):
             A row names an adapter slot that holds no adapter.
         """
         return self.lm_head.forward(hidden, lora)
+
+    @torch.no_grad()
+    def compute_base_logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
+        """Give logits of tokens that no adapter changes, without the float32 copy of :meth:`compute_logits`.
+
+        Parameters
+        ----------
+        hidden
+            [N, H]: rows of what :meth:`forward` gave. No row's adapter has a module on ``lm_head``.
+        out
+            [N, V] of the model's dtype, contiguous, to write to; None = newly allocated.
+
+        Returns
+        -------
+        Tensor
+            [N, V] of the model's dtype; widened to float32 it equals what :meth:`compute_logits` gives.
+        """
+        weight = self.lm_head.weight
+        return ops.linear(hidden, weight) if out is None else torch.mm(hidden, weight.t(), out=out)
 
     def lora_targets(self) -> dict[str, LoRATarget]:
         """Give every module that an adapter may have weights for by its full path.

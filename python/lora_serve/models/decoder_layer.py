@@ -6,17 +6,17 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora_serve.layers import (
     AttentionBackend,
     AttentionSpec,
+    HeadNorms,
     KVLayer,
     PackedLinear,
     RMSNorm,
     StepContext,
-    apply_rotary,
+    ops,
 )
 from lora_serve.models.config import ModelConfig
 
@@ -82,7 +82,7 @@ class DecoderAttention(nn.Module):
         )
 
     def forward(
-        self, hidden: Tensor, rotation: tuple[Tensor, Tensor], ctx: StepContext, kv_layer: KVLayer, plan: Any
+        self, hidden: Tensor, cos_sin: Tensor, ctx: StepContext, kv_layer: KVLayer, plan: Any
     ) -> Tensor:
         """Attend.
 
@@ -90,8 +90,8 @@ class DecoderAttention(nn.Module):
         ----------
         hidden
             [T, H], normalised.
-        rotation
-            Cosine and sine of the step's positions.
+        cos_sin
+            [max_positions, D] float32: the model's table of cosines and sines.
         ctx
             The step.
         kv_layer
@@ -104,13 +104,15 @@ class DecoderAttention(nn.Module):
         Tensor
             [T, H].
         """
-        heads = self.qkv_proj.forward(hidden, ctx).view(hidden.shape[0], -1, self.head_dim)
-        query, key, value = torch.split(heads, [self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
-        if self.q_norm is not None and self.k_norm is not None:
-            query, key = self.q_norm.forward(query), self.k_norm.forward(key)
-        query, key = apply_rotary(query, *rotation), apply_rotary(key, *rotation)
-        attended = self._backend.forward(query, key, value, kv_layer, self.spec, plan)
+        qkv = self.qkv_proj.forward(hidden, ctx)
+        query = ops.norm_rotary_store(qkv, ctx, cos_sin, kv_layer, self._head_norms())
+        attended = self._backend.attend(query, kv_layer, self.spec, plan)
         return self.o_proj.forward(attended.flatten(1), ctx)
+
+    def _head_norms(self) -> HeadNorms | None:
+        if self.q_norm is None or self.k_norm is None:
+            return None
+        return HeadNorms(self.q_norm.weight, self.k_norm.weight, self.q_norm.eps)
 
     def checkpoint_tensors(self) -> NamedTensors:
         """Yield checkpoint names with the tensors that they fill."""
@@ -157,8 +159,7 @@ class DecoderMLP(nn.Module):
 
     def forward(self, hidden: Tensor, ctx: StepContext) -> Tensor:
         """Transform [T, H], normalised, to [T, H]."""
-        gate, up = self.gate_up_proj.forward(hidden, ctx).chunk(2, dim=-1)
-        return self.down_proj.forward(F.silu(gate) * up, ctx)
+        return self.down_proj.forward(ops.silu_mul(self.gate_up_proj.forward(hidden, ctx)), ctx)
 
 
 class DecoderLayer(nn.Module):
@@ -188,12 +189,36 @@ class DecoderLayer(nn.Module):
         self.mlp = DecoderMLP(config, layer, device)
 
     def forward(
-        self, hidden: Tensor, rotation: tuple[Tensor, Tensor], ctx: StepContext, kv_layer: KVLayer, plan: Any
+        self,
+        added: Tensor | None,
+        residual: Tensor,
+        cos_sin: Tensor,
+        ctx: StepContext,
+        kv_layer: KVLayer,
+        plan: Any,
     ) -> Tensor:
-        """Transform the residual stream [T, H]; parameters as in :class:`DecoderAttention`."""
-        normed = self.input_layernorm.forward(hidden)
-        hidden = hidden + self.self_attn.forward(normed, rotation, ctx, kv_layer, plan)
-        return hidden + self.mlp.forward(self.post_attention_layernorm.forward(hidden), ctx)
+        """Run the layer on ``added + residual``.
+
+        Parameters
+        ----------
+        added
+            [T, H]: what the layer before adds to the residual stream; None = nothing, in the first layer.
+        residual
+            [T, H], contiguous: the residual stream, changed in place.
+        cos_sin, ctx, kv_layer, plan
+            As for :class:`DecoderAttention`.
+
+        Returns
+        -------
+        Tensor
+            [T, H]: what this layer still has to add to the stream. The next norm does it, in one kernel.
+        """
+        if added is None:
+            normed = self.input_layernorm.forward(residual)
+        else:
+            normed = self.input_layernorm.forward(added, residual)
+        attended = self.self_attn.forward(normed, cos_sin, ctx, kv_layer, plan)
+        return self.mlp.forward(self.post_attention_layernorm.forward(attended, residual), ctx)
 
     def packed_linears(self) -> tuple[PackedLinear, ...]:
         """Give the layer's linear projections."""

@@ -60,6 +60,7 @@ def load_model(
     load_format: str = "auto",
     attention_backend: str = "torch",
     seed: int = 0,
+    max_positions: int | None = None,
 ) -> DecoderModel:
     """Load a model.
 
@@ -77,6 +78,8 @@ def load_model(
         Name of the attention implementation.
     seed
         Of dummy weights, at least 0.
+    max_positions
+        Positions that a token may have; None = as many as the model has.
 
     Returns
     -------
@@ -101,7 +104,9 @@ def load_model(
     directory = resolve_model_directory(model, needs_weights=load_format == "auto")
     config = read_model_config(directory, dtype)
     files = find_checkpoint_files(directory) if load_format == "auto" else []
-    decoder = DecoderModel(config, device=target_device, attention_backend=attention_backend)
+    decoder = DecoderModel(
+        config, device=target_device, attention_backend=attention_backend, max_positions=max_positions
+    )
     parameters = decoder.checkpoint_tensors()
     if load_format == "dummy":
         fill_with_random_weights(parameters, seed)

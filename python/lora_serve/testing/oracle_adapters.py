@@ -9,6 +9,7 @@ from lora_serve.common.errors import AdapterNotFoundError, InternalError
 from lora_serve.lora.adapter_layout import AdapterLayout, ModuleLayout
 from lora_serve.lora.adapter_reader import HostAdapter, never
 from lora_serve.lora.allowed_roots import AllowedRoots
+from lora_serve.lora.eviction_order import AdapterLine
 from lora_serve.lora.host_adapters import HostNews
 from lora_serve.lora.manager import NO_SLOT, AdapterResidency
 from lora_serve.lora.sources import AdapterFolder
@@ -91,10 +92,10 @@ class OracleAdapterStore:
         """Whether adapters are set up to be on the host, and this one was added."""
         return self.is_staged and adapter_id in self._adapters
 
-    def want(self, adapter_id: int) -> None:
-        """Do nothing: there are no files to read."""
+    def touch(self, adapter_id: int) -> None:
+        """Do nothing: nobody is evicted from the host."""
 
-    def poll(self) -> HostNews:
+    def poll(self, line: AdapterLine) -> HostNews:  # noqa: ARG002
         """Give no news."""
         return HostNews()
 

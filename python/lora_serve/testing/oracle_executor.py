@@ -126,6 +126,11 @@ class OracleExecutor:
         """End-of-sequence tokens."""
         return self.options.eos_token_ids
 
+    @property
+    def padded_batch_sizes(self) -> tuple[int, ...]:
+        """None: plans are not padded."""
+        return ()
+
     def submit(self, plan: ExecutionPlan, states: Sequence[SamplingState] = ()) -> None:
         """Take a plan; see `Executor.submit`.
 

@@ -61,6 +61,16 @@ class AdapterResidencyTest : public ::testing::Test {
     return ids;
   }
 
+  Ids ToStage() const { return ValuesOf(residency_->ToStage()); }
+  Ids WaitingOf(const Ids& ids) const {
+    return ValuesOf(residency_->Waiting(std::vector<AdapterId>(ids.begin(), ids.end())));
+  }
+  static Ids ValuesOf(const std::vector<AdapterId>& ids) {
+    Ids values;
+    for (const AdapterId id : ids) values.push_back(id.value());
+    return values;
+  }
+
   std::optional<testing::SchedulerParts> parts_;
   std::optional<AdapterResidency> residency_;
   std::int64_t now_us_ = 0;
@@ -311,6 +321,64 @@ TEST_F(AdapterResidencyTest, TheEndOfAPinnedOneGivesAPlaceAndNoBytes) {
   EXPECT_TRUE(pinned.is_closed);
   EXPECT_TRUE(other.is_closed);
 }
+
+// --- Reading ahead ------------------------------------------------------------------------------
+
+TEST_F(AdapterResidencyTest, WhatTheDeviceHoldsAtOnceIsToBeStagedInTheOrderOfTheLine) {
+  Make(3);
+  for (const std::int64_t id : {1, 2, 3}) StartLong(OpenResident(id));
+  for (const std::int64_t id : {7, 5, 6, 4}) parts_->Queue(Open(id));
+  Plan();
+  EXPECT_EQ(ToStage(), (Ids{7, 5, 6})) << "three are on the device at once";
+  parts_->adapters.SetStaged(AdapterId(5), true);
+  EXPECT_EQ(ToStage(), (Ids{7, 6})) << "5 counts, but is there";
+  EXPECT_EQ(LoadsOf(Plan()), Ids{}) << "to ask changes nothing";
+}
+
+TEST_F(AdapterResidencyTest, FourRoundsOfLoadsAreToBeStagedAtMost) {
+  Make(100);
+  StartLong(parts_->OpenResident(1, {.size_bytes = 100}));
+  Ids waiting;
+  for (std::int64_t id = 2; id < 30; ++id) {
+    parts_->Queue(Open(id));
+    waiting.push_back(id);
+  }
+  EXPECT_EQ(ToStage(), Ids(waiting.begin(), waiting.begin() + 16)) << "four at once";
+  EXPECT_EQ(WaitingOf(waiting), waiting);
+}
+
+TEST_F(AdapterResidencyTest, InACrowdThoseThatHaveStartedAreToBeStagedFirst) {
+  Make(1, /*time_slice_steps=*/1);
+  Adapter& first = OpenResident(1);
+  StartLong(first);
+  parts_->Queue(Open(2));
+  for (int step = 0; step < 3 && first.is_in_place; ++step) Plan();
+  ASSERT_EQ(first.standing, AdapterStanding::kPaused);
+  ASSERT_FALSE(first.HoldsBytes());
+  parts_->Queue(Open(3), {.priority = -5});
+  EXPECT_EQ(WaitingOf({1, 2, 3}), (Ids{3, 2, 1}));
+  EXPECT_EQ(ToStage(), Ids{3});
+  for (const std::int64_t id : {4, 5, 6}) parts_->Queue(Open(id));
+  StartLong(parts_->adapters.GetOpen(AdapterId(2)));
+  Plan();
+  EXPECT_EQ(ToStage(), Ids{1});
+  EXPECT_EQ(WaitingOf({6, 5, 4, 3, 1}), (Ids{1, 3, 4, 5, 6}));
+}
+
+TEST_F(AdapterResidencyTest, OnlyThoseWaitThatLackBytesOrAPlace) {
+  Make(4, 0, /*max_loras=*/1);
+  StartLong(OpenResident(1));
+  OpenResident(2);
+  parts_->Queue(OpenResident(3));
+  OpenResident(4);
+  Open(5);
+  parts_->Queue(Open(6), {.priority = -5});
+  parts_->adapters.SetPinned(AdapterId(4), true);
+  EXPECT_EQ(WaitingOf({1, 2, 3, 4, 5, 6, 99}), (Ids{6, 3}));
+  EXPECT_EQ(ToStage(), Ids{6}) << "3 lacks only a place";
+}
+
+// --- Orders of one plan -------------------------------------------------------------------------
 
 TEST_F(AdapterResidencyTest, WhatAPlanEvictsItDoesNotLoad) {
   Make(25, 0, /*max_loras=*/1);

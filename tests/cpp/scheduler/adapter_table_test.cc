@@ -204,6 +204,24 @@ TEST_F(AdapterTableTest, TheLineGoesByTheTimeOfJoiningAndByPriority) {
   EXPECT_EQ(InLine(), (std::vector{AdapterId(4), AdapterId(2), AdapterId(3)}));
 }
 
+TEST_F(AdapterTableTest, TheStagedGoFirstAmongThoseThatBeganToWaitTogether) {
+  OpenResident(1, {.size_bytes = 30});
+  for (const std::int64_t id : {2, 3, 4}) table_.Open(AdapterId(id), {.size_bytes = 10});
+  table_.BeginStep(1000);
+  Queue(table_.GetOpen(AdapterId(2)));
+  table_.BeginStep(2000);
+  Queue(table_.GetOpen(AdapterId(3)));
+  Queue(table_.GetOpen(AdapterId(4)));
+  table_.SetStaged(AdapterId(4), true);
+  EXPECT_EQ(InLine(), (std::vector{AdapterId(2), AdapterId(4), AdapterId(3)}))
+      << "2 has waited longer";
+  table_.SetStaged(AdapterId(3), true);
+  EXPECT_EQ(InLine(), (std::vector{AdapterId(2), AdapterId(3), AdapterId(4)}));
+  table_.SetStaged(AdapterId(3), false);
+  EXPECT_EQ(InLine(), (std::vector{AdapterId(2), AdapterId(4), AdapterId(3)}));
+  table_.CheckInvariants();
+}
+
 TEST_F(AdapterTableTest, WhatIsPinnedAndTheLargestOtherMustFitTogether) {
   OpenResident(1, {.size_bytes = 10});
   table_.Open(AdapterId(2), {.size_bytes = 15});

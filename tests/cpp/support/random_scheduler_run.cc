@@ -275,6 +275,7 @@ void RandomSchedulerRun::Step(bool with_operations) {
     if (with_operations) OperateBesidePlans();
   });
   GiveUpFailed();
+  CheckReadAhead();
   if (plan.IsEmpty() && !was_outstanding) CheckEmptyPlan(plan, had_work);
   if (!had_work) {
     EXPECT_TRUE(plan.request_ids.empty() && plan.load_adapter_ids.empty() &&
@@ -303,6 +304,24 @@ void RandomSchedulerRun::OperateBesidePlans() {
 void RandomSchedulerRun::CheckEmptyPlan(const RecordedPlan& plan, bool had_work) {
   if (!had_work || !plan.expired_request_ids.empty()) return;
   ++coverage_.num_waits;
+}
+
+/// What is to be staged waits without bytes, and comes in the order of those that wait.
+void RandomSchedulerRun::CheckReadAhead() {
+  const Scheduler& scheduler = harness_.scheduler();
+  std::vector<AdapterId> all;
+  for (AdapterId id(1); id.value() < next_adapter_id_; id = AdapterId(id.value() + 1)) {
+    all.push_back(id);
+  }
+  const std::vector<AdapterId> waiting = scheduler.WaitingAdapters(all);
+  auto next = waiting.begin();
+  for (const AdapterId id : scheduler.AdaptersToStage()) {
+    next = std::find(next, waiting.end(), id);
+    EXPECT_NE(next, waiting.end()) << "adapter " << id << " does not wait, or is out of order";
+    EXPECT_FALSE(harness_.executor().staged.contains(id)) << "adapter " << id;
+    if (::testing::Test::HasFailure()) return;
+    ++coverage_.num_to_stage;
+  }
 }
 
 /// What an engine does with a generation that could not be loaded.
@@ -402,6 +421,7 @@ void RandomCoverage::ExpectAllCasesWereMet() const {
   EXPECT_GT(num_adapter_reloads, 100);
   EXPECT_GT(num_adapter_evictions, 200);
   EXPECT_GT(num_failed_loads, 50);
+  EXPECT_GT(num_to_stage, 1000);
   EXPECT_GT(num_closings, 200);
   EXPECT_GT(num_pauses, 200);
   EXPECT_GT(num_pins, 100);
@@ -425,14 +445,14 @@ std::ostream& operator<<(std::ostream& os, const RandomCoverage& c) {
             << " tokens unknown, " << c.num_late_finishes << " late finishes, " << c.num_late_aborts
             << " late + " << c.num_other_aborts << " aborts, " << c.num_padded_rows
             << " padded rows, " << c.num_adapter_loads << " loads (" << c.num_adapter_reloads
-            << " again, " << c.num_failed_loads << " failed), " << c.num_adapter_evictions
-            << " adapters evicted, " << c.num_closings << " closings, " << c.num_pauses
-            << " pauses, " << c.num_pins << " pins, " << c.num_refused_pins << " refused, "
-            << c.num_drained_adapters << " adapters drained (" << c.num_drains_with_requests
-            << " in use), " << c.num_write_backs << " write-backs, " << c.num_load_backs
-            << " load-backs, " << c.num_failed_copies << " copies failed, " << c.num_host_hit_tokens
-            << " tokens from the host, " << c.num_evicted_host_pages << " host pages evicted, "
-            << c.num_waits << " waits for reports";
+            << " again, " << c.num_failed_loads << " failed), " << c.num_to_stage << " to stage, "
+            << c.num_adapter_evictions << " adapters evicted, " << c.num_closings << " closings, "
+            << c.num_pauses << " pauses, " << c.num_pins << " pins, " << c.num_refused_pins
+            << " refused, " << c.num_drained_adapters << " adapters drained ("
+            << c.num_drains_with_requests << " in use), " << c.num_write_backs << " write-backs, "
+            << c.num_load_backs << " load-backs, " << c.num_failed_copies << " copies failed, "
+            << c.num_host_hit_tokens << " tokens from the host, " << c.num_evicted_host_pages
+            << " host pages evicted, " << c.num_waits << " waits for reports";
 }
 
 }  // namespace lora_serve::testing

@@ -35,6 +35,8 @@ struct RandomCoverage {
   std::int64_t num_adapter_reloads = 0;
   std::int64_t num_adapter_evictions = 0;
   std::int64_t num_failed_loads = 0;
+  /// Adapters that were to be read ahead, counted in each step.
+  std::int64_t num_to_stage = 0;
   std::int64_t num_closings = 0;
   std::int64_t num_pauses = 0;
   std::int64_t num_pins = 0;
@@ -112,6 +114,7 @@ class RandomSchedulerRun {
   void Step(bool with_operations);
   void OperateBesidePlans();
   void CheckEmptyPlan(const RecordedPlan& plan, bool had_work);
+  void CheckReadAhead();
   void GiveUpFailed();
   void CountStarts(const RecordedPlan& plan);
   void FinishAll();

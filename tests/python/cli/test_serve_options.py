@@ -38,7 +38,8 @@ def test_every_option_reaches_the_engine():
         "--lora-memory-gb 0.25 --max-loading-adapters 7 --adapter-patience-ms 20 "
         "--adapter-time-slice-steps 0 --adapter-pause-ms 30 "
         "--scheduling-policy lpm --priority-ageing-ms 250 --max-queued-requests 11 --max-queued-tokens 12 "
-        "--max-requests-per-adapter 13 --no-async-scheduling"
+        "--max-requests-per-adapter 13 --no-async-scheduling "
+        "--attention-backend torch --enforce-eager --cuda-graph-sizes 1 3"
     )
     assert launch_of("m", *options.split()).config == EngineConfig(
         model="m",
@@ -68,16 +69,20 @@ def test_every_option_reaches_the_engine():
         max_queued_tokens=12,
         max_requests_per_adapter=13,
         async_scheduling=False,
+        attention_backend="torch",
+        enforce_eager=True,
+        cuda_graph_sizes=[1, 3],
     )
+    assert launch_of("m", "--gpu-memory-utilization", "0.5").config.gpu_memory_utilization == 0.5
     assert launch_of("m", "--kv-memory-gb", "0.25").config.kv_memory_gb == 0.25
 
 
-def test_every_field_of_the_engine_but_the_attention_has_an_option():
+def test_every_field_of_the_engine_has_an_option():
     parser = make_parser()
     options = vars(parser.parse_args(["serve", "m"]))
     negated = {"enable_prefix_caching": "no_prefix_caching", "async_scheduling": "no_async_scheduling"}
     fields = {negated.get(field, field) for field in EngineConfig.__struct_fields__}
-    assert fields - set(options) == {"attention_backend"}
+    assert fields - set(options) == set()
 
 
 def test_adapters_come_as_name_and_path():
@@ -162,9 +167,10 @@ def test_bad_usage_exits_with_two(arguments):
     assert error.value.code == 2
 
 
-def test_pages_and_memory_exclude_each_other():
+@pytest.mark.parametrize("option", ["--num-device-pages", "--gpu-memory-utilization"])
+def test_sizes_of_the_kv_memory_exclude_each_other(option):
     with pytest.raises(SystemExit):
-        main(["serve", "m", "--num-device-pages", "4", "--kv-memory-gb", "1"])
+        main(["serve", "m", option, "1", "--kv-memory-gb", "1"])
 
 
 def test_demo_prints_its_paths(capsys):

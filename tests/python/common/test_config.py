@@ -49,6 +49,15 @@ BAD_FIELDS = [
     ("lora_allowed_roots", [""]),
     ("seed", -1),
     ("attention_backend", ""),
+    ("gpu_memory_utilization", 0.0),
+    ("gpu_memory_utilization", 1.01),
+    ("gpu_memory_utilization", None),
+    ("enforce_eager", 1),
+    ("cuda_graph_sizes", []),
+    ("cuda_graph_sizes", [0]),
+    ("cuda_graph_sizes", [1, 129]),
+    ("cuda_graph_sizes", [1.0]),
+    ("cuda_graph_sizes", 8),
 ]
 
 
@@ -64,8 +73,40 @@ def test_step_smaller_than_the_batch_is_refused_with_both_numbers():
 
 
 def test_defaults_are_valid_and_survive_a_message():
-    config = EngineConfig(model="m", lora_allowed_roots=["/a"], max_model_len=2, lora_memory_gb=0.5)
+    config = EngineConfig(
+        model="m", lora_allowed_roots=["/a"], max_model_len=2, lora_memory_gb=0.5, cuda_graph_sizes=[1, 128]
+    )
     assert msgspec.msgpack.decode(msgspec.msgpack.encode(config), type=EngineConfig) == config
+
+
+@pytest.mark.parametrize(
+    ("device", "asked", "chosen"),
+    [
+        ("cpu", "auto", "torch"),
+        ("cuda", "auto", "flashinfer"),
+        ("cuda:1", "auto", "flashinfer"),
+        ("cuda", "torch", "torch"),
+    ],
+)
+def test_attention_backend_follows_the_device_unless_asked(device, asked, chosen):
+    config = EngineConfig(model="m", device=device, attention_backend=asked)
+    assert config.chosen_attention_backend == chosen
+    assert config.is_cuda == (device != "cpu")
+
+
+@pytest.mark.parametrize(
+    ("fields", "chosen"),
+    [
+        ({"max_num_seqs": 1}, (1,)),
+        ({"max_num_seqs": 3}, (1, 2, 3)),
+        ({"max_num_seqs": 8}, (1, 2, 4, 8)),
+        ({"max_num_seqs": 30}, (1, 2, 4, 8, 16, 24, 30)),
+        ({"max_num_seqs": 30, "cuda_graph_sizes": [7, 2, 7]}, (2, 7)),
+        ({"max_num_seqs": 30, "cuda_graph_sizes": [7, 2], "enforce_eager": True}, ()),
+    ],
+)
+def test_cuda_graph_sizes_rise_to_the_most_requests_unless_asked(fields, chosen):
+    assert EngineConfig(model="m", **fields).chosen_cuda_graph_sizes == chosen
 
 
 @pytest.mark.parametrize("arguments", [("",), (None,), ("\ud800",), ("a", 5), ("a", ""), ("a", "/\0")])

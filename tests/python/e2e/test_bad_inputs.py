@@ -69,7 +69,7 @@ def counts(http):
         if not any(entry["num_running_requests"] + entry["num_waiting_requests"] for entry in entries):
             break
         time.sleep(0.01)
-    changing = ("total_", "loop_")
+    changing = ("total_", "loop_", "last_used_s")
     return [{key: n for key, n in entry.items() if not key.startswith(changing)} for entry in entries]
 
 

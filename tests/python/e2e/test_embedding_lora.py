@@ -21,6 +21,7 @@ from lora_serve.common.outputs import RequestOutput
 from lora_serve.common.sampling_params import SamplingParams
 from lora_serve.llm import LLM
 from lora_serve.testing.models import make_random_model
+from support.engine_kinds import EngineKind
 from support.reference import Reference, assert_parity
 
 VOCAB_SIZE = 256
@@ -52,10 +53,11 @@ class Setup:
     model: str
     adapters: dict[str, Path]
     references: dict[str | None, Reference]
+    engine: EngineKind
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["untied", "tied"])
-def setup(request, tmp_path_factory: pytest.TempPathFactory) -> Setup:
+def setup(request, exact_engine: EngineKind, tmp_path_factory: pytest.TempPathFactory) -> Setup:
     folder = tmp_path_factory.mktemp("embedding_lora")
     model = str(folder / "model")
     make_random_model(model, "Qwen3ForCausalLM", vocab_size=VOCAB_SIZE, tie_word_embeddings=request.param)
@@ -66,8 +68,11 @@ def setup(request, tmp_path_factory: pytest.TempPathFactory) -> Setup:
             name: save_adapter(model, folder / name, *options, seed)
             for seed, (name, options) in enumerate(ADAPTERS.items())
         }
-        references = {name: Reference(model, adapters.get(name) if name else None) for name in NAMES}
-    return Setup(model, adapters, references)
+        references = {
+            name: Reference(model, adapters.get(name) if name else None, device=exact_engine.device)
+            for name in NAMES
+        }
+    return Setup(model, adapters, references, exact_engine)
 
 
 def save_adapter(model: str, path: Path, lora_rank: int, alpha: float, modules: list[str], seed: int) -> Path:
@@ -85,7 +90,8 @@ def save_adapter(model: str, path: Path, lora_rank: int, alpha: float, modules: 
 
 
 def make_llm(setup: Setup, **options: object) -> LLM:
-    llm = LLM(setup.model, dtype="float32", page_size=PAGE_SIZE, max_model_len=64, **options)
+    defaults = {"page_size": PAGE_SIZE, "max_model_len": 64}
+    llm = LLM(setup.model, **{**setup.engine.options, **defaults, **options})
     for name, path in setup.adapters.items():
         llm.load_lora_adapter(name, str(path))
     return llm

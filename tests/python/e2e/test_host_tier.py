@@ -13,6 +13,7 @@ from lora_serve.executor.kv_tensors import page_num_bytes
 from lora_serve.llm import LLM
 from lora_serve.models.config import read_model_config
 from lora_serve.testing.adapters import make_random_adapter
+from support.engine_kinds import EngineKind
 from support.tiny_checkpoint import NUM_BYTES, make_tiny_checkpoint
 
 PAGE_SIZE = 8
@@ -49,7 +50,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def make_llm(folder: Path, num_device_pages: int, num_host_pages: int = 0, **options: object) -> LLM:
+def make_llm(
+    folder: Path, engine: EngineKind, num_device_pages: int, num_host_pages: int = 0, **options: object
+) -> LLM:
     page_gb = page_num_bytes(read_model_config(folder / "model"), PAGE_SIZE) / 2**30
     llm = LLM(
         str(folder / "model"),
@@ -58,7 +61,7 @@ def make_llm(folder: Path, num_device_pages: int, num_host_pages: int = 0, **opt
         kv_host_memory_gb=num_host_pages * page_gb,
         max_num_seqs=NUM_CLIENTS,
         max_num_batched_tokens=64,
-        **{"max_model_len": MAX_MODEL_LEN, **options},
+        **{**engine.options, "max_model_len": MAX_MODEL_LEN, **options},
     )
     for name in ADAPTERS:
         llm.load_lora_adapter(name, str(folder / name))
@@ -94,9 +97,9 @@ def converse(llm: LLM) -> list[list[Turn]]:
 
 
 @pytest.fixture(scope="module")
-def expected(folder: Path) -> list[list[Turn]]:
+def expected(folder: Path, exact_engine: EngineKind) -> list[list[Turn]]:
     """The conversations with a device pool that holds everything."""
-    with make_llm(folder, ENOUGH_PAGES) as llm:
+    with make_llm(folder, exact_engine, ENOUGH_PAGES) as llm:
         turns = converse(llm)
         assert llm.stats().total_evicted_pages == 0
     return turns
@@ -125,15 +128,17 @@ def lost_tokens(turns: list[list[Turn]]) -> int:
     )
 
 
-def small_llm(folder: Path, num_device_pages: int, num_host_pages: int, **options: object) -> LLM:
+def small_llm(
+    folder: Path, engine: EngineKind, num_device_pages: int, num_host_pages: int, **options: object
+) -> LLM:
     max_model_len = num_device_pages * PAGE_SIZE
-    return make_llm(folder, num_device_pages, num_host_pages, max_model_len=max_model_len, **options)
+    return make_llm(folder, engine, num_device_pages, num_host_pages, max_model_len=max_model_len, **options)
 
 
 def test_conversations_go_on_from_the_host_where_the_device_holds_a_quarter(
-    folder: Path, expected: list[list[Turn]], quarter_of_pages: int
+    folder: Path, exact_engine: EngineKind, expected: list[list[Turn]], quarter_of_pages: int
 ) -> None:
-    with small_llm(folder, quarter_of_pages, ENOUGH_PAGES) as llm:
+    with small_llm(folder, exact_engine, quarter_of_pages, ENOUGH_PAGES) as llm:
         turns = converse(llm)
         stats = llm.stats()
 
@@ -147,12 +152,12 @@ def test_conversations_go_on_from_the_host_where_the_device_holds_a_quarter(
 
 
 def test_write_back_keeps_what_it_copied_ahead_of_need(
-    folder: Path, expected: list[list[Turn]], quarter_of_pages: int
+    folder: Path, exact_engine: EngineKind, expected: list[list[Turn]], quarter_of_pages: int
 ) -> None:
     """Pages that one step takes beyond the watermark are lost; so this promises less than write-through."""
-    with small_llm(folder, quarter_of_pages, 0) as llm:
+    with small_llm(folder, exact_engine, quarter_of_pages, 0) as llm:
         without = converse(llm)
-    with small_llm(folder, quarter_of_pages, ENOUGH_PAGES, kv_write_policy="write_back") as llm:
+    with small_llm(folder, exact_engine, quarter_of_pages, ENOUGH_PAGES, kv_write_policy="write_back") as llm:
         turns = converse(llm)
         stats = llm.stats()
 
@@ -165,15 +170,15 @@ def test_write_back_keeps_what_it_copied_ahead_of_need(
 @pytest.mark.parametrize("write_policy", ["write_through", "write_back", "off"])
 @pytest.mark.parametrize("name", [None, "a"])
 def test_preempted_request_recovers_from_the_host(
-    folder: Path, name: str | None, write_policy: str, enable_prefix_caching: bool
+    folder: Path, exact_engine: EngineKind, name: str | None, write_policy: str, enable_prefix_caching: bool
 ) -> None:
     prompts = [user_tokens(client, 0) * 2 for client in range(4)]
     params = greedy(60)
     options = {"kv_write_policy": write_policy, "enable_prefix_caching": enable_prefix_caching}
-    with make_llm(folder, ENOUGH_PAGES) as llm:
+    with make_llm(folder, exact_engine, ENOUGH_PAGES) as llm:
         roomy = [output.outputs[0].token_ids for output in llm.generate(prompts, params, lora_request=name)]
         assert llm.stats().total_recomputed_tokens == 0
-    with small_llm(folder, 16, ENOUGH_PAGES, **options) as llm:
+    with small_llm(folder, exact_engine, 16, ENOUGH_PAGES, **options) as llm:
         outputs = llm.generate(prompts, params, lora_request=name)
         stats = llm.stats()
 
@@ -183,10 +188,12 @@ def test_preempted_request_recovers_from_the_host(
     assert stats.total_hit_tokens == 0  # A recovery is no hit, and the prompts share nothing.
 
 
-def test_preempted_request_recomputes_more_than_pages_without_a_host_tier(folder: Path) -> None:
+def test_preempted_request_recomputes_more_than_pages_without_a_host_tier(
+    folder: Path, exact_engine: EngineKind
+) -> None:
     """Without this, the test above could pass because nothing was ever lost."""
     prompts = [user_tokens(client, 0) * 2 for client in range(4)]
-    with small_llm(folder, 16, 0) as llm:
+    with small_llm(folder, exact_engine, 16, 0) as llm:
         llm.generate(prompts, greedy(60))
         stats = llm.stats()
     assert stats.total_recomputed_tokens > stats.total_preemptions * PAGE_SIZE

@@ -14,6 +14,7 @@ from lora_serve.executor.kv_tensors import page_num_bytes
 from lora_serve.llm import LLM
 from lora_serve.models.config import read_model_config
 from lora_serve.testing.adapters import make_random_adapter
+from support.engine_kinds import EngineKind
 from support.tiny_checkpoint import NUM_BYTES, make_tiny_checkpoint
 
 PAGE_SIZE = 4
@@ -30,7 +31,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def make_llm(folder: Path, *, overlap: bool, num_host_pages: int = 0, **options: Any) -> LLM:
+def make_llm(
+    folder: Path, engine: EngineKind, *, overlap: bool, num_host_pages: int = 0, **options: Any
+) -> LLM:
     page_gb = page_num_bytes(read_model_config(folder / "model"), PAGE_SIZE) / 2**30
     defaults = {"num_device_pages": 128, "max_num_seqs": 6, "max_num_batched_tokens": 24, "max_model_len": 80}
     llm = LLM(
@@ -38,7 +41,7 @@ def make_llm(folder: Path, *, overlap: bool, num_host_pages: int = 0, **options:
         page_size=PAGE_SIZE,
         async_scheduling=overlap,
         kv_host_memory_gb=num_host_pages * page_gb,
-        **{**defaults, **options},
+        **{**engine.options, **defaults, **options},
     )
     for name in ADAPTERS:
         llm.load_lora_adapter(name, str(folder / name))
@@ -91,12 +94,13 @@ def answers(llm: LLM, fields: dict[str, Any]) -> list[Any]:
 
 
 @pytest.fixture(scope="module", params=MACHINES)
-def both(folder: Path, request: pytest.FixtureRequest) -> Iterator[tuple[LLM, LLM]]:
+def both(folder: Path, exact_engine: EngineKind, request: pytest.FixtureRequest) -> Iterator[tuple[LLM, LLM]]:
     """The same machine with and without overlap; the machines are what they say."""
     options = MACHINES[request.param]
-    llms = make_llm(folder, overlap=True, **options), make_llm(folder, overlap=False, **options)
-    yield llms
+    llms = [make_llm(folder, exact_engine, overlap=overlap, **options) for overlap in (True, False)]
+    yield llms[0], llms[1]
     for llm in llms:
+        answers(llm, KINDS["greedy"])  # Some kinds reuse nothing, and one may have been the only one.
         stats = llm.stats()
         assert (stats.total_preemptions > 0) == ("num_device_pages" in options)
         assert (stats.total_adapter_evictions > 0) == ("lora_memory_gb" in options)
@@ -115,9 +119,11 @@ def test_answers_are_the_same_with_and_without_overlap(both: tuple[LLM, LLM], ki
 
 
 @pytest.mark.parametrize("how", ["stop token", "stop string"])
-def test_ends_that_are_known_late_are_the_same_with_and_without_overlap(folder: Path, how: str) -> None:
+def test_ends_that_are_known_late_are_the_same_with_and_without_overlap(
+    folder: Path, exact_engine: EngineKind, how: str
+) -> None:
     got = {}
-    with make_llm(folder, overlap=False) as llm:
+    with make_llm(folder, exact_engine, overlap=False) as llm:
         params = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
         whole = [
             output.outputs[0]
@@ -130,7 +136,7 @@ def test_ends_that_are_known_late_are_the_same_with_and_without_overlap(folder: 
         for n, answer in enumerate(whole)
     ]
     for overlap in (True, False):
-        with make_llm(folder, overlap=overlap, num_device_pages=20) as llm:
+        with make_llm(folder, exact_engine, overlap=overlap, num_device_pages=20) as llm:
             got[overlap] = [
                 (output.outputs[0].token_ids, output.outputs[0].text, output.outputs[0].stop_reason)
                 for output in llm.generate(
@@ -144,11 +150,13 @@ def test_ends_that_are_known_late_are_the_same_with_and_without_overlap(folder: 
     assert all(reason is not None for *_, reason in got[True])
 
 
-def test_log_probabilities_are_the_same_with_and_without_overlap(folder: Path) -> None:
+def test_log_probabilities_are_the_same_with_and_without_overlap(
+    folder: Path, exact_engine: EngineKind
+) -> None:
     got: dict[bool, list[list[float]]] = {}
     params = SamplingParams(temperature=0, max_tokens=9, ignore_eos=True, logprobs=2, prompt_logprobs=1)
     for overlap in (True, False):
-        with make_llm(folder, overlap=overlap, num_device_pages=20) as llm:
+        with make_llm(folder, exact_engine, overlap=overlap, num_device_pages=20) as llm:
             outputs = llm.generate([prompt(n) for n in range(8)], params, lora_request=NAMES)
         got[overlap] = [
             [
@@ -165,10 +173,12 @@ def test_log_probabilities_are_the_same_with_and_without_overlap(folder: Path) -
 
 
 @pytest.mark.parametrize("overlap", [True, False])
-def test_aborts_at_any_moment_leave_the_others_as_they_are(folder: Path, overlap: bool) -> None:
+def test_aborts_at_any_moment_leave_the_others_as_they_are(
+    folder: Path, exact_engine: EngineKind, overlap: bool
+) -> None:
     params = SamplingParams(temperature=0.8, seed=4, max_tokens=20, ignore_eos=True, repetition_penalty=1.1)
     kept = [0, 2, 5, 7]
-    with make_llm(folder, overlap=overlap, num_device_pages=20) as llm:
+    with make_llm(folder, exact_engine, overlap=overlap, num_device_pages=20) as llm:
         expected = [
             llm.generate(prompt(n), params, lora_request=NAMES[n])[0].outputs[0].token_ids for n in kept
         ]

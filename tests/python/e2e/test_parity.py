@@ -1,4 +1,4 @@
-"""Greedy tokens and logprobs equal transformers + peft: alone, mixed, with prefix hits, after preemption."""
+"""The demo's model answers as transformers + peft: alone, mixed, with prefix hits, after preemption."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from lora_serve.common.sampling_params import SamplingParams
 from lora_serve.demo.paths import demo_paths
 from lora_serve.llm import LLM
 from lora_serve.testing.adapters import make_random_adapter
-from support.reference import Reference, assert_parity
+from support.engine_kinds import EngineKind
+from support.expected_answers import ExpectedAnswers
 
 MODEL = str(demo_paths().model)
 NUM_OUTPUT_TOKENS = 48
@@ -58,37 +59,23 @@ def adapter_paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="module")
-def references(adapter_paths: dict[str, Path]) -> dict[str | None, Reference]:
-    return {name: Reference(MODEL, adapter_paths.get(name) if name else None) for name in NAMES}
+def expected(adapter_paths: dict[str, Path], engine: EngineKind) -> ExpectedAnswers:
+    return ExpectedAnswers(MODEL, adapter_paths, engine)
 
 
-def make_llm(adapter_paths: dict[str, Path], **options: object) -> LLM:
-    llm = LLM(MODEL, dtype="float32", page_size=PAGE_SIZE, max_model_len=256, **options)
+def make_llm(adapter_paths: dict[str, Path], engine: EngineKind, **options: object) -> LLM:
+    defaults = {"page_size": PAGE_SIZE, "max_model_len": 256}
+    llm = LLM(MODEL, **{**engine.options, **defaults, **options})
     for name, path in adapter_paths.items():
         llm.load_lora_adapter(name, str(path))
     return llm
 
 
 @pytest.fixture
-def roomy_llm(adapter_paths: dict[str, Path]) -> Iterator[LLM]:
-    with make_llm(adapter_paths, num_device_pages=512, max_num_seqs=32, max_num_batched_tokens=2048) as llm:
+def roomy_llm(adapter_paths: dict[str, Path], engine: EngineKind) -> Iterator[LLM]:
+    options = {"num_device_pages": 512, "max_num_seqs": 32, "max_num_batched_tokens": 2048}
+    with make_llm(adapter_paths, engine, **options) as llm:
         yield llm
-
-
-def check(
-    outputs: list[RequestOutput], names: list[str | None], references: dict[str | None, Reference]
-) -> None:
-    for output, name in zip(outputs, names, strict=True):
-        completion = output.outputs[0]
-        assert output.lora_name == name
-        assert len(completion.token_ids) == NUM_OUTPUT_TOKENS
-        assert completion.logprobs is not None
-        steps = zip(completion.token_ids, completion.logprobs, strict=True)
-        logprobs = [step[token].logprob for token, step in steps]
-        subject = f"adapter {name or 'base'}, prompt {output.prompt!r}"
-        assert_parity(
-            references[name], list(output.prompt_token_ids), list(completion.token_ids), logprobs, subject
-        )
 
 
 def test_adapters_change_the_answer(adapter_paths: dict[str, Path], roomy_llm: LLM) -> None:
@@ -100,26 +87,28 @@ def test_adapters_change_the_answer(adapter_paths: dict[str, Path], roomy_llm: L
         assert adapted.logprobs[0] != base.logprobs[0], name
 
 
-def test_parity_alone(roomy_llm: LLM, references: dict[str | None, Reference]) -> None:
+def test_parity_alone(roomy_llm: LLM, expected: ExpectedAnswers) -> None:
+    outputs: list[RequestOutput] = []
     for name in NAMES:
-        outputs = roomy_llm.generate([TEXTS[name]], GREEDY, lora_request=name)
-        check(outputs, [name], references)
+        outputs += roomy_llm.generate([TEXTS[name]], GREEDY, lora_request=name)
+    expected.check(outputs, NAMES)
 
 
 def test_parity_mixed_batch_with_chunked_prefill(
-    adapter_paths: dict[str, Path], references: dict[str | None, Reference]
+    adapter_paths: dict[str, Path], engine: EngineKind, expected: ExpectedAnswers
 ) -> None:
     names = [*NAMES, None, "argon", "rank-64-all"]
     prompts = [TEXTS[name] + (" Again." if index >= len(NAMES) else "") for index, name in enumerate(names)]
     assert len(names) >= 16
-    with make_llm(adapter_paths, num_device_pages=512, max_num_seqs=24, max_num_batched_tokens=32) as llm:
+    options = {"num_device_pages": 512, "max_num_seqs": 24, "max_num_batched_tokens": 32}
+    with make_llm(adapter_paths, engine, **options) as llm:
         outputs = llm.generate(prompts, GREEDY, lora_request=names)
     # With at most 32 tokens a step, every prompt below was computed in several chunks.
     assert all(len(output.prompt_token_ids) > 32 for output in outputs)
-    check(outputs, names, references)
+    expected.check(outputs, names)
 
 
-def test_parity_with_prefix_hits(roomy_llm: LLM, references: dict[str | None, Reference]) -> None:
+def test_parity_with_prefix_hits(roomy_llm: LLM, expected: ExpectedAnswers) -> None:
     prompts = [TEXTS[name] for name in NAMES]
     first = roomy_llm.generate(prompts, GREEDY, lora_request=NAMES)
     second = roomy_llm.generate(prompts, GREEDY, lora_request=NAMES)
@@ -127,13 +116,14 @@ def test_parity_with_prefix_hits(roomy_llm: LLM, references: dict[str | None, Re
         assert before.num_cached_tokens == 0
         whole_pages = (len(after.prompt_token_ids) - 1) // PAGE_SIZE * PAGE_SIZE
         assert after.num_cached_tokens == whole_pages > 0
-    check(second, NAMES, references)
+    expected.check(second, NAMES)
 
 
 def test_parity_after_preemption(
-    adapter_paths: dict[str, Path], references: dict[str | None, Reference]
+    adapter_paths: dict[str, Path], engine: EngineKind, expected: ExpectedAnswers
 ) -> None:
-    with make_llm(adapter_paths, num_device_pages=20, max_num_seqs=16, max_num_batched_tokens=64) as llm:
+    options = {"num_device_pages": 20, "max_num_seqs": 16, "max_num_batched_tokens": 64}
+    with make_llm(adapter_paths, engine, **options) as llm:
         outputs = llm.generate([TEXTS[name] for name in NAMES], GREEDY, lora_request=NAMES)
         assert llm.stats().total_preemptions > 0
-    check(outputs, NAMES, references)
+    expected.check(outputs, NAMES)

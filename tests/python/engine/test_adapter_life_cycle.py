@@ -10,6 +10,7 @@ from lora_serve.common.errors import (
     InternalError,
     InvalidArgumentError,
 )
+from lora_serve.lora.adapter_reader import FolderChange
 
 from .core_driver import CoreDriver
 
@@ -286,15 +287,25 @@ def test_failed_install_fails_the_load_and_leaves_nothing(driver):
     assert driver.load("a", "/v2", load_inplace=True).adapter_id == 3
 
 
-def test_failed_refetch_of_a_serving_generation_fails_its_requests_alone_and_retires_the_name(driver):
+@pytest.mark.parametrize(
+    ("reason", "error"),
+    [
+        ("device memory is full", InternalError),
+        (FolderChange("the folder was changed"), AdapterConflictError),
+    ],
+)
+def test_failed_refetch_of_a_serving_generation_fails_its_requests_alone_and_retires_the_name(
+    driver, reason, error
+):
     driver.load("a", "/a")
     victim, other = driver.add("a"), driver.add(None, prompt=[5, 6])
-    driver.core._operations.before_failed({1: "device memory is full"})
-    driver.core._operations.on_failed({1: "device memory is full"})
+    driver.core._operations.before_failed({1: reason})
+    driver.core._operations.on_failed({1: reason})
     with pytest.raises(AdapterNotFoundError):
         driver.add("a")
     driver.run()
-    assert "device memory is full" in str(driver.errors[victim])
+    assert type(driver.errors[victim]) is error
+    assert reason in str(driver.errors[victim])
     driver.assert_complete(other)
     driver.assert_nothing_left_of(1)
 

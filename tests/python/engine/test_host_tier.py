@@ -7,7 +7,7 @@ import pytest
 from lora_serve.common.sampling_params import SamplingParams
 from lora_serve.engine.live_requests import LiveRequest
 from lora_serve.engine.messages import EngineRequest
-from lora_serve.executor.transfers import LOAD_BACK, WRITE_BACK
+from lora_serve.executor.transfer_orders import LOAD_BACK, WRITE_BACK
 from lora_serve.testing.oracle_executor import Outcome
 
 from .core_driver import CoreDriver

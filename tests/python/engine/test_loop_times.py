@@ -87,9 +87,9 @@ def test_engine_reports_its_loops_times_without_the_executors():
     driver.executor.collect = slow_collect
     poll = driver.files.poll
 
-    def slow_poll():
+    def slow_poll(line):
         clock.pass_us(60)
-        return poll()
+        return poll(line)
 
     driver.files.poll = slow_poll
     driver.add()

@@ -106,6 +106,29 @@ def test_unload_of_an_adapter_that_is_off_the_device(force):
     assert on_device(driver) == {"b"}
 
 
+def test_adapter_memory_hears_of_each_request_and_in_every_step_who_is_next():
+    driver = make_driver(1)
+    load_all(driver, "a", "b", "c", "d")
+    touched, lines, poll = [], [], driver.files.poll
+
+    def note(line):
+        lines.append((list(line.adapters_to_stage()), list(line.waiting_adapters([1, 2, 3, 4]))))
+        return poll(line)
+
+    driver.files.poll, driver.files.touch = note, touched.append
+    requests = [driver.add(name, max_tokens=4) for name in "cbdb"]
+    driver.step()
+    assert touched == [3, 2, 4, 2]
+    assert lines == [([3], [3, 2, 4])]
+    driver.run()
+    driver.assert_complete(*requests)
+    fronts = [front for front, _ in lines]
+    assert [fronts.index([adapter_id]) for adapter_id in (3, 2, 4)] == sorted(
+        fronts.index([adapter_id]) for adapter_id in (3, 2, 4)
+    )
+    assert lines[-1] == ([], [])
+
+
 # --- Loads that take their time ---------------------------------------------------------------------------
 
 

@@ -56,6 +56,7 @@ class PlanStandIn:
         self.transfer_source_pages, self.transfer_destination_pages = np.array(pages, dtype=np.int32)
         self.seq_lens = self.num_computed_tokens + self.num_scheduled_tokens
         self.query_start_loc = np.array([0, *np.cumsum(self.num_scheduled_tokens)], dtype=np.int32)
+        self.num_padded_rows, self.num_padded_tokens = len(self.rows), len(self.tokens)
         self._group_tokens()
         self._lay_out_block()
         for value in vars(self).values():

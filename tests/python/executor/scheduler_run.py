@@ -100,7 +100,7 @@ class SchedulerRun:
 
     def _poll(self) -> None:
         """Tell the scheduler which adapters are on the host now, and which are not any more."""
-        news = self.executor.lora.poll()
+        news = self.executor.lora.poll(self.scheduler)
         assert news.failed == {}
         for adapter_id in news.evicted:
             self.scheduler.set_adapter_staged(adapter_id, False)

@@ -37,11 +37,11 @@ def test_mixed_step_gets_positions_slots_and_metadata():
 
     batch = _build(plan)
 
-    context, attention = batch.context, batch.context.attention
+    context, attention = batch.context, batch.attention
     assert batch.token_ids.tolist() == [70, 80, 13, 14, 15, 16, 17, 18]
     assert context.positions.tolist() == [7, 8, 3, 4, 5, 6, 7, 8]
     chunk = [30 * 4 + 3, 20 * 4, 20 * 4 + 1, 20 * 4 + 2, 20 * 4 + 3, 10 * 4]
-    assert attention.slot_mapping.tolist() == [4 * 4 + 3, 900 * 4, *chunk]
+    assert context.slot_mapping.tolist() == [4 * 4 + 3, 900 * 4, *chunk]
     assert attention.query_start_loc.tolist() == [0, 1, 2, 8]
     assert attention.num_computed_tokens.tolist() == [7, 8, 3]
     assert attention.seq_lens.tolist() == [8, 9, 9]
@@ -57,7 +57,7 @@ def test_mixed_step_gets_positions_slots_and_metadata():
     assert context.lora.lora_token_start_loc.tolist() == [0, 1, 7, 8, 8]
     assert not context.lora.no_adapter
     assert batch.query_start_loc.tolist() == [0, 1, 2, 8]
-    assert {t.dtype for t in (batch.token_ids, context.positions, attention.slot_mapping)} == {torch.int64}
+    assert {t.dtype for t in (batch.token_ids, context.positions, context.slot_mapping)} == {torch.int64}
     int32_tensors = (
         attention.query_start_loc,
         attention.num_computed_tokens,
@@ -88,7 +88,7 @@ def test_slot_mapping_equals_a_token_by_token_loop(seed):
             page = pages[row["page_table_row"]][position // PAGE_SIZE]
             expected.append((position, page * PAGE_SIZE + position % PAGE_SIZE))
     assert batch.context.positions.tolist() == [position for position, _ in expected]
-    assert batch.context.attention.slot_mapping.tolist() == [slot for _, slot in expected]
+    assert batch.context.slot_mapping.tolist() == [slot for _, slot in expected]
 
 
 def test_step_without_adapters_says_so():
@@ -105,7 +105,7 @@ def test_batch_keeps_no_view_of_the_plan():
         if isinstance(value, np.ndarray):
             value.flags.writeable = True
             np.add(value, 1, out=value, casting="unsafe")
-    attention = batch.context.attention
+    attention = batch.attention
     assert batch.token_ids.tolist() == [1, 2]
     assert attention.num_computed_tokens.tolist() == [0]
     assert attention.page_table.tolist() == [[3]]

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import gc
+import signal
 import threading
+import weakref
 
 import pytest
 
@@ -16,9 +19,11 @@ class Gate:
     def __init__(self):
         self.ran = []
         self.failing = set()
+        self.has_begun = threading.Event()
         self._may_go_on = threading.Semaphore(0)
 
     def __call__(self, plan, states):
+        self.has_begun.set()
         assert self._may_go_on.acquire(timeout=30)
         self.ran.append((plan.plan_id, threading.current_thread()))
         if plan.plan_id in self.failing:
@@ -90,25 +95,44 @@ def test_exception_comes_out_of_collect_and_plans_after_it_do_not_run(worker, ga
     assert [plan_id for plan_id, _ in gate.ran] == [1, 2]
 
 
-def test_interrupted_collect_can_be_repeated(worker, gate, monkeypatch):
+def test_interrupted_collect_can_be_repeated(worker, gate):
     worker.submit(PlanStandIn(plan_id=1), [])
-    future = worker._results[0]
+    interrupt = threading.Timer(0.05, signal.pthread_kill, [threading.main_thread().ident, signal.SIGINT])
 
-    def interrupt():
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(future, "result", interrupt)
-    with pytest.raises(KeyboardInterrupt):
+    def collect():
+        interrupt.start()
         worker.collect()
-    monkeypatch.undo()
+
+    with pytest.raises(KeyboardInterrupt):
+        collect()
     gate.open()
     assert worker.collect() == 1
+
+
+def test_worker_that_nobody_closes_goes_with_its_thread_and_what_it_ran():
+    class Owner:
+        def __init__(self):
+            self.worker = PlanWorker(self.run)
+
+        def run(self, plan, states):
+            return plan.plan_id
+
+    owner = Owner()
+    owner.worker.submit(PlanStandIn(plan_id=1), [])
+    assert owner.worker.collect() == 1
+    thread, gone = owner.worker._thread, weakref.ref(owner)
+    del owner
+    gc.collect()
+    thread.join(30)
+    assert not thread.is_alive()
+    assert gone() is None
 
 
 def test_close_waits_for_the_plan_that_runs_and_drops_the_others(gate):
     worker = PlanWorker(gate)
     worker.submit(PlanStandIn(plan_id=1), [])
     worker.submit(PlanStandIn(plan_id=2), [])
+    assert gate.has_begun.wait(30)
     closing = threading.Thread(target=worker.close)
     closing.start()
     gate.open(1)

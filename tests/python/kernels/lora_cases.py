@@ -14,6 +14,7 @@ from lora_serve.kernels import (
     LoRASliceWeights,
     build_lora_metadata,
 )
+from lora_serve.kernels.lora_builder import install_weights
 from lora_serve.kernels.reference import ReferenceResult, find_bound_violations
 
 MAX_LORAS = 8
@@ -67,8 +68,13 @@ def make_case(
 ) -> LoRACase:
     generator = torch.Generator().manual_seed(seed)
     table = LoRALayerTable(output_slices, in_features)
-    for slot, ranks in ranks_of_slot.items():
-        table.install(slot, random_weights(generator, ranks, table, dtype))
+    install_weights(
+        {
+            table: {
+                slot: random_weights(generator, ranks, table, dtype) for slot, ranks in ranks_of_slot.items()
+            }
+        }
+    )
     tokens = torch.tensor(mapping, dtype=torch.int32)
     num_tokens = len(mapping)
     in_step = [ranks_of_slot[slot] for slot in set(mapping) if slot >= 0]
@@ -80,6 +86,10 @@ def make_case(
         metadata=build_lora_metadata(tokens, MAX_LORAS),
         max_rank=max((rank for ranks in in_step for rank in ranks if rank is not None), default=0),
     )
+
+
+def empty_slot(table: LoRALayerTable, slot: int) -> None:
+    table.tables.rows[slot].copy_(table.tables.empty_row)
 
 
 def has_same_bits(left: Tensor, right: Tensor) -> bool:

@@ -54,7 +54,7 @@ def test_row_is_read_back_through_the_views_of_its_slot_only(device):
     for slot in (0, 2, NUM_SLOTS - 1):
         modules = [
             ModulePlace(
-                layer, index, rng.randrange(2**40), rng.randrange(2**40), rng.randint(1, 999), -rng.random()
+                layer, index, rng.randrange(2**40), rng.randrange(2**40), rng.randint(1, 512), -rng.random()
             )
             for layer, count in enumerate(SLICES)
             for index in range(count)
@@ -121,8 +121,9 @@ def test_views_share_the_buffer_and_never_move():
         ([place(1, 1)], "no such slice"),
         ([place(0, -1)], "no such slice"),
         ([place(), place(0, 1), place()], "has a module already"),
-        ([place(lora_rank=0)], "rank of 1 or above"),
-        ([place(lora_rank=-1)], "rank of 1 or above"),
+        ([place(lora_rank=0)], "rank of 1 to 512"),
+        ([place(lora_rank=513)], "rank of 1 to 512"),
+        ([place(lora_rank=-1)], "rank of 1 to 512"),
         ([place(a_offset=-8)], "offsets of 0 or above"),
         ([place(b_offset=-8)], "offsets of 0 or above"),
         ([place(scaling=float("inf"))], "finite scaling"),

@@ -13,6 +13,7 @@ from kernels.lora_cases import (
     LAST_SLOT,
     MAX_LORAS,
     assert_within_bounds,
+    empty_slot,
     has_same_bits,
     random_weights,
     signed,
@@ -27,7 +28,10 @@ from lora_serve.kernels import (
     lora_lookup,
     lora_shrink,
 )
+from lora_serve.kernels.lora_builder import install_weights
 from lora_serve.kernels.reference import lora_expand_reference, lora_lookup_reference
+
+pytestmark = pytest.mark.usefixtures("each_way")
 
 VOCAB_SIZE = 29
 # Interleaved adapters of unequal ranks, one without a module, base tokens between, the last slot in use.
@@ -57,8 +61,13 @@ def make_embedding_case(
 ) -> EmbeddingCase:
     generator = torch.Generator().manual_seed(seed)
     table = LoRALayerTable((hidden_size,), VOCAB_SIZE, is_embedding=True)
-    for slot, rank in rank_of_slot.items():
-        table.install(slot, random_weights(generator, (rank,), table, dtype))
+    install_weights(
+        {
+            table: {
+                slot: random_weights(generator, (rank,), table, dtype) for slot, rank in rank_of_slot.items()
+            }
+        }
+    )
     token_ids = torch.randint(0, VOCAB_SIZE, (len(mapping),), generator=generator)
     if len(mapping) > 6:
         token_ids[[0, 2, 6]] = VOCAB_SIZE - 1
@@ -128,7 +137,8 @@ def test_lookup_has_the_dtype_that_is_asked_for_and_zeros_without_adapter():
 
 def test_lookup_scales_in_fp32_before_rounding():
     table = LoRALayerTable((1,), 2, is_embedding=True)
-    table.install(0, (LoRASliceWeights(torch.full((2, 1), 6e4).half(), torch.ones(1, 1).half(), 1.5e-3),))
+    weights = LoRASliceWeights(torch.full((2, 1), 6e4).half(), torch.ones(1, 1).half(), 1.5e-3)
+    install_weights({table: {0: (weights,)}})
     metadata = build_lora_metadata(torch.tensor([0]), 1)
     v = lora_lookup(torch.tensor([1]), table, metadata, dtype=torch.float16)
     assert v.item() == pytest.approx(90.0, rel=1e-3)
@@ -163,7 +173,7 @@ def test_token_id_outside_the_vocabulary_is_an_error(token_id):
 
 def test_token_of_an_empty_slot_is_an_error_not_the_base_model():
     case = make_embedding_case(MIXED, MIXED_RANKS)
-    case.table.clear(1)
+    empty_slot(case.table, 1)
     before = case.y.clone()
     with pytest.raises(LookupError, match="slot 1 holds no adapter but 2 tokens"):
         add_lora_embedding(case.y, case.token_ids, case.table, case.metadata)

@@ -10,11 +10,21 @@ from kernels.lora_cases import (
     LAST_SLOT,
     LoRACase,
     assert_within_bounds,
+    empty_slot,
     has_same_bits,
     make_case,
 )
-from lora_serve.kernels import LoRALayerTable, add_lora_logits, build_lora_metadata, lora_shrink
+from lora_serve.kernels import (
+    LoRALayerTable,
+    LoRASliceWeights,
+    add_lora_logits,
+    build_lora_metadata,
+    lora_shrink,
+)
+from lora_serve.kernels.lora_builder import install_weights
 from lora_serve.kernels.reference import lora_expand_reference, lora_shrink_reference
+
+pytestmark = pytest.mark.usefixtures("each_way")
 
 VOCAB_SIZE = 101
 RANKS = {0: (3,), 1: (64,), 2: (8,), 4: (None,), LAST_SLOT: (5,)}
@@ -66,14 +76,10 @@ def test_logits_delta_is_exact_to_rounding_for_odd_sizes(mapping):
 def test_delta_of_bf16_hidden_states_is_not_rounded_to_bf16():
     """In fp32 logits, a delta of 1/1024 beside a logit of 8 is there; in bf16 it would be lost."""
     table = LoRALayerTable((1,), 1)
-    case = make_case([0], {0: (1,)}, output_slices=(1,), in_features=1, dtype=torch.bfloat16)
-    weights = case.table.get(0)
-    assert weights is not None
-    assert weights[0] is not None
     one = torch.ones(1, 1, dtype=torch.bfloat16)
-    table.install(0, (type(weights[0])(one, one, (1 + 2**-10) * 2**-10),))
+    install_weights({table: {0: (LoRASliceWeights(one, one, (1 + 2**-10) * 2**-10),)}})
     logits = torch.full((1, 1), 8.0)
-    add_lora_logits(logits, one, table, case.metadata)
+    add_lora_logits(logits, one, table, build_lora_metadata(torch.tensor([0]), 1))
     assert logits.item() == 8 + (1 + 2**-10) * 2**-10
 
 
@@ -88,7 +94,7 @@ def test_metadata_of_the_steps_tokens_is_refused():
 
 def test_row_of_an_empty_slot_is_an_error_not_the_base_model():
     case = make_logits_case(SAMPLED, RANKS)
-    case.table.clear(1)
+    empty_slot(case.table, 1)
     before = case.y.clone()
     with pytest.raises(LookupError, match="slot 1 holds no adapter but 2 tokens"):
         add_lora_logits(case.y, case.x, case.table, case.metadata)

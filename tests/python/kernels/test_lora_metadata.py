@@ -15,7 +15,49 @@ def test_groups_interleaved_tokens_by_slot_in_stable_order():
     assert metadata.num_tokens_per_lora.tolist() == [2, 1, 2, 1, 0]
     assert metadata.lora_token_start_loc.tolist() == [0, 2, 3, 5, 6, 6]
     assert not metadata.no_adapter
-    assert [(s.slot, s.rows.tolist()) for s in metadata.segments] == [(0, [2]), (3, [0, 3]), (7, [5])]
+
+
+def test_groups_are_the_tokens_with_an_adapter_sorted_and_padded_with_the_first_of_each():
+    groups = build_lora_metadata(torch.tensor([3, -1, 0, 3, -1, 7], dtype=torch.int32), max_loras=4).groups
+    assert (groups.slots.tolist(), groups.counts.tolist(), groups.max_count) == ([0, 3, 7], [1, 2, 1], 2)
+    assert groups.tokens.tolist() == [2, 0, 3, 5]
+    assert groups.group_of_token.tolist() == [0, 1, 1, 2]
+    assert groups.padded_tokens.tolist() == [2, 2, 0, 3, 5, 5]
+    assert groups.places is not None
+    assert groups.places.tolist() == [0, 2, 3, 4]
+
+
+def test_groups_of_equal_size_need_no_padding():
+    groups = build_lora_metadata(torch.tensor([5, -1, 1, 5, 1]), max_loras=2).groups
+    assert groups.padded_tokens.tolist() == groups.tokens.tolist() == [2, 4, 0, 3]
+    assert groups.places is None
+
+
+def test_adapter_with_more_tokens_than_the_mean_has_several_groups():
+    mapping = torch.tensor([4, 9, 4, 4, 2, 4, 4, 4, 4, -1, 2])  # seven, two and one: the mean is four
+    groups = build_lora_metadata(mapping, max_loras=3).groups
+    assert groups.max_count == 4
+    assert list(zip(groups.slots.tolist(), groups.counts.tolist(), strict=True)) == [
+        (2, 2),
+        (4, 4),
+        (4, 3),
+        (9, 1),
+    ]
+    assert groups.tokens.tolist() == [4, 10, 0, 2, 3, 5, 6, 7, 8, 1]
+    assert groups.group_of_token.tolist() == [0, 0, 1, 1, 1, 1, 2, 2, 2, 3]
+    assert groups.padded_tokens.tolist() == [4, 10, 4, 4, 0, 2, 3, 5, 6, 7, 8, 6, 1, 1, 1, 1]
+    assert groups.places is not None
+    assert groups.padded_tokens[groups.places].tolist() == groups.tokens.tolist()
+
+
+@pytest.mark.parametrize("counts", [[1000, *[1] * 30], [64], [1] * 40, [3, 3, 3, 17, 2]])
+def test_padding_at_most_doubles_tokens_and_groups(counts):
+    mapping = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
+    groups = build_lora_metadata(mapping, max_loras=len(counts)).groups
+    assert groups.counts.sum() == sum(counts)
+    assert groups.counts.max() <= groups.max_count
+    assert len(groups.slots) < 2 * len(counts)
+    assert len(groups.padded_tokens) < 2 * (sum(counts) + len(counts))
 
 
 def test_dtypes_are_int32():
@@ -52,10 +94,10 @@ def test_step_without_base_tokens_has_no_base_group():
 
 
 @pytest.mark.parametrize("mapping", [[], [-1], [-1, -1, -1]])
-def test_step_without_adapters_sets_the_flag_and_has_no_segments(mapping):
+def test_step_without_adapters_sets_the_flag_and_has_no_groups(mapping):
     metadata = build_lora_metadata(torch.tensor(mapping, dtype=torch.int32), max_loras=3)
     assert metadata.no_adapter
-    assert metadata.segments == ()
+    assert len(metadata.groups.slots) == len(metadata.groups.tokens) == metadata.groups.max_count == 0
     assert metadata.num_tokens == len(mapping)
     assert metadata.num_tokens_per_lora.tolist() == [len(mapping), 0, 0, 0]
 

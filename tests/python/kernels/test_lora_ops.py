@@ -10,11 +10,24 @@ from kernels.lora_cases import (
     LAST_SLOT,
     LoRACase,
     assert_within_bounds,
+    empty_slot,
     has_same_bits,
     make_case,
+    random_weights,
+    signed,
 )
-from lora_serve.kernels import LoRALayerTable, add_lora_linear, build_lora_metadata, lora_expand, lora_shrink
+from lora_serve.kernels import (
+    LoRALayerTable,
+    LoRASliceWeights,
+    add_lora_linear,
+    build_lora_metadata,
+    lora_expand,
+    lora_shrink,
+)
+from lora_serve.kernels.lora_builder import install_weights
 from lora_serve.kernels.reference import lora_expand_reference, lora_shrink_reference
+
+pytestmark = pytest.mark.usefixtures("each_way")
 
 RANKS = [1, 3, 5, 8, 64]
 
@@ -104,6 +117,20 @@ def test_expand_without_add_inputs_gives_zero_where_the_adapter_has_no_module():
     assert (y[1] == 0).all()
 
 
+def test_negative_zeros_stay_where_the_adapter_has_no_module():
+    case = make_case([0, 1, 4], MIXED_RANKS)
+    case.y.fill_(-0.0)
+    before = case.y.clone()
+    add_lora_linear(case.y, case.x, case.table, case.metadata)
+    assert has_same_bits(case.y[0, 7:12], before[0, 7:12])
+    assert has_same_bits(case.y[1, :7], before[1, :7])
+    assert has_same_bits(case.y[2], before[2])
+    alone = build_lora_metadata(torch.tensor([-1, 1, -1]), 1)
+    case.y.copy_(before)
+    add_lora_linear(case.y, case.x, case.table, alone)
+    assert has_same_bits(case.y[1, :7], before[1, :7])
+
+
 def test_shrink_rows_without_adapter_are_zero_even_for_nan_inputs():
     case = make_case(MIXED, MIXED_RANKS)
     without = case.mapping < 0
@@ -117,13 +144,9 @@ def test_shrink_rows_without_adapter_are_zero_even_for_nan_inputs():
 def test_scaling_is_applied_before_rounding(dtype):
     """A product that overflows or loses bits unscaled is right when it is scaled in fp32 first."""
     table = LoRALayerTable((1,), 3)
-    case = make_case([0], {0: (1,)}, output_slices=(1,), in_features=3, dtype=dtype)
-    weights = case.table.get(0)
-    assert weights is not None
-    assert weights[0] is not None
     large = torch.full((1, 3), 250.0, dtype=dtype)
-    table.install(0, (type(weights[0])(large, weights[0].b, 1e-3),))
-    v = lora_shrink(large, table, case.metadata)
+    install_weights({table: {0: (LoRASliceWeights(large, torch.ones(1, 1, dtype=dtype), 1e-3),)}})
+    v = lora_shrink(large, table, build_lora_metadata(torch.tensor([0]), 1))
     assert v.item() == pytest.approx(187.5, rel=1e-2)
 
 
@@ -172,11 +195,49 @@ def test_step_without_adapters_does_not_even_look_at_its_inputs(metadata):
 
 def test_token_of_an_empty_slot_is_an_error_not_the_base_model():
     case = make_case(MIXED, MIXED_RANKS)
-    case.table.clear(1)
+    empty_slot(case.table, 1)
     before = case.y.clone()
     with pytest.raises(LookupError, match="slot 1 holds no adapter but 2 tokens"):
         add_lora_linear(case.y, case.x, case.table, case.metadata)
     assert has_same_bits(case.y, before)
+
+
+def test_adapter_of_many_tokens_beside_single_ones_is_exact_to_rounding():
+    mapping = [1, *[0] * 23, LAST_SLOT, -1, *[0] * 9, 4]
+    case = make_case(mapping, MIXED_RANKS)
+    check_shrink(case)
+    check_expand(case)
+
+
+def test_layers_of_one_step_each_read_their_own_weights():
+    """What the first layer derives from the tables is kept for all of them."""
+    generator = torch.Generator().manual_seed(3)
+    layers = [LoRALayerTable((7, 5), 13), LoRALayerTable((3,), 11), LoRALayerTable((5, 7), 13)]
+    ranks: list[dict[int, tuple[int | None, ...]]] = [
+        {0: (3, None), LAST_SLOT: (1, 8)},
+        {LAST_SLOT: (5,)},
+        {0: (2, 2), LAST_SLOT: (None, 16)},
+    ]
+    install_weights(
+        {
+            layer: {slot: random_weights(generator, own, layer) for slot, own in ranks_of_slot.items()}
+            for layer, ranks_of_slot in zip(layers, ranks, strict=True)
+        }
+    )
+    of_another_model = LoRALayerTable((7, 5), 13)
+    install_weights(
+        {of_another_model: {slot: random_weights(generator, (2, 4), layers[0]) for slot in (0, LAST_SLOT)}}
+    )
+    mapping = torch.tensor([LAST_SLOT, 0, -1, LAST_SLOT])
+    metadata = build_lora_metadata(mapping, 2)
+    for layer in [*layers, of_another_model]:
+        x = signed(generator, 4, layer.in_features)
+        y = signed(generator, 4, layer.out_features)
+        v = lora_shrink(x, layer, metadata)
+        expected = lora_expand_reference(y, v, layer, mapping)
+        assert_within_bounds(v, lora_shrink_reference(x, layer, mapping, v.shape[2]))
+        add_lora_linear(y, x, layer, metadata)
+        assert_within_bounds(y, expected)
 
 
 def test_wrong_shapes_are_refused():

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from lora_serve.kernels import LoRASliceWeights, build_lora_metadata
+from lora_serve.kernels.lora_builder import install_weights
 from lora_serve.layers import LogitsProjection, LoRAKind, TokenEmbedding
 from support.paged_sequences import PagedSequences
 
@@ -38,8 +39,7 @@ def test_embedding_reads_each_adapters_variant_of_the_matrix() -> None:
         6: make_weights(VOCAB_SIZE, 5, 0.5, 1, width=HIDDEN_SIZE),
         2: make_weights(VOCAB_SIZE, 1, -2.0, 2, width=HIDDEN_SIZE),
     }
-    for slot, module in modules.items():
-        embedding.lora_table.install(slot, (module,))
+    install_weights({embedding.lora_table: {slot: (module,) for slot, module in modules.items()}})
     token_ids = torch.tensor([30, 0, 30, 30, 7, 0, 7])
 
     found = embedding.forward(token_ids, PagedSequences(4).step(CHUNKS, SLOTS))
@@ -75,7 +75,7 @@ def make_logits_projection() -> tuple[LogitsProjection, dict[int, LoRASliceWeigh
     for slot, (rank, scaling) in {6: (5, 0.5), 2: (1, -2.0)}.items():
         transposed = make_weights(HIDDEN_SIZE, rank, scaling, slot, width=VOCAB_SIZE)
         modules[slot] = LoRASliceWeights(transposed.a.T.contiguous(), transposed.b, scaling)
-        projection.lora_table.install(slot, (modules[slot],))
+    install_weights({projection.lora_table: {slot: (module,) for slot, module in modules.items()}})
     return projection, modules
 
 

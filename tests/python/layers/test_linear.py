@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from lora_serve.kernels import LoRASliceWeights
+from lora_serve.kernels.lora_builder import install_weights
 from lora_serve.layers import LoRAKind, PackedLinear
 from support.paged_sequences import PagedSequences
 
@@ -49,8 +50,7 @@ def test_two_adapters_and_base_rows_in_one_step_equal_the_products_by_hand(bias:
     linear = make_linear(bias)
     first = (make_module(5, 40, 0.5, 1), None, make_module(3, 16, -2.0, 2))
     second = (None, make_module(8, 8, 1.25, 3), make_module(1, 16, 0.1, 4))
-    linear.lora_table.install(2, first)
-    linear.lora_table.install(7, second)
+    install_weights({linear.lora_table: {2: first, 7: second}})
     chunks = [("a", 1), ("b", 3), ("c", 1), ("d", 2), ("e", 1)]
     slots = [7, 2, -1, 7, 2]
     context = PagedSequences(4).step(chunks, slots)
@@ -71,7 +71,7 @@ def test_two_adapters_and_base_rows_in_one_step_equal_the_products_by_hand(bias:
 
 def test_a_step_without_adapters_is_the_base_product_alone() -> None:
     linear = make_linear()
-    linear.lora_table.install(0, (make_module(4, 40, 1.0, 1), None, None))
+    install_weights({linear.lora_table: {0: (make_module(4, 40, 1.0, 1), None, None)}})
     x = torch.randn(3, IN_FEATURES, generator=torch.Generator().manual_seed(9))
     expected = torch.nn.functional.linear(x, linear.weight, linear.bias)
 

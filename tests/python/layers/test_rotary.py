@@ -7,8 +7,9 @@ import torch
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
-from lora_serve.layers import RotaryEmbedding, apply_rotary
+from lora_serve.layers import compute_cos_sin
 from lora_serve.layers.rotary import compute_inverse_frequencies
+from lora_serve.layers.torch_ops import apply_rotary
 from lora_serve.models.config_fields import ConfigFields
 from lora_serve.models.rope_fields import read_rope_parameters
 
@@ -73,8 +74,12 @@ def test_rotated_heads_equal_transformers_up_to_the_last_position(name: str, dty
     positions = torch.tensor([0, 1, 2, 77, 1023, MAX_POSITIONS - 1])
     query = torch.randn(6, 3, 64, generator=generator).to(dtype)
 
-    cos, sin = RotaryEmbedding(parameters, 64, torch.device("cpu")).cos_sin(positions, dtype)
+    table = compute_cos_sin(parameters, 64, MAX_POSITIONS, torch.device("cpu"))
+    cos, sin = table[positions].to(dtype)[:, None].chunk(2, dim=-1)
     rotated = apply_rotary(query, cos, sin)
+
+    assert table.dtype == torch.float32
+    assert table.shape == (MAX_POSITIONS, 64)
 
     heads_first = query.transpose(0, 1)[None]
     expected, _ = apply_rotary_pos_emb(heads_first, heads_first, *reference(query, positions[None]))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+
+import numpy as np
 import pytest
 import torch
 
@@ -23,19 +26,27 @@ HEAD_DIM = 16
 class Harness:
     """Runs steps through the backend and remembers every sequence densely."""
 
-    def __init__(self, spec: AttentionSpec, page_size: int, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self,
+        spec: AttentionSpec,
+        page_size: int,
+        dtype: torch.dtype = torch.float32,
+        device: str = "cpu",
+    ) -> None:
         self.spec = spec
-        self.sequences = PagedSequences(page_size, num_pages=512)
-        shape = (512, page_size, spec.num_kv_heads, spec.head_dim)
-        self.kv_layer = KVLayer(
-            torch.full(shape, torch.nan).to(dtype), torch.full(shape, torch.nan).to(dtype)
-        )
+        self.sequences = PagedSequences(page_size, num_pages=512, device=device)
+        # As in the executor: the pages of all layers with one id lie together, so that pages have gaps.
+        shape = (512, 3, 2, page_size, spec.num_kv_heads, spec.head_dim)
+        pool = torch.full(shape, torch.nan, dtype=dtype, device=device)
+        self.kv_layer = KVLayer(pool[:, 1, 0], pool[:, 1, 1])
+        self.device = device
         self.dense: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         self.generator = torch.Generator().manual_seed(5)
         self.dtype = dtype
 
     def random(self, num_tokens: int, heads: int) -> torch.Tensor:
-        return torch.randn(num_tokens, heads, self.spec.head_dim, generator=self.generator).to(self.dtype)
+        values = torch.randn(num_tokens, heads, self.spec.head_dim, generator=self.generator)
+        return values.to(self.device, self.dtype)
 
     def step(self, chunks: list[tuple[str, int]]) -> tuple[torch.Tensor, torch.Tensor]:
         """Give the backend's output and the dense one."""
@@ -59,8 +70,9 @@ class Harness:
 
     def run(self, query, key, value, context) -> torch.Tensor:
         backend = TorchAttentionBackend()
-        plan = backend.plan(context.attention, self.kv_layer, {self.spec})
-        return backend.forward(query, key, value, self.kv_layer, self.spec, plan)
+        plan = backend.plan(self.sequences.attention, self.kv_layer, {self.spec})
+        self.kv_layer.write(key, value, context.slot_mapping)
+        return backend.attend(query, self.kv_layer, self.spec, plan)
 
     def dense_attention(self, query: torch.Tensor, chunks: list[tuple[str, int]]) -> torch.Tensor:
         rows = []
@@ -112,13 +124,42 @@ def test_mixed_steps_equal_dense_attention(heads, page_size: int, window: int | 
         assert_close(*harness.step(chunks))
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("window", [None, 6])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float32, 1e-3), (torch.bfloat16, 0.03), (torch.float16, 0.03)]
+)
+def test_mixed_steps_on_cuda_equal_dense_attention(
+    dtype: torch.dtype, tolerance: float, window: int | None
+) -> None:
+    harness = Harness(make_spec(6, 2, window), 4, dtype, "cuda")
+
+    for chunks in MIXED_STEPS:
+        assert_close(*harness.step(chunks), tolerance)
+
+
+def test_lengths_may_be_arrays() -> None:
+    harness = Harness(make_spec(), page_size=4)
+    harness.step([("a", 70), ("b", 3)])
+    chunks = [("a", 1), ("b", 5)]
+    query, key, value, context = harness.inputs(chunks)
+    lengths = harness.sequences.attention
+    harness.sequences.attention = dataclasses.replace(
+        lengths,
+        host_query_lens=np.array(lengths.host_query_lens, dtype=np.int32),
+        host_seq_lens=np.array(lengths.host_seq_lens, dtype=np.int32),
+    )
+
+    assert_close(harness.run(query, key, value, context), harness.dense_attention(query, chunks))
+
+
 def test_many_decode_rows_split_into_several_gathers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plan_module, "_MAX_GATHERED_ELEMENTS", 8 * 4 * 2 * HEAD_DIM)
     harness = Harness(make_spec(), page_size=4)
     harness.step([(str(row), 3 + row * 5) for row in range(13)])
     query, key, value, context = harness.inputs([(str(row), 1) for row in range(13)])
 
-    plan = TorchAttentionBackend().plan(context.attention, harness.kv_layer, {harness.spec})
+    plan = TorchAttentionBackend().plan(harness.sequences.attention, harness.kv_layer, {harness.spec})
 
     assert len(plan.by_window[None].decode_groups) > 8
     expected = harness.dense_attention(query, [(str(row), 1) for row in range(13)])
@@ -158,7 +199,7 @@ def test_only_the_steps_own_slots_are_written() -> None:
 
     harness.run(query, key, value, context)
 
-    slots = context.attention.slot_mapping
+    slots = context.slot_mapping
     flat, old = harness.kv_layer.k.flatten(0, 1), before.flatten(0, 1)
     assert torch.equal(flat[slots], key)
     old[slots] = key
@@ -177,18 +218,21 @@ def test_sixteen_bit_types_stay_close_to_the_dense_result(dtype: torch.dtype) ->
 
 def test_lengths_that_do_not_fit_the_tokens_are_refused() -> None:
     harness = Harness(make_spec(), page_size=4)
-    *_, context = harness.inputs([("a", 3), ("b", 2)])
-    attention = context.attention
+    query, *_ = harness.inputs([("a", 3), ("b", 2)])
+    attention, backend = harness.sequences.attention, TorchAttentionBackend()
     for field, lengths in (
-        ("host_query_lens", [3, 3]),
+        ("host_query_lens", [3]),
         ("host_query_lens", [5, 0]),
         ("host_seq_lens", [2, 2]),
     ):
         good = getattr(attention, field)[:]
         getattr(attention, field)[:] = lengths
         with pytest.raises(ValueError, match="lengths"):
-            TorchAttentionBackend().plan(attention, harness.kv_layer, {harness.spec})
+            backend.plan(attention, harness.kv_layer, {harness.spec})
         getattr(attention, field)[:] = good
+    plan = backend.plan(attention, harness.kv_layer, {harness.spec})
+    with pytest.raises(ValueError, match="query has 4 tokens, the plan's rows have 5"):
+        backend.attend(query[1:], harness.kv_layer, harness.spec, plan)
 
 
 def test_page_count_buckets_cover_the_count_with_at_most_a_quarter_more() -> None:
@@ -199,7 +243,7 @@ def test_page_count_buckets_cover_the_count_with_at_most_a_quarter_more() -> Non
 
 def test_backends_are_found_by_name_and_unknown_names_are_refused() -> None:
     assert isinstance(make_attention_backend("torch"), TorchAttentionBackend)
-    with pytest.raises(InvalidArgumentError, match=r"'flash'.*expected one of torch"):
+    with pytest.raises(InvalidArgumentError, match=r"'flash'.*expected one of .*torch"):
         make_attention_backend("flash")
     with pytest.raises(ValueError, match="'torch' is registered already"):
         register_attention_backend("torch", TorchAttentionBackend)

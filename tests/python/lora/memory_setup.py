@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -134,6 +134,22 @@ def assert_only_these_slots(
         assert int(empty) == len(layer.lora_rank) - len(wanted)
 
 
+# --- Who is waited for --------------------------------------------------------------------------------------
+
+
+class Line:
+    """An `AdapterLine`: who waits for the device, the first in front; all of them are to be staged."""
+
+    def __init__(self, *adapter_ids: int) -> None:
+        self.adapter_ids = list(adapter_ids)
+
+    def adapters_to_stage(self) -> list[int]:
+        return self.adapter_ids
+
+    def waiting_adapters(self, adapter_ids: Sequence[int]) -> list[int]:
+        return [adapter_id for adapter_id in self.adapter_ids if adapter_id in adapter_ids]
+
+
 # --- A manager ----------------------------------------------------------------------------------------------
 
 
@@ -150,6 +166,8 @@ class Memory:
             self.targets, FUSED, self.dtype, device, max_lora_rank, **{**defaults, **options}
         )
         self.news = HostNews()
+        self.line = Line()
+        self.take: Callable[[LoadReports], None] | None = None
 
     @property
     def pool(self) -> HostPool:
@@ -168,19 +186,31 @@ class Memory:
         return path
 
     def read(self, path: Path) -> HostAdapter:
-        """Read as a loader thread does, while this thread polls."""
+        """Read as a loader thread does, while this thread polls, and takes loads where `take` wants them."""
         with ThreadPoolExecutor(1) as thread:
             read = thread.submit(self.manager.read, str(path))
-            wait_until(lambda: self.poll() and read.done())
+            while not read.done():
+                self.poll()
+                if self.take is not None:  # The blocks of those that have arrived are held till then.
+                    self.take(self.manager.take_loads({}))
+                time.sleep(0.0005)
             return read.result()
 
     def poll(self) -> bool:
-        """Poll, and keep the news."""
-        news = self.manager.poll()
+        """Poll, and keep the news; who has arrived is staged, who has failed is given up."""
+        news = self.manager.poll(self.line)
         self.news.arrived += news.arrived
         self.news.evicted += news.evicted
         self.news.failed.update(news.failed)
+        for adapter_id in (*news.arrived, *news.failed):
+            if adapter_id in self.line.adapter_ids:
+                self.line.adapter_ids.remove(adapter_id)
         return True
+
+    def read_ahead(self, *adapter_ids: int) -> None:
+        """Let these be in front of the line, and poll once."""
+        self.line = Line(*adapter_ids)
+        self.poll()
 
     def plan(
         self, loads: Mapping[int, int] | None = None, evicted: Iterable[int] = (), drained: Iterable[int] = ()

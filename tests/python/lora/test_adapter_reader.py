@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import errno
+import os
+import re
 import shutil
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -7,9 +10,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import pytest
 import torch
 
-from lora_serve.common.errors import CapacityError, InvalidArgumentError
+from lora_serve.common.errors import AdapterConflictError, CapacityError, InvalidArgumentError
+from lora_serve.lora.adapter_files import UnreadableFileError
 from lora_serve.lora.adapter_layout import view_modules
-from lora_serve.lora.adapter_reader import AdapterReader, describe_error, release_unwanted
+from lora_serve.lora.adapter_reader import AdapterReader, FolderChange, describe_error, release_unwanted
 from lora_serve.lora.allowed_roots import AllowedRoots
 from lora_serve.lora.host_pool import HostPool
 from lora_serve.lora.load_cancelled import LoadCancelledError
@@ -167,10 +171,33 @@ def test_folder_that_was_changed_is_refused_with_both_digests(pool, reader, tmp_
     make_full_adapter(path, **{"rank": 3, **change})
     with reader.read(str(path)) as other:
         assert other.content_digest != adapter.content_digest
-    with pytest.raises(InvalidArgumentError, match="the folder was changed; load it again") as caught:
+    with pytest.raises(AdapterConflictError, match="the folder was changed; load it again") as caught:
         read_again(reader, adapter)
+    reason = describe_error(caught.value)
+    assert isinstance(reason, FolderChange)
     for text in (str(path), adapter.content_digest, other.content_digest):
-        assert text in str(caught.value)
+        assert text in reason
+    assert_all_free(pool)
+
+
+@pytest.mark.parametrize("change", [{}, {"seed": 2}, {"rank": 5}, {"rank": 1}, None], ids=str)
+def test_room_that_was_taken_before_is_read_into_or_given_back(pool, reader, tmp_path, change):
+    path = make_full_adapter(tmp_path / "a", rank=3)
+    with reader.read(str(path)) as adapter:
+        content = adapter.block.tensor.clone()
+    if change is None:
+        shutil.rmtree(path)
+    else:
+        make_full_adapter(path, **{"rank": 3, **change})
+    room, _ = pool.try_reserve(adapter.num_bytes)
+    again = (adapter.folder, adapter.layout, adapter.content_digest, lambda: False, room)
+    if change == {}:
+        with reader.read_again(*again) as found:
+            assert found.block is room
+            assert torch.equal(room.tensor, content)
+    else:
+        with pytest.raises(AdapterConflictError, match=re.escape(str(path)) + ".*was changed"):
+            reader.read_again(*again)
     assert_all_free(pool)
 
 
@@ -179,8 +206,36 @@ def test_folder_that_is_gone_is_refused_by_its_path(pool, reader, tmp_path):
     with reader.read(str(path)) as adapter:
         pass
     shutil.rmtree(path)
-    with pytest.raises(InvalidArgumentError, match=str(path)):
+    with pytest.raises(AdapterConflictError, match=f"{path}.*does not exist.*the folder was changed"):
         read_again(reader, adapter)
+    assert_all_free(pool)
+
+
+def test_folder_whose_file_is_half_written_is_refused_as_changed(pool, reader, tmp_path):
+    path = make_full_adapter(tmp_path / "a", rank=3)
+    with reader.read(str(path)) as adapter:
+        pass
+    weights = path / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    with pytest.raises(AdapterConflictError, match=r"truncated.*the folder was changed"):
+        read_again(reader, adapter)
+    assert_all_free(pool)
+
+
+@pytest.mark.parametrize("call", ["open", "pread", "preadv"])
+def test_error_of_the_disk_is_not_taken_for_a_change(pool, reader, tmp_path, monkeypatch, call):
+    path = make_full_adapter(tmp_path / "a", rank=3)
+    with reader.read(str(path)) as adapter:
+        pass
+
+    def fail(*_):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, call, fail)
+    with pytest.raises(UnreadableFileError, match="Input/output error") as caught:
+        read_again(reader, adapter)
+    assert "changed" not in describe_error(caught.value)
+    assert not isinstance(describe_error(caught.value), FolderChange)
     assert_all_free(pool)
 
 
@@ -195,7 +250,7 @@ def test_folder_of_another_source_is_read_again_under_its_own_rules(pool, tmp_pa
     held = AdapterFolder(str(path), AllowedRoots([str(path)]))
     reader.read_again(held, adapter.layout, adapter.content_digest).release()
     outside = AdapterFolder(str(path), AllowedRoots([str(tmp_path / "roots")]))
-    with pytest.raises(InvalidArgumentError, match="allowed"):
+    with pytest.raises(AdapterConflictError, match="allowed"):
         reader.read_again(outside, adapter.layout, adapter.content_digest)
     assert_all_free(pool)
     reader.close()

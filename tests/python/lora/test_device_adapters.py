@@ -5,6 +5,7 @@ import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 import torch
 
@@ -102,9 +103,28 @@ def test_loaded_weights_stand_at_their_slice_of_every_table(device):
     device.assert_holds({1: 7})
     rows = weights_in_rows(device.adapters, device.targets, 7)
     assert len(rows) == len(device.targets) == 30
-    for module, target in device.targets.items():
+    for module in device.targets:
         assert rows[module].scaling == pytest.approx(5 / 3**0.5, rel=1e-6)
-        assert target.table.get(7)[target.slice_index].scaling == pytest.approx(5 / 3**0.5, rel=1e-15)
+
+
+@on_devices
+def test_slots_of_embedding_and_logits_adapters_are_known_as_long_as_these_are_there(device):
+    device.load(1, 7, target_modules=["q_proj"])
+    device.load(2, NUM_SLOTS - 1, target_modules=["embed_tokens", "q_proj"])
+    device.load(3, 0, target_modules=["lm_head"])
+
+    def adapts_more(*slots):
+        return device.adapters.adapts_more_than_layers(np.array(slots, dtype=np.int32))
+
+    assert not adapts_more()
+    assert not adapts_more(-1, 7, 7)
+    assert adapts_more(7, NUM_SLOTS - 1)
+    assert adapts_more(0, -1)
+    device.adapters.evict(3)
+    assert not adapts_more(0, -1)
+    device.load(4, 0, target_modules=["k_proj"])
+    assert not adapts_more(0)
+    assert adapts_more(NUM_SLOTS - 1)
 
 
 @on_devices

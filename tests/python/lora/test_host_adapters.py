@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import random
 import threading
 
 import pytest
@@ -13,7 +14,7 @@ from lora_serve.lora.host_adapters import HostAdapters, HostNews
 from lora_serve.lora.host_pool import HostPool
 from lora_serve.lora.sources import AdapterFolder
 
-from .memory_setup import TIMEOUT_S, block_of, make_reader, wait_until
+from .memory_setup import TIMEOUT_S, Line, block_of, make_reader, wait_until
 from .peft_setup import make_full_adapter
 
 
@@ -28,6 +29,7 @@ class Host:
         self.num_news = 0
         self.adapters = HostAdapters(self.reader, self.pool, self._count)
         self.news = HostNews()
+        self.line = Line()
 
     def _count(self):
         self.num_news += 1
@@ -41,7 +43,7 @@ class Host:
         return path
 
     def poll(self):
-        news = self.adapters.poll()
+        news = self.adapters.poll(self.line)
         self.news.arrived += news.arrived
         self.news.evicted += news.evicted
         self.news.failed.update(news.failed)
@@ -118,7 +120,8 @@ def test_unknown_adapter_is_an_error_in_every_call(make_host):
     host.add(1)
     host.adapters.remove(1)
     for adapter_id in (1, 9):
-        for call in (host.adapters.remove, host.adapters.stage, host.adapters.lease, host.adapters.layout):
+        calls = (host.adapters.remove, host.adapters.stage, host.adapters.touch, host.adapters.lease)
+        for call in (*calls, host.adapters.layout):
             with pytest.raises(AdapterNotFoundError, match=f"generation {adapter_id} was not added"):
                 call(adapter_id)
         assert not host.adapters.is_on_host(adapter_id)
@@ -308,6 +311,170 @@ def test_time_of_the_last_lease_is_told(make_host, monkeypatch):
     assert host.adapters.snapshot()[1].last_used_s == 100
     host.adapters.lease(1).release()
     assert host.adapters.snapshot()[1].last_used_s == 107.5
+
+
+# --- Read ahead ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def hold_reads(monkeypatch):
+    """Lets reads of a host begin and not end; gives the folders that they began with, and what ends them."""
+    gates = []
+
+    def hold(host):
+        begun, gate, read_again = [], threading.Event(), host.reader.read_again
+
+        def late(folder, *arguments):
+            begun.append(int(folder.path.rsplit("/", 1)[1]))
+            gate.wait(TIMEOUT_S)
+            return read_again(folder, *arguments)
+
+        monkeypatch.setattr(host.reader, "read_again", late)
+        gates.append(gate)
+        return begun, gate
+
+    yield hold
+    for gate in gates:
+        gate.set()
+
+
+def test_front_of_the_line_is_read_ahead_as_many_at_once_as_there_are_loaders(make_host, hold_reads):
+    host = make_host(10)
+    for adapter_id in range(1, 10):
+        host.add(adapter_id)
+    host.evict_all()
+    begun, gate = hold_reads(host)
+    host.line = Line(7, 2, 9, 1, 5, 3)
+    host.poll()
+    host.poll()
+    assert [i for i, state in host.adapters.snapshot().items() if state.is_being_read] == [1, 2, 7, 9]
+    wait_until(lambda: len(begun) == host_adapters.NUM_LOADERS)
+    gate.set()
+    host.poll_until(lambda: len(host.news.arrived) == 6)
+    assert sorted(begun) == [1, 2, 3, 5, 7, 9]
+    assert set(begun[4:]) == {5, 3}
+    assert host.news.evicted == []
+    for _ in range(3):
+        host.poll()
+    assert len(begun) == 6, "who is there is not read again"
+
+
+def test_read_ahead_takes_the_room_of_those_nobody_waits_for_least_recently_used_first(make_host):
+    host = make_host(4)
+    for adapter_id in range(1, 8):
+        if adapter_id == 4:
+            host.evict_all()
+        host.add(adapter_id)
+    host.adapters.touch(4)
+    host.line = Line(6, 1, 2)
+    host.poll_until(lambda: len(host.news.arrived) == 2)
+    assert host.news.evicted == [5, 7]
+    assert host.on_host() == [1, 2, 4, 6]
+
+
+def test_adapter_is_never_evicted_for_one_whose_turn_comes_later(make_host):
+    host = make_host(2)
+    for adapter_id in (1, 2, 3, 4):
+        if adapter_id == 3:
+            host.evict_all()
+        host.add(adapter_id)
+    host.line = Line(3, 4, 1, 2)
+    for _ in range(5):
+        host.poll()
+    assert (host.on_host(), host.news) == ([3, 4], HostNews())
+    assert not any(state.is_being_read for state in host.adapters.snapshot().values())
+
+    host.line = Line(3, 1, 4, 2)
+    host.poll_until(lambda: host.news.arrived)
+    assert (host.news.evicted, host.news.arrived) == ([4], [1])
+
+    host.line = Line(1, 4)  # nobody waits for 3 any more
+    host.poll_until(lambda: host.news.arrived == [1, 4])
+    assert host.news.evicted == [4, 3]
+
+
+def test_nobody_behind_takes_the_room_that_the_first_waits_for(make_host):
+    host = make_host(4)
+    host.add(1, rank=6)
+    host.add(2)
+    host.evict_all()
+    held = [host.pool.try_reserve(host.size)[0] for _ in range(3)]
+    host.line = Line(1, 2)
+    host.poll()
+    assert [host.adapters.snapshot()[i].is_being_read for i in (1, 2)] == [False, False]
+    host.line = Line(2, 1)
+    host.poll_until(lambda: host.news.arrived)
+    assert host.news.arrived == [2]
+    for block in held:
+        block.release()
+
+
+def test_read_that_a_plan_waits_for_takes_the_room_of_the_last_in_line(make_host):
+    host = make_host(3)
+    for adapter_id in (1, 2, 3, 4):
+        if adapter_id == 2:
+            host.evict_all()
+        host.add(adapter_id)
+    host.line = Line(2, 4, 3)  # 2 is the least recently used
+    host.adapters.stage(1)
+    host.poll_until(lambda: host.news.arrived)
+    assert (host.news.arrived, host.news.evicted) == ([1], [3])
+
+
+def test_read_ahead_that_never_began_gives_its_room_back_when_all_ends(make_host, hold_reads):
+    host = make_host(6)
+    ids = range(1, host_adapters.NUM_LOADERS + 2)
+    for adapter_id in ids:
+        host.add(adapter_id)
+    host.evict_all()
+    begun, gate = hold_reads(host)
+    host.line = Line(*ids[:-1])
+    host.poll()
+    wait_until(lambda: len(begun) == host_adapters.NUM_LOADERS)
+    for adapter_id in ids[:-1]:
+        host.adapters.remove(adapter_id)
+    host.line = Line(ids[-1])
+    host.poll()
+    assert host.pool.snapshot().num_held_bytes == len(ids) * host.size
+    host.adapters.close()
+    gate.set()
+    wait_until(lambda: host.pool.snapshot().num_held_bytes == 0)
+    assert sorted(begun) == list(ids[:-1])
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_adapters_that_take_turns_are_read_once_a_turn_however_many_are_asked_for(make_host, seed):
+    """Requests come faster than turns, for many more adapters than the host holds."""
+    rng = random.Random(seed)
+    host = make_host(4)
+    ids = range(1, 15)
+    for adapter_id in ids:
+        host.add(adapter_id)
+        host.evict_all()
+    num_turns = num_turns_from_disk = 0
+    waits_on_disk = set()
+    while num_turns < 60:
+        for adapter_id in rng.sample(ids, rng.randint(0, 4)):
+            host.adapters.touch(adapter_id)
+            if adapter_id not in host.line.adapter_ids:
+                host.line.adapter_ids.append(adapter_id)
+                if not host.adapters.is_on_host(adapter_id):
+                    waits_on_disk.add(adapter_id)
+        before = host.on_host()
+        news = host.poll()
+        assert not set(news.arrived) & set(news.evicted)
+        assert set(host.on_host()) == set(before) - set(news.evicted) | set(news.arrived)
+        front = host.line.adapter_ids[:1]
+        if front and host.adapters.is_on_host(front[0]):
+            host.adapters.lease(front[0]).release()
+            num_turns += 1
+            num_turns_from_disk += front[0] in waits_on_disk
+            waits_on_disk.discard(front[0])
+            del host.line.adapter_ids[0]
+    num_reads = sum(state.num_reads - 1 for state in host.adapters.snapshot().values())
+    # Who was on the host when its first request came can have lost its room to those before it.
+    assert num_turns_from_disk <= num_reads <= num_turns + len(host.line.adapter_ids)
+    assert (host.news.failed, num_turns_from_disk > 20) == ({}, True)
 
 
 # --- The end ------------------------------------------------------------------------------------------------

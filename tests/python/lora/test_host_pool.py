@@ -15,6 +15,7 @@ import torch
 from lora_serve.common.errors import CapacityError, InternalError, InvalidArgumentError
 from lora_serve.lora import host_pool
 from lora_serve.lora.adapter_layout import BLOCK_ALIGNMENT
+from lora_serve.lora.eviction_order import EvictionOrder
 from lora_serve.lora.host_pool import HostBlock, HostPool
 from lora_serve.lora.load_cancelled import LoadCancelledError
 
@@ -300,6 +301,63 @@ def test_callbacks_may_use_the_pool():
     pool.close()
 
 
+# --- Room at once -------------------------------------------------------------------------------------------
+
+
+def test_room_at_once_evicts_nobody_unless_told_in_which_order(pool):
+    keep_new(pool, 1, 4)
+    keep_new(pool, 2, 4)
+    block, evicted = pool.try_reserve(2 * UNIT)
+    assert (block.tensor.numel(), evicted) == (2 * UNIT, [])
+    assert pool.try_reserve(UNIT) == (None, [])
+    assert kept(pool) == [1, 2]
+    block.release()
+
+    block, evicted = pool.try_reserve(5 * UNIT, EvictionOrder([1]))
+    assert evicted == [2]
+    assert kept(pool) == [1]
+    assert pool.snapshot().num_evictions == 1
+    with block:
+        assert pool.try_reserve(10 * UNIT, EvictionOrder()) == (None, []), "one part of it is held"
+    assert kept(pool) == [1]
+
+
+def test_room_at_once_is_not_taken_from_those_whose_turn_comes_first(pool):
+    for adapter_id in range(1, 6):
+        keep_new(pool, adapter_id, 2)
+    taken = []
+    while True:
+        block, evicted = pool.try_reserve(2 * UNIT, EvictionOrder([4, 2, 9, 1], for_adapter=9))
+        taken += evicted
+        if block is None:
+            break
+    assert taken == [3, 5, 1]
+    assert kept(pool) == [2, 4]
+
+
+def test_room_at_once_overtakes_nobody_who_waits(pool, loaders):
+    keep_new(pool, 1, 6)
+    lease = pool.lease(1)
+    reserving = loaders.reserve(6)
+    assert pool.has_waiters
+    assert pool.try_reserve(UNIT, EvictionOrder()) == (None, [])
+    lease.release()
+    pool.make_room()
+    loaders.served(reserving)[0].release()
+    assert not pool.has_waiters
+    pool.try_reserve(UNIT)[0].release()
+    pool.close()
+    assert pool.try_reserve(UNIT, EvictionOrder()) == (None, [])
+
+
+def test_waiters_take_the_room_of_the_last_in_line_when_all_are_waited_for(pool, loaders):
+    for adapter_id in (1, 2, 3, 4, 5):
+        keep_new(pool, adapter_id, 2)
+    reserving = loaders.reserve(2)
+    assert pool.make_room(EvictionOrder([2, 1, 4, 5, 3])) == [3]
+    loaders.served(reserving)[0].release()
+
+
 @pytest.fixture
 def asked():
     """Names of the threads that a pool has told that room is wanted."""
@@ -437,6 +495,11 @@ def test_random_use_by_many_threads_never_overwrites_a_held_block_and_ends_with_
                     num_found += 1
                     with lease:
                         check_constant(lease, adapter_id % 251, rng, fill=False)
+            elif action < 0.95:
+                block, _ = pool.try_reserve(rng.randint(1, 9 * UNIT), EvictionOrder([newest[0]]))
+                if block is not None:
+                    with block:
+                        check_constant(block, 255, rng)
             else:
                 pool.drop(max(newest[0] - rng.randint(0, 8), 1))
         return num_found

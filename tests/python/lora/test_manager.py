@@ -16,7 +16,7 @@ from lora_serve.lora.manager import LoadReports
 
 from .adapter_setup import num_exact_bytes
 from .device_setup import on_devices
-from .memory_setup import ALL_MODULES, MIB, TIMEOUT_S, Memory, block_of, wait_until
+from .memory_setup import ALL_MODULES, MIB, TIMEOUT_S, Line, Memory, block_of, wait_until
 from .peft_setup import make_full_adapter
 
 
@@ -110,12 +110,12 @@ def test_changed_folder_fails_its_own_load_only(make_device_memory):
     memory.assert_holds({2: 1, 4: 3, 5: 0, 6: 2})
 
 
-def test_changed_folder_fails_a_read_that_a_request_began(make_memory):
+def test_changed_folder_fails_a_read_ahead(make_memory):
     memory = make_memory()
     path = memory.add(1)
     memory.evict_from_host()
     make_full_adapter(path, rank=3, seed=1)
-    memory.manager.want(1)
+    memory.read_ahead(1)
     wait_until(lambda: memory.poll() and memory.news.failed)
     assert "the folder was changed" in memory.news.failed[1]
     assert memory.manager.take_loads({}) == loaded()
@@ -148,15 +148,14 @@ def test_load_that_finds_no_room_leaves_its_slot_without_modules(make_memory, tm
     memory.assert_holds({1: 0, 3: 7})
 
 
-def test_request_brings_an_adapter_to_the_host_unless_it_is_on_the_device(make_memory):
+def test_adapter_in_front_of_the_line_is_on_the_host_when_a_plan_loads_it(make_memory):
     memory = make_memory()
     memory.add(1)
     memory.add(2)
     memory.plan({1: 0})
     memory.evict_from_host()
-    memory.manager.want(1)
-    memory.manager.want(2)
-    memory.manager.want(2)
+    memory.read_ahead(2)
+    memory.poll()
     assert [entry.is_being_read for entry in memory.manager.snapshot()] == [False, True]
     wait_until(lambda: memory.poll() and memory.news.arrived)
     assert [(entry.tier, entry.num_reads) for entry in memory.manager.snapshot()] == [
@@ -167,11 +166,11 @@ def test_request_brings_an_adapter_to_the_host_unless_it_is_on_the_device(make_m
     memory.assert_holds({1: 0, 2: 1})
 
 
-def test_read_that_a_request_began_serves_the_plan_that_comes_before_its_end(make_memory):
+def test_read_ahead_serves_the_plan_that_comes_before_its_end(make_memory):
     memory = make_memory()
     memory.add(1)
     memory.evict_from_host()
-    memory.manager.want(1)
+    memory.read_ahead(1)
     assert memory.plan({1: 0}) == loaded()
     assert memory.wait_for_loads() == loaded(1)
     assert memory.residency(1).num_reads == 2
@@ -194,7 +193,8 @@ def test_read_of_a_removed_adapter_that_ends_later_installs_nothing(make_memory,
         return adapter
 
     monkeypatch.setattr(memory.manager._reader, "read_again", late)
-    memory.manager.want(1)
+    memory.read_ahead(1)
+    memory.line = Line()
     assert has_read.wait(TIMEOUT_S)
     memory.manager.remove(1)
     shutil.rmtree(path)
@@ -226,7 +226,7 @@ def test_nothing_is_left_when_everything_is_removed(make_device_memory):
     memory.plan({1: 0, 2: 1, 3: 2})
     memory.plan({4: 0}, drained=[1, 99], evicted=[2])
     memory.evict_from_host()
-    memory.manager.want(2)
+    memory.read_ahead(2)
     wait_until(lambda: memory.poll() and memory.news.arrived)
     memory.plan({5: 5, 6: 6})
     memory.wait_for_loads(2)
@@ -250,7 +250,7 @@ def test_unknown_adapter_is_an_error_and_changes_nothing(make_memory):
     memory.add(1)
     memory.plan({1: 0})
     manager = memory.manager
-    for call in (manager.remove, manager.want, lambda adapter_id: manager.prepare_loads([adapter_id])):
+    for call in (manager.remove, manager.touch, lambda adapter_id: manager.prepare_loads([adapter_id])):
         with pytest.raises(AdapterNotFoundError, match="generation 9"):
             call(9)
     with pytest.raises(InternalError, match="generation 9 is evicted but is in no slot"):
@@ -336,7 +336,7 @@ def test_caller_is_woken_when_room_is_wanted_and_when_a_read_has_ended(make_memo
     woken = threading.Event()
     memory.manager.set_wake(woken.set)
     assert not woken.is_set()
-    memory.manager.want(1)
+    memory.manager.prepare_loads([1])
     assert woken.wait(TIMEOUT_S)  # room is wanted
     assert memory.manager.poll().evicted == [2]
     woken.clear()
@@ -370,7 +370,7 @@ def test_snapshot_tells_tiers_bytes_ranks_and_the_stages_of_loads(make_memory):
     memory.plan({2: 4})
     memory.evict_from_host()
     memory.add(4)
-    memory.manager.want(3)
+    memory.read_ahead(3)
     first, second, third, fourth = memory.manager.snapshot()
     assert [entry.adapter_id for entry in memory.manager.snapshot()] == [1, 2, 3, 4]
     assert [entry.tier for entry in (first, second, third, fourth)] == ["disk", "device", "disk", "host"]
@@ -456,6 +456,8 @@ def test_random_life_ends_as_it_began(make_device_memory, tmp_path, seed):
         for adapter_id in reports.loaded:
             slots[adapter_id] = loading.pop(adapter_id)
 
+    memory.take = take
+
     def run_plan():
         wanted = [i for i in added if i not in slots and i not in loading]
         loads, evicted = {}, []
@@ -491,8 +493,10 @@ def test_random_life_ends_as_it_began(make_device_memory, tmp_path, seed):
                 take(memory.plan(drained=[victim]))
             manager.remove(victim)
             added.discard(victim)
+            memory.line = Line()
         elif action < 0.4 and added:
-            manager.want(rng.choice(sorted(added)))
+            memory.line = Line(*rng.sample(sorted(added), rng.randint(0, len(added))))
+            manager.touch(rng.choice(sorted(added)))
         elif action < 0.7:
             memory.poll()
             take(manager.take_loads({}))
@@ -506,6 +510,7 @@ def test_random_life_ends_as_it_began(make_device_memory, tmp_path, seed):
         take(manager.take_loads({}))
     memory.assert_holds(slots)
     memory.plan(drained=list(slots))
+    memory.line = Line()
     for adapter_id in added:
         manager.remove(adapter_id)
     memory.assert_at_start()
@@ -538,8 +543,7 @@ def test_close_ends_reads_that_wait_for_room(make_memory, tmp_path):
     memory = make_two_tier(make_memory, tmp_path, num_host=1)
     memory.add(1)
     memory.add(2)
-    memory.manager.prepare_loads([2])
-    memory.manager.want(1)
+    memory.manager.prepare_loads([2, 1])
     with ThreadPoolExecutor(1) as thread:
         read = thread.submit(memory.manager.read, str(tmp_path / "1"))
         wait_until(lambda: memory.pool.snapshot().num_waiters == 2)

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lora_serve.common.errors import InvalidArgumentError
-from lora_serve.models import load_model, resolve_model_directory
+from lora_serve.models import load_model, resolve_model_directory, staged_copies
 from lora_serve.models.checkpoint import CheckpointLoader, find_checkpoint_files
 from lora_serve.testing.models import make_random_model
 
@@ -229,6 +229,41 @@ def test_dummy_weights_need_only_a_config_and_follow_the_seed(tmp_path: Path) ->
     assert not torch.equal(first.lm_head.weight, other.lm_head.weight)
     assert all(parameter.isfinite().all() for parameter in first.parameters())
     assert (first.norm.weight == 1).all()
+
+
+@pytest.mark.gpu
+def test_weights_on_cuda_equal_those_on_the_cpu_in_the_types_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_random_model(
+        tmp_path, QWEN3, num_shards=3, tie_word_embeddings=True, extra_config={"attention_bias": True}
+    )
+    # Pieces that end within rows: matrices take several, with a short one at the end.
+    monkeypatch.setattr(staged_copies, "_BUFFER_BYTES", 1000)
+    for dtype in ("float32", "bfloat16", "float16"):
+        expected = load_model(str(tmp_path), dtype=dtype).checkpoint_tensors()
+
+        found = load_model(str(tmp_path), dtype=dtype, device="cuda").checkpoint_tensors()
+
+        assert all(tensor.is_cuda for tensor in found.values())
+        assert {name: tensor.dtype for name, tensor in found.items()} == {
+            name: tensor.dtype for name, tensor in expected.items()
+        }
+        assert all(torch.equal(found[name].cpu(), tensor) for name, tensor in expected.items())
+
+
+@pytest.mark.gpu
+def test_dummy_weights_are_drawn_on_the_device_and_follow_the_seed(tmp_path: Path) -> None:
+    make_random_model(tmp_path, QWEN3, dtype="bfloat16", hidden_size=256)
+    models = [load_model(str(tmp_path), load_format="dummy", device="cuda", seed=seed) for seed in (1, 1, 2)]
+    first, again, other = ({n: t.float() for n, t in m.checkpoint_tensors().items()} for m in models)
+
+    for name, tensor in first.items():
+        assert tensor.is_cuda
+        assert torch.equal(tensor, again[name])
+        if tensor.dim() == 2:
+            assert not torch.equal(tensor, other[name])
+            assert abs(tensor.std().item() * tensor.shape[1] ** 0.5 - 1) < 0.05
 
 
 def test_progress_goes_to_stderr_and_can_be_switched_off(

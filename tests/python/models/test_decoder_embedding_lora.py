@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from lora_serve.kernels import LoRASliceWeights, build_lora_metadata
+from lora_serve.kernels.lora_builder import install_weights
 from lora_serve.models import DecoderModel, load_model
 from lora_serve.testing.models import make_random_model
 from support.paged_sequences import PagedSequences
@@ -40,7 +41,7 @@ def models(request, tmp_path_factory):
     model = load_model(str(path))
     for seed, (name, (rank, alpha, targets)) in enumerate(TARGETS.items()):
         references[name] = make_peft_model(base, rank, alpha, targets, seed)
-        install(model, SLOTS[name], slice_weights(references[name]))
+    install(model, {slot: slice_weights(references[name]) for name, slot in SLOTS.items()})
     return model, references
 
 
@@ -77,14 +78,15 @@ def slice_weights(model: torch.nn.Module) -> dict[str, LoRASliceWeights]:
     return modules
 
 
-def install(model: DecoderModel, slot: int, modules: dict[str, LoRASliceWeights]) -> None:
+def install(model: DecoderModel, adapters: dict[int, dict[str, LoRASliceWeights]]) -> None:
     weights: dict = {}
     for name, target in model.lora_targets().items():
-        empty: list = [None] * target.table.num_slices
-        weights.setdefault(target.table, empty)[target.slice_index] = modules.pop(name, None)
-    assert modules == {}
-    for table, slices in weights.items():
-        table.install(slot, tuple(slices))
+        of_table = weights.setdefault(target.table, {})
+        for slot, modules in adapters.items():
+            of_slot = of_table.setdefault(slot, [None] * target.table.num_slices)
+            of_slot[target.slice_index] = modules.pop(name, None)
+    assert not any(adapters.values())
+    install_weights(weights)
 
 
 def random_tokens(length: int, seed: int) -> Tensor:
@@ -106,7 +108,7 @@ def run_mixed(model: DecoderModel, names: list[str | None], tokens: list[Tensor]
     for num in (7, 1, 1, 11):
         chunks = [(str(row), num) for row in range(len(names))]
         ids = torch.cat([row_tokens[position : position + num] for row_tokens in tokens])
-        hidden = model.forward(ids, sequences.step(chunks, slots), kv_layers)
+        hidden = sequences.run(model, ids, sequences.step(chunks, slots), kv_layers)
         # Rows in another order than the step's, and not all of them.
         rows = [row for row in reversed(range(len(names))) if not (num == 7 and row == LEFT_OUT_ROW)]
         last = torch.tensor([row * num + num - 1 for row in rows])
@@ -150,7 +152,7 @@ def test_tied_matrix_is_changed_for_look_ups_or_for_logits_only(models) -> None:
     chunks = [("base", num), ("embed_tokens", num), ("lm_head", num)]
     slots = [-1, SLOTS["embed_tokens"], SLOTS["lm_head"]]
 
-    hidden = model.forward(tokens.repeat(3), sequences.step(chunks, slots), kv_layers)
+    hidden = sequences.run(model, tokens.repeat(3), sequences.step(chunks, slots), kv_layers)
 
     of_base, of_embedding, of_head = hidden.clone().split(num)
     assert torch.equal(of_head, of_base)

@@ -9,6 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from lora_serve.kernels import LoRASliceWeights
+from lora_serve.kernels.lora_builder import install_weights
 from lora_serve.layers import LoRAKind
 from lora_serve.models import DecoderModel, load_model
 from lora_serve.testing.models import make_random_model
@@ -35,13 +36,14 @@ def make_adapter(model: DecoderModel, suffixes: tuple[str, ...], rank: int, seed
     return modules
 
 
-def install(model: DecoderModel, slot: int, adapter: dict) -> None:
+def install(model: DecoderModel, adapters: dict[int, dict]) -> None:
     weights: dict = {}
     for name, target in model.lora_targets().items():
-        empty = [None] * target.table.num_slices
-        weights.setdefault(target.table, empty)[target.slice_index] = adapter.get(name)
-    for table, slices in weights.items():
-        table.install(slot, tuple(slices))
+        of_table = weights.setdefault(target.table, {})
+        for slot, adapter in adapters.items():
+            of_slot = of_table.setdefault(slot, [None] * target.table.num_slices)
+            of_slot[target.slice_index] = adapter.get(name)
+    install_weights(weights)
 
 
 def merged(reference, adapter: dict):
@@ -91,8 +93,7 @@ def test_adapters_and_base_mixed_over_steps_equal_merged_weights(path: str) -> N
         ),
         0: make_adapter(model, ("v_proj", "up_proj"), 8, 2),
     }
-    for slot, adapter in adapters.items():
-        install(model, slot, adapter)
+    install(model, adapters)
     references = {-1: base, **{slot: merged(base, adapter) for slot, adapter in adapters.items()}}
     slots = {"a": 3, "b": -1, "c": 0, "d": 3}
     generator = torch.Generator().manual_seed(7)
@@ -107,7 +108,7 @@ def test_adapters_and_base_mixed_over_steps_equal_merged_weights(path: str) -> N
         chunks = [(name, num) for name in slots]
         ids = torch.cat([tokens[name][position : position + num] for name in slots])
         context = sequences.step(chunks, list(slots.values()))
-        hidden = model.forward(ids, context, kv_layers)
+        hidden = sequences.run(model, ids, context, kv_layers)
         # All tokens are rows of logits here, so that the step's own grouping is theirs.
         for name, part in zip(slots, model.compute_logits(hidden, context.lora).split(num), strict=True):
             found[name].append(part)

@@ -87,7 +87,9 @@ def test_logits_of_a_whole_prefill_equal_the_reference(models) -> None:
     tokens = random_tokens(45, seed=1)
     sequences = PagedSequences(page_size=16)
 
-    hidden = model.forward(tokens, sequences.step([("a", 45)]), sequences.make_kv_layers(model.config))
+    kv_layers = sequences.make_kv_layers(model.config)
+
+    hidden = sequences.run(model, tokens, sequences.step([("a", 45)]), kv_layers)
 
     logits = model.compute_logits(hidden, None)
     assert logits.dtype == torch.float32
@@ -114,7 +116,7 @@ def test_chunks_and_decodes_of_a_mixed_batch_equal_each_sequence_alone(models, p
 
     for chunks in steps:
         ids = torch.cat([tokens[name][done[name] : done[name] + num] for name, num in chunks])
-        hidden = model.forward(ids, sequences.step(chunks), kv_layers)
+        hidden = sequences.run(model, ids, sequences.step(chunks), kv_layers)
         for (name, num), part in zip(chunks, hidden.split([num for _, num in chunks]), strict=True):
             found[name].append(model.compute_logits(part, None))
             done[name] += num

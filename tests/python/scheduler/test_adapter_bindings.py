@@ -226,3 +226,21 @@ def test_new_options_are_read_back_and_policies_are_names() -> None:
 def test_options_out_of_range_are_refused_by_name(option: str, value: object) -> None:
     with pytest.raises(InvalidArgumentError, match=option):
         make_scheduler(**{option: value})
+
+
+def test_adapters_to_stage_and_those_that_wait_come_in_the_order_of_their_turns() -> None:
+    scheduler = make_scheduler(adapter_memory_bytes=10)
+    for adapter_id in (1, 2, 3, 4, 5):
+        scheduler.open_adapter(adapter_id, digest_seed=adapter_id, size_bytes=5)
+    run(scheduler)
+    assert scheduler.adapters_to_stage() == []
+    for adapter_id in (4, 3, 5, 1):
+        scheduler.add_request(make_request(adapter_id, adapter_id=adapter_id))
+    assert scheduler.adapters_to_stage() == [4, 3], "the device holds two; 1 is there"
+    assert scheduler.waiting_adapters([1, 2, 3, 4, 5, 99]) == [4, 3, 5, 1]
+    assert scheduler.waiting_adapters(()) == []
+    scheduler.set_adapter_staged(3, is_staged=True)
+    assert scheduler.adapters_to_stage() == [4]
+    assert scheduler.waiting_adapters([4, 3]) == [3, 4]
+    run(scheduler)
+    assert scheduler.adapters_to_stage() == scheduler.waiting_adapters([1, 2, 3, 4, 5]) == []

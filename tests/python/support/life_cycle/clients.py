@@ -22,6 +22,8 @@ HANG_S = 60.0
 NUM_HOT_NAMES = 4
 _HTTP_ERROR = 400
 _CHANGED = "the folder was changed"
+_STATUS_OF = {"adapter_conflict": 409}
+"""What an error would have been answered with if it had come before a stream's first token, by its code."""
 
 
 @dataclass
@@ -100,12 +102,13 @@ class RandomClient:
         message = answer.get("error", {}).get("message", "")
         if status == 200:
             return "already" if answer["already_loaded"] else "loaded"
+        if status == 409 and _CHANGED in message:  # It was off the host again before it got to the device.
+            return "broken_load" if is_live else None
         if status == 409:
             return "cancelled" if "cancelled by an unload" in message else "conflict"
         if status == 429:
             return "refused"
-        is_changed = "changed" in message and status in (400, 500)
-        return "broken_load" if is_live and is_changed else None
+        return "broken_load" if is_live and status == 400 and "changed" in message else None
 
     def unload(self) -> None:
         """Unload a name, and look now and then whether it is gone."""
@@ -243,7 +246,7 @@ class RandomClient:
                 if number >= patience:
                     raise _LeftError
                 event = json.loads(line.removeprefix("data: "))
-                yield (500 if "error" in event else 200), event
+                yield (_STATUS_OF.get(event["error"]["code"], 500) if "error" in event else 200), event
             raise AssertionError("the stream has no end")
 
     def _take(self, parts: list[Part], event: dict[str, Any]) -> None:
@@ -315,7 +318,7 @@ class RandomClient:
         kind = None
         if status == 404 and error["code"] == "model_not_found":
             kind = "missing"
-        elif status == 500 and "could not be brought to the device" in message and _CHANGED in message:
+        elif status == 409 and "could not be brought to the device" in message and _CHANGED in message:
             kind = "broken"
         if kind is None or len(concerned) != 1 or (kind == "missing" and parts[0].tokens):
             self._world.fail(f"{parts} were answered {status} {error}")

@@ -9,7 +9,6 @@ from typing import Any
 
 from lora_serve.engine import adapter_operations
 from lora_serve.engine.adapter_operations import AdapterOperations
-from lora_serve.kernels.lora_weights import LoRALayerTable
 from lora_serve.lora.adapter_reader import AdapterReader
 from lora_serve.lora.device_adapters import DeviceAdapters
 from lora_serve.lora.device_arena import DeviceArena
@@ -68,7 +67,7 @@ def slot_is_not_rewritten() -> None:
             write(self, resident)
 
     DeviceAdapters._write = write_once  # type: ignore[method-assign]
-    LoRALayerTable.clear = lambda self, slot: None  # type: ignore[method-assign]
+    DeviceAdapters._empty = lambda self, slot: None  # type: ignore[method-assign]
 
 
 def moved_adapter_is_not_rewritten() -> None:

@@ -1,7 +1,8 @@
-"""One large piece of host memory, page-locked for CUDA if asked."""
+"""One large piece of host memory, page-locked for CUDA if asked. The one module here that needs torch."""
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import torch
@@ -27,6 +28,8 @@ class HostSlab:
     is_pinned
         True: page-locked, so that all of it is really there from now on. False: the machine gives memory only
         as it is first used.
+    contents, option
+        What the memory is for and the option that sets its size, for the error's message.
 
     Raises
     ------
@@ -34,7 +37,7 @@ class HostSlab:
         The machine does not give that much memory.
     """
 
-    def __init__(self, num_bytes: int, *, is_pinned: bool) -> None:
+    def __init__(self, num_bytes: int, *, is_pinned: bool, contents: str, option: str) -> None:
         try:
             memory = torch.empty(num_bytes + _PAGE, dtype=torch.uint8)
             start = -memory.data_ptr() % _PAGE
@@ -45,10 +48,13 @@ class HostSlab:
                 self.tensor.zero_()
                 runtime = _cuda_runtime()
                 torch.cuda.check_error(runtime.cudaHostRegister(self.tensor.data_ptr(), num_bytes, _PORTABLE))
+                # A slab that nobody closes: its addresses are given out again, and must not be locked then.
+                self._unregister = weakref.finalize(self, _unregister, self.tensor.data_ptr())
+                self._unregister.atexit = False
         except RuntimeError as error:
             raise InvalidArgumentError(
-                f"{num_bytes} bytes of {'pinned ' * is_pinned}host memory for adapters are more than this "
-                f"machine gives ({error}); lower --lora-host-memory-gb"
+                f"{num_bytes} bytes of {'pinned ' * is_pinned}host memory for {contents} are more than this "
+                f"machine gives ({error}); lower {option}"
             ) from error
 
     @property
@@ -60,8 +66,12 @@ class HostSlab:
         """Undo the page-locking; the memory goes with the last tensor on it. No copy may be running."""
         if self._is_registered:
             self._is_registered = False
-            torch.cuda.check_error(_cuda_runtime().cudaHostUnregister(self.tensor.data_ptr()))
+            self._unregister()
         self.tensor = torch.empty(0, dtype=torch.uint8)
+
+
+def _unregister(address: int) -> None:
+    torch.cuda.check_error(_cuda_runtime().cudaHostUnregister(address))
 
 
 def _cuda_runtime() -> Any:

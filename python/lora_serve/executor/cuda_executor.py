@@ -1,0 +1,336 @@
+"""Runs plans on a CUDA device, one ahead of what is known of the one before.
+
+Everything happens in the caller's thread. Nothing in `submit` waits for the device: inputs, forward pass,
+sampling and the copy of tokens and log probabilities are put on the execution stream, behind the plan that
+runs. What a row samples stays on the device as the input of its next step. Two things are worked out on the
+host and wait: log probabilities of prompts, for their step; penalties, for the tokens of the plan before.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from lora_serve.common.config import EngineConfig
+from lora_serve.common.errors import InternalError
+from lora_serve.executor.adapter_steps import AdapterSteps
+from lora_serve.executor.decode_graphs import DecodeGraphs
+from lora_serve.executor.device_inputs import DeviceInputs, DeviceStep
+from lora_serve.executor.device_sampler import DeviceSampler, RowsToSample
+from lora_serve.executor.executor import MAX_PLANS_IN_FLIGHT, NO_PLAN, ExecutionResult
+from lora_serve.executor.pending_step import PendingStep, ResultBuffers
+from lora_serve.executor.prompt_logprobs import fill_prompt_logprobs
+from lora_serve.executor.sampling_state import SamplingState
+from lora_serve.executor.transfers import TransferReports
+from lora_serve.kernels import LoRAMetadata, build_lora_metadata
+from lora_serve.kernels.greedy_sample import greedy_sample, set_last_tokens
+from lora_serve.layers.attention import DecodeGraphAttention
+from lora_serve.lora.manager import LoadReports
+from lora_serve.scheduler import plan_layout
+
+if TYPE_CHECKING:
+    from lora_serve.executor.cuda_setup import CudaSetup
+    from lora_serve.scheduler import ExecutionPlan
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, eq=False)
+class _BestTokens:
+    """What a forward pass gave: logits [N, V], the best token of each row or `FAILED`, and whose they are."""
+
+    logits: Tensor
+    tokens: Tensor
+    page_table_rows: Tensor
+    row_failed: Tensor
+
+
+class CudaExecutor:
+    """Implements `Executor` on one CUDA device.
+
+    Owns what its setup has made, the page table and the last token of each row on the device, and the
+    captured decode steps. Knows no request: rows are positions in the plan, adapters are slots. The execution
+    stream is the device's current stream of the thread that makes the executor and calls it.
+
+    Penalties are made from what the host knows of a row's output so far: the plan's forward pass is submitted
+    first, then the tokens of the plan before are waited for. So the device has work meanwhile.
+
+    Parameters
+    ----------
+    config : EngineConfig
+        The engine's.
+    setup : CudaSetup
+        The model and the memory, made from the same configuration; closed with the executor. Tests give it
+        the CPU as its device, and run the kernels in Triton's interpreter.
+    """
+
+    def __init__(self, config: EngineConfig, setup: CudaSetup) -> None:
+        self._config = config
+        self._setup = setup
+        self._model = setup.model
+        self.model_config = setup.model.config
+        self.lora = setup.lora
+        self._adapters = AdapterSteps(setup.lora)
+        self._kv_layers = setup.kv_layers
+        self._transfers = setup.transfers
+        self._inputs = DeviceInputs(
+            max_num_seqs=config.max_num_seqs,
+            max_num_tokens=config.max_num_batched_tokens,
+            max_pages_per_row=-(-setup.max_model_len // config.page_size),
+            max_loras=config.max_loras,
+            page_size=config.page_size,
+            needs_row_pages=self._model.attention_backend.name == "torch",
+            num_buffers=MAX_PLANS_IN_FLIGHT,
+            device=setup.device,
+        )
+        self._tokens = torch.zeros(config.max_num_seqs, dtype=torch.int32, device=setup.device)
+        self._results = ResultBuffers(config.max_num_seqs, MAX_PLANS_IN_FLIGHT, setup.device)
+        self._sampler = DeviceSampler(MAX_PLANS_IN_FLIGHT, setup.device)
+        self._pending: deque[PendingStep] = deque()
+        self._error: BaseException | None = None
+        self._is_closed = False
+        self._graphs = self._capture_graphs() if setup.decode_graph_sizes else None
+
+    @property
+    def num_device_pages(self) -> int:
+        """KV pages."""
+        return self._setup.num_device_pages
+
+    @property
+    def num_host_pages(self) -> int:
+        """KV pages of the host tier; 0 = there is none."""
+        return self._setup.num_host_pages
+
+    @property
+    def max_model_len(self) -> int:
+        """Longest prompt plus answer in tokens."""
+        return self._setup.max_model_len
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of logits."""
+        return self._model.config.vocab_size
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """The model's end-of-sequence tokens."""
+        return self._model.config.eos_token_ids
+
+    @property
+    def padded_batch_sizes(self) -> tuple[int, ...]:
+        """Sizes that plans of single tokens are padded to, because there are graphs of them."""
+        return self._setup.decode_graph_sizes
+
+    def submit(self, plan: ExecutionPlan, states: Sequence[SamplingState]) -> None:
+        """Begin a plan; see `Executor.submit`."""
+        if self._is_closed:
+            raise InternalError(f"plan {plan.plan_id} was submitted to an executor that is closed")
+        if len(self._pending) >= MAX_PLANS_IN_FLIGHT:
+            raise InternalError(
+                f"plan {plan.plan_id} was submitted while {len(self._pending)} plans are on their way; "
+                "collect the oldest first"
+            )
+        pending = PendingStep(plan, states, logprobs=[None] * len(states))
+        self._pending.append(pending)
+        try:
+            if self._error is not None:
+                raise self._error
+            with torch.inference_mode():
+                self._begin(pending)
+        except BaseException as error:  # For `collect`, in its turn; no plan runs from here on.
+            self._error = pending.error = error
+
+    def collect(self) -> ExecutionResult:
+        """Wait for the oldest plan on its way; see `Executor.collect`."""
+        if not self._pending:
+            raise InternalError("a result was asked for while no plan is on its way")
+        pending = self._pending[0]
+        if pending.error is not None:
+            raise pending.error
+        token_ids = pending.finish()
+        self._pending.popleft()
+        transfers = self._transfers.take_reports()
+        return ExecutionResult(
+            pending.plan.plan_id,
+            token_ids,
+            pending.logprobs,
+            pending.loads.loaded,
+            pending.loads.failed,
+            pending.row_errors,
+            completed_transfer_ids=transfers.completed,
+            failed_transfer_ids=transfers.failed,
+        )
+
+    def report(self) -> ExecutionResult:
+        """Give what has ended since the last result; see `Executor.report`."""
+        is_idle = not self._pending
+        transfers = self._transfers.take_reports() if is_idle else TransferReports()
+        loads = self.lora.take_loads({}) if is_idle else LoadReports()
+        return ExecutionResult(
+            NO_PLAN,
+            np.empty(0, dtype=np.int32),
+            [],
+            loads.loaded,
+            loads.failed,
+            completed_transfer_ids=transfers.completed,
+            failed_transfer_ids=transfers.failed,
+        )
+
+    def close(self) -> None:
+        """Wait for the device, drop plans that nobody has collected, free what the executor holds."""
+        if self._is_closed:
+            return
+        self._is_closed = True
+        self._pending.clear()
+        if self._setup.device.type == "cuda":
+            torch.cuda.synchronize(self._setup.device)
+        self._graphs = None
+        self._kv_layers = []
+        self._setup.close()
+
+    # --- One step -----------------------------------------------------------------------------------------
+
+    def _begin(self, pending: PendingStep) -> None:
+        """Put a plan on the execution stream.
+
+        Notes
+        -----
+        Order: drained and evicted adapters are taken off the device, those that have arrived on the host
+        brought there, copies between the tiers begun, page tables changed, then the forward pass.
+        """
+        plan, states = pending.plan, pending.states
+        if len(states) != len(plan.request_ids):
+            raise InternalError(
+                f"plan {plan.plan_id} has {len(plan.request_ids)} rows but came with {len(states)} states"
+            )
+        pending.loads = self._adapters.begin(plan)
+        self._transfers.start(plan)
+        if not states:
+            return
+        pending.row_errors = self._adapters.row_errors(plan)
+        adapts_more = self.lora.adapts_more_than_layers(plan.adapter_slots)
+        step = self._inputs.load(plan, adapts_embedding=adapts_more)
+        graphs = self._graphs
+        if step.is_decode and not adapts_more and graphs is not None and graphs.has(len(step.row_failed)):
+            self._run_graph(graphs, step, pending)
+        else:
+            self._run_eagerly(step, pending)
+
+    def _run_graph(self, graphs: DecodeGraphs, step: DeviceStep, pending: PendingStep) -> None:
+        """Replay a decode step; it has chosen the best token of every row as well."""
+        logits = graphs.replay(step)
+        best = _BestTokens(logits, self._tokens[: len(logits)], step.page_table_rows, step.row_failed)
+        self._sample(best, step.host_sampled_rows, step, pending)
+
+    def _run_eagerly(self, step: DeviceStep, pending: PendingStep) -> None:
+        attention_plan = self._model.plan_attention(step.attention, self._kv_layers)
+        hidden = self._model.forward(step.token_ids, step.context, self._kv_layers, attention_plan)
+        plan, states = pending.plan, pending.states
+        starts = plan.query_start_loc.astype(np.int64)
+        pending.row_errors.update(
+            fill_prompt_logprobs(plan, states, hidden, starts, self._model.compute_logits)
+        )
+        num_sampled = len(step.host_sampled_rows)
+        if num_sampled == 0:
+            _, pending.event = self._results.fetch()
+            return
+        tokens, (page_table_rows, row_failed) = self._tokens[:num_sampled], self._sampled(step)
+        best = _BestTokens(self._logits(hidden, step, plan), tokens, page_table_rows, row_failed)
+        greedy_sample(best.logits, page_table_rows, row_failed, self._inputs.last_tokens, out=tokens)
+        self._sample(best, np.arange(num_sampled), step, pending)
+
+    def _run_decode(self, step: DeviceStep, attention: Any) -> Tensor:
+        """A decode step as graphs hold it: logits [P, V], and the best tokens in `_tokens`."""
+        hidden = self._model.forward(step.token_ids, step.context, self._kv_layers, attention)
+        logits = self._model.compute_base_logits(hidden)
+        tokens = self._tokens[: len(step.row_failed)]
+        greedy_sample(logits, step.page_table_rows, step.row_failed, self._inputs.last_tokens, out=tokens)
+        return logits
+
+    def _logits(self, hidden: Tensor, step: DeviceStep, plan: ExecutionPlan) -> Tensor:
+        """Logits [N, V] of the rows that sample."""
+        last_hidden = hidden.index_select(0, step.sampled_tokens)
+        if not step.context.adapts_embedding:
+            return self._model.compute_base_logits(last_hidden)
+        return self._model.compute_logits(last_hidden, self._lora_of_rows(plan, step))
+
+    def _lora_of_rows(self, plan: ExecutionPlan, step: DeviceStep) -> LoRAMetadata:
+        """Group the rows that sample by adapter slot, on the host, where they are known."""
+        slots = torch.from_numpy(plan.adapter_slots[step.host_sampled_rows])
+        return build_lora_metadata(slots, self._config.max_loras, device=self._setup.device)
+
+    def _sampled(self, step: DeviceStep) -> tuple[Tensor, Tensor]:
+        """Page-table row of each row that samples, and whether it has failed before: [N] int32 each."""
+        rows = step.sampled_rows
+        return step.page_table_rows.index_select(0, rows), step.row_failed.index_select(0, rows)
+
+    def _sample(
+        self, best: _BestTokens, places: npt.NDArray[np.int64], step: DeviceStep, pending: PendingStep
+    ) -> None:
+        """Turn best tokens into those that the rows' parameters ask for, and begin to copy them to the host.
+
+        Parameters
+        ----------
+        best
+            Of at least the rows that sample.
+        places
+            Where each row that samples stands there.
+
+        Notes
+        -----
+        Waits for the steps before where a row has penalties, for these count the tokens sampled so far.
+        """
+        pending.sampled_rows, pending.token_places = step.host_sampled_rows, places
+        rows = step.host_sampled_rows.tolist()
+        states = [pending.states[row] for row in rows]
+        arrays = [best.tokens]
+        if pending.row_errors or not all(state.is_plain_greedy for state in states):
+            if any(state.token_counts is not None for state in states):
+                self._finish_earlier(pending)
+            to_sample = RowsToSample(
+                places=places.tolist(),
+                states=states,
+                num_outputs=pending.num_outputs[rows].tolist(),
+                failed=[
+                    int(place) for place, row in zip(places, rows, strict=True) if row in pending.row_errors
+                ],
+            )
+            logprobs = self._sampler.sample(best.logits, to_sample, best.tokens)
+            set_last_tokens(
+                best.tokens, best.page_table_rows, best.row_failed, self._inputs.last_tokens, out=best.tokens
+            )
+            if logprobs is not None:
+                pending.logprob_rows = [rows[i] for i in to_sample.with_logprobs()]
+                arrays.append(logprobs)
+        (pending.tokens, *entries), pending.event = self._results.fetch(*arrays)
+        if entries:
+            pending.logprob_entries = entries[0]
+
+    def _finish_earlier(self, pending: PendingStep) -> None:
+        for earlier in self._pending:
+            if earlier is not pending:
+                earlier.finish()
+
+    def _capture_graphs(self) -> DecodeGraphs:
+        model, inputs, setup = self._model, self._inputs, self._setup
+
+        def make_step(num_rows: int, has_adapters: bool) -> DeviceStep:
+            layout = plan_layout(self._config.max_loras, num_rows, num_rows)
+            return inputs.decode_step(num_rows, layout, has_adapters=has_adapters)
+
+        def make_attention(num_rows: int) -> DecodeGraphAttention:
+            backend, kv_layer = model.attention_backend, self._kv_layers[0]
+            return backend.make_decode_graph_state(
+                num_rows, kv_layer, model.attention_specs, inputs.page_indices
+            )
+
+        with torch.inference_mode():
+            return DecodeGraphs(setup.decode_graph_sizes, make_step, make_attention, self._run_decode)

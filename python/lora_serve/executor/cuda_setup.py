@@ -1,0 +1,177 @@
+"""Fills a CUDA device: model, adapter arena, and with the rest of its share the KV pages."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from lora_serve.common.config import EngineConfig
+from lora_serve.common.errors import InvalidArgumentError
+from lora_serve.common.stage_log import log_stage
+from lora_serve.executor.kv_tensors import (
+    allocate_kv_pool,
+    choose_max_model_len,
+    choose_num_device_pages,
+    choose_num_host_pages,
+    kv_layers_of,
+)
+from lora_serve.executor.model_setup import load_configured_model, make_adapter_memory
+from lora_serve.executor.transfers import PageTransfers, make_page_transfers
+from lora_serve.kernels import LoRAMetadata, build_lora_metadata
+from lora_serve.kernels.triton_lora_linear import warm_up_token_counts
+from lora_serve.layers.attention import KVLayer
+from lora_serve.layers.step_context import AttentionMetadata, StepContext
+from lora_serve.lora.manager import LoRAManager
+from lora_serve.models.decoder import DecoderModel
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(eq=False)
+class CudaSetup:
+    """What a CUDA executor works with.
+
+    Parameters
+    ----------
+    device : torch.device
+        With its index.
+    model : DecoderModel
+        Its weights filled.
+    lora : LoRAManager
+        The adapter memory.
+    kv_layers : list of KVLayer
+        The device's pages.
+    transfers : PageTransfers
+        Copies between the tiers.
+    num_device_pages, num_host_pages : int
+        KV pages of each tier.
+    max_model_len : int
+        Longest prompt plus answer in tokens.
+    decode_graph_sizes : tuple of int
+        Padded batch sizes to capture decode steps for, ascending; empty = none.
+    """
+
+    device: torch.device
+    model: DecoderModel
+    lora: LoRAManager
+    kv_layers: list[KVLayer]
+    transfers: PageTransfers
+    num_device_pages: int
+    num_host_pages: int
+    max_model_len: int
+    decode_graph_sizes: tuple[int, ...]
+
+    def close(self) -> None:
+        """Free the adapter memory and the KV pages of both tiers; no step may run."""
+        self.lora.close()
+        self.transfers.close()
+        self.kv_layers = []
+
+
+def set_up_cuda(config: EngineConfig) -> CudaSetup:
+    """Load the model and take the device's memory.
+
+    Raises
+    ------
+    InvalidArgumentError
+        There is no such device; the model cannot be loaded; it, the adapters and one request do not fit the
+        device's share; or the machine does not give the host's memory.
+    """
+    device = _find_device(config.device)
+    with log_stage(logger, "model"):
+        model = load_configured_model(config)
+        torch.cuda.synchronize(device)
+    with log_stage(logger, "adapter memory"):
+        lora = make_adapter_memory(config, model)
+    with log_stage(logger, "profiling run"):
+        free_bytes = _measure_free_bytes(config, model)
+    num_device_pages = choose_num_device_pages(config, model.config, free_bytes)
+    num_host_pages = choose_num_host_pages(config, model.config)
+    max_model_len = choose_max_model_len(config, model.config, num_device_pages)
+    with log_stage(logger, "KV pages"):
+        pool = allocate_kv_pool(model.config, num_device_pages, config.page_size, device)
+        transfers = make_page_transfers(pool, num_host_pages)
+    logger.info(
+        "%d KV pages of %d tokens on the device, %d on the host; requests of up to %d tokens",
+        num_device_pages,
+        config.page_size,
+        num_host_pages,
+        max_model_len,
+    )
+    return CudaSetup(
+        device=device,
+        model=model,
+        lora=lora,
+        kv_layers=kv_layers_of(pool),
+        transfers=transfers,
+        num_device_pages=num_device_pages,
+        num_host_pages=num_host_pages,
+        max_model_len=max_model_len,
+        decode_graph_sizes=config.chosen_cuda_graph_sizes if model.attention_backend.supports_graphs else (),
+    )
+
+
+def _find_device(name: str) -> torch.device:
+    if not torch.cuda.is_available():
+        raise InvalidArgumentError(
+            f"device is {name!r} but torch finds no CUDA device; use --device cpu, or a torch built for CUDA"
+        )
+    device = torch.device(name)
+    index = torch.cuda.current_device() if device.index is None else device.index
+    if index >= torch.cuda.device_count():
+        raise InvalidArgumentError(
+            f"device is {name!r} but this machine has {torch.cuda.device_count()} CUDA devices"
+        )
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)
+
+
+def _measure_free_bytes(config: EngineConfig, model: DecoderModel) -> int:
+    """What the device's share has left once the largest step has run; below 0 = it takes more.
+
+    The allocator keeps what that step took, so whatever else uses the device counts, too. Smaller steps run
+    first: together they compile every kernel that a step with adapters may need.
+    """
+    with torch.inference_mode():
+        for num_tokens in warm_up_token_counts(config.max_num_batched_tokens):
+            _run_step(config, model, num_tokens)
+    torch.cuda.synchronize(model.device)
+    free_bytes, total_bytes = torch.cuda.mem_get_info(model.device)
+    return free_bytes - int(total_bytes * (1 - config.gpu_memory_utilization))
+
+
+def _run_step(config: EngineConfig, model: DecoderModel, num_tokens: int) -> None:
+    """One prefill with adapters, on one page that is read again and again. What it computes means nothing."""
+    device, page_size = model.device, config.page_size
+    num_pages = -(-num_tokens // page_size)
+    kv_layers = kv_layers_of(allocate_kv_pool(model.config, 1, page_size, device))
+
+    def filled(value: int, *shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
+        return torch.full(shape, value, dtype=dtype, device=device)
+
+    def all_of_one_adapter(num_rows: int) -> LoRAMetadata:
+        return build_lora_metadata(torch.zeros(num_rows, dtype=torch.int32), config.max_loras, device=device)
+
+    attention = AttentionMetadata(
+        query_start_loc=torch.tensor([0, num_tokens], dtype=torch.int32, device=device),
+        num_computed_tokens=filled(0, 1),
+        seq_lens=filled(num_tokens, 1),
+        page_table=filled(0, 1, num_pages),
+        host_query_lens=[num_tokens],
+        host_seq_lens=[num_tokens],
+        page_indices=filled(0, num_pages),
+        host_page_indptr=np.array([0, num_pages], dtype=np.int32),
+    )
+    context = StepContext(
+        positions=filled(0, num_tokens, dtype=torch.int64),
+        slot_mapping=filled(-1, num_tokens, dtype=torch.int64),
+        lora=all_of_one_adapter(num_tokens),
+    )
+    token_ids = filled(0, num_tokens, dtype=torch.int64)
+    hidden = model.forward(token_ids, context, kv_layers, model.plan_attention(attention, kv_layers))
+    sampled = hidden[: config.max_num_seqs]
+    logits = model.compute_logits(sampled, all_of_one_adapter(len(sampled)))
+    logits.softmax(dim=-1)  # As when every row is sampled by its parameters.

@@ -1,0 +1,102 @@
+"""The one place that imports triton; the kernel files take it from here.
+
+In a kernel every argument is annotated ``tl.tensor`` (tensors come as the address of their first element,
+numbers as blocks of one) or ``tl.constexpr``: the compiler looks annotations up, so they must be names of
+triton's.
+
+A machine without CUDA needs no triton: a kernel file is imported only where it is about to be launched.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, overload
+
+import torch
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError as error:
+    raise ImportError(
+        f"lora_serve's CUDA kernels need triton >= 3.6, which cannot be imported ({error}): "
+        "pip install 'lora-serve[cuda]'"
+    ) from error
+
+__all__ = [
+    "begin_early",
+    "ceil_div",
+    "early_launch",
+    "jit",
+    "launches_early",
+    "next_power_of_2",
+    "set_early_launches",
+    "tl",
+]
+
+_is_early = True
+
+
+@overload
+def jit(function: Callable[..., Any]) -> Any: ...
+@overload
+def jit(*, do_not_specialize: Sequence[str]) -> Callable[[Callable[..., Any]], Any]: ...
+def jit(function: Callable[..., Any] | None = None, *, do_not_specialize: Sequence[str] = ()) -> Any:
+    """Make a function a kernel, or a part of kernels: ``triton.jit`` with types.
+
+    Parameters
+    ----------
+    function
+        The kernel.
+    do_not_specialize
+        Integers whose value, and tensors whose alignment, differ from step to step. All others are compiled
+        anew for the value 1, multiples of 16 and addresses at multiples of 16, which makes rows fast to read,
+        and would make the first request of a new size wait.
+    """
+    if function is None:
+        names = list(do_not_specialize)
+        return triton.jit(do_not_specialize=names, do_not_specialize_on_alignment=names)
+    return triton.jit(function)
+
+
+def ceil_div(numerator: int, denominator: int) -> int:
+    """Quotient rounded up; both positive."""
+    return -(-numerator // denominator)
+
+
+def next_power_of_2(number: int) -> int:
+    """The smallest power of two that is not below `number` (>= 1)."""
+    return 1 << (number - 1).bit_length()
+
+
+@jit
+def begin_early(EARLY: tl.constexpr) -> None:
+    """Let the next kernel start, and wait for the one before; ahead of everything that another kernel writes.
+
+    A kernel that is launched early must wait: the next one takes its end for the end of all before it.
+    """
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+
+
+def set_early_launches(is_early: bool) -> None:
+    """Allow or forbid early launches, for all threads of the process."""
+    global _is_early
+    _is_early = is_early
+
+
+def launches_early(x: torch.Tensor) -> bool:
+    """Whether kernels on the tensor's device are launched before the kernel ahead of them has ended."""
+    return _is_early and x.is_cuda and _can_launch_early(x.device)
+
+
+def early_launch(x: torch.Tensor) -> dict[str, Any]:
+    """Give the arguments of a launch for `begin_early`."""
+    return {"EARLY": True, "launch_pdl": True} if launches_early(x) else {"EARLY": False}
+
+
+@functools.cache
+def _can_launch_early(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device) >= (9, 0)

@@ -1,0 +1,98 @@
+"""The gated activation between the two halves of an MLP on CUDA.
+
+Semantics
+---------
+For token t and feature i of I::
+
+    y[t, i] = round(round(silu(gate_up[t, i])) * gate_up[t, I + i])        silu(g) = g / (1 + exp(-g))
+
+`round` is to the dtype of gate_up: silu, computed in fp32, is rounded before the product, as torch does for
+``silu(gate) * up``.
+
+Layout: rows of 2 I neighbouring elements with any distance between rows. Grid: (tokens, blocks of features).
+No token: nothing is launched. Tokens do not see each other, so padded ones need no care.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lora_serve.kernels._triton import begin_early, ceil_div, early_launch, jit, tl
+
+_BLOCK = 1024
+_NUM_WARPS = 4
+
+
+@jit
+def _silu_mul_kernel(
+    gate_up: tl.tensor,
+    out: tl.tensor,
+    gate_up_stride: tl.tensor,
+    out_stride: tl.tensor,
+    I: tl.constexpr,  # noqa: E741
+    BLOCK: tl.constexpr,
+    EARLY: tl.constexpr,
+) -> None:
+    t = tl.program_id(0).to(tl.int64)
+    i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = i < I
+    row = gate_up + t * gate_up_stride + i
+    begin_early(EARLY)
+    gate = tl.load(row, mask=mask, other=0.0)
+    up = tl.load(row + I, mask=mask, other=0.0)
+    wide = gate.to(tl.float32)
+    silu = (wide / (1.0 + tl.exp(-wide))).to(gate.dtype)
+    product = (silu.to(tl.float32) * up.to(tl.float32)).to(gate.dtype)
+    tl.store(out + t * out_stride + i, product, mask=mask)
+
+
+def silu_mul(gate_up: Tensor, out: Tensor | None = None) -> Tensor:
+    """``silu(gate) * up`` for gate and up side by side.
+
+    Parameters
+    ----------
+    gate_up
+        [T, 2 I] on CUDA, fp32, fp16 or bf16; neighbouring elements of a row lie side by side.
+    out
+        [T, I], the dtype of ``gate_up``. None = a new tensor.
+
+    Returns
+    -------
+    Tensor
+        ``out``, or [T, I] contiguous.
+
+    Raises
+    ------
+    ValueError
+        Shapes, dtypes or strides are not these.
+
+    Notes
+    -----
+    Runs on the current stream.
+    """
+    if gate_up.dim() != 2 or gate_up.shape[1] % 2 or gate_up.stride(1) != 1:
+        raise ValueError(
+            f"gate_up is {tuple(gate_up.shape)} with strides {gate_up.stride()}, expected [T, 2 I] with a "
+            "contiguous last axis"
+        )
+    num_tokens, size = gate_up.shape[0], gate_up.shape[1] // 2
+    if out is None:
+        out = torch.empty((num_tokens, size), dtype=gate_up.dtype, device=gate_up.device)
+    elif out.shape != (num_tokens, size) or out.dtype != gate_up.dtype or out.stride(1) != 1:
+        raise ValueError(
+            f"out is {tuple(out.shape)} {out.dtype} with strides {out.stride()}, expected "
+            f"{(num_tokens, size)} {gate_up.dtype} with a contiguous last axis"
+        )
+    if num_tokens and size:
+        _silu_mul_kernel[(num_tokens, ceil_div(size, _BLOCK))](
+            gate_up,
+            out,
+            gate_up.stride(0),
+            out.stride(0),
+            I=size,
+            BLOCK=_BLOCK,
+            num_warps=_NUM_WARPS,
+            **early_launch(gate_up),
+        )
+    return out

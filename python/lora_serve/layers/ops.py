@@ -1,0 +1,208 @@
+"""The element-wise operations of a decoder, each of which exists twice: in torch and as CUDA kernels.
+
+This is the only place that chooses. Tensors on the CPU go to :mod:`lora_serve.layers.torch_ops`, tensors on
+CUDA to Triton kernels, which are imported with the first of them. The kernels round less often than torch in
+16-bit types, so the two agree up to rounding. Inside :func:`torch_ops_only` everything goes to torch: to
+debug a kernel, or to test it.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from lora_serve.layers import torch_ops
+from lora_serve.layers.attention import KVLayer
+from lora_serve.layers.step_context import StepContext
+
+
+class HeadNorms(NamedTuple):
+    """The norms of single heads before the rotation.
+
+    Parameters
+    ----------
+    q_weight, k_weight
+        [D], of queries and of keys.
+    eps
+        Added to the mean square.
+    """
+
+    q_weight: Tensor
+    k_weight: Tensor
+    eps: float
+
+
+class _Ops(NamedTuple):
+    rms_norm: Callable[[Tensor, Tensor, float], Tensor]
+    add_rms_norm: Callable[[Tensor, Tensor, Tensor, float], Tensor]
+    norm_rotary_store: Callable[
+        [Tensor, Tensor, Tensor, Tensor, KVLayer, Tensor | None, Tensor | None, float], Tensor
+    ]
+    silu_mul: Callable[[Tensor], Tensor]
+    linear: Callable[[Tensor, Tensor, Tensor | None], Tensor] = F.linear
+
+
+_TORCH_OPS = _Ops(torch_ops.rms_norm, torch_ops.add_rms_norm, torch_ops.norm_rotary_store, torch_ops.silu_mul)
+_torch_only = False
+
+
+@functools.cache
+def _triton_ops() -> _Ops:
+    from lora_serve.kernels import rotary_store
+    from lora_serve.kernels._triton import launches_early
+    from lora_serve.kernels.rms_norm import add_rms_norm, rms_norm
+    from lora_serve.kernels.silu_mul import silu_mul
+    from lora_serve.kernels.skinny_linear import skinny_linear, tuned_launch
+
+    def norm_rotary_store(
+        qkv: Tensor,
+        positions: Tensor,
+        cos_sin: Tensor,
+        slot_mapping: Tensor,
+        kv_layer: KVLayer,
+        q_weight: Tensor | None,
+        k_weight: Tensor | None,
+        eps: float,
+    ) -> Tensor:
+        return rotary_store.norm_rotary_store(
+            qkv, positions, cos_sin, slot_mapping, kv_layer.k, kv_layer.v, q_weight, k_weight, eps
+        )
+
+    def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        launch = tuned_launch(len(x), weight)
+        if launch is None:
+            return F.linear(x, weight, bias)
+        return skinny_linear(x, weight, bias, launch=launch, launches_early=launches_early(x))
+
+    return _Ops(rms_norm, add_rms_norm, norm_rotary_store, silu_mul, linear)
+
+
+def _ops_of(x: Tensor) -> _Ops:
+    return _triton_ops() if x.is_cuda and not _torch_only else _TORCH_OPS
+
+
+@contextmanager
+def torch_ops_only() -> Iterator[None]:
+    """Compute with torch on every device until the block ends; for all threads of the process."""
+    global _torch_only
+    before, _torch_only = _torch_only, True
+    try:
+        yield
+    finally:
+        _torch_only = before
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Normalise the last axis: ``weight * x / sqrt(mean(x^2) + eps)``, mean and division in fp32.
+
+    Parameters
+    ----------
+    x
+        [T, H]; any strides of rows.
+    weight
+        [H] of the dtype of ``x``.
+    eps
+        Added to the mean square.
+
+    Returns
+    -------
+    Tensor
+        [T, H], contiguous, the dtype of ``x``, to which the quotient is rounded before the weight.
+    """
+    return _ops_of(x).rms_norm(x, weight, eps)
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Add to the residual stream in place, and normalise the sum.
+
+    Parameters
+    ----------
+    x
+        [T, H]: what a part of the model adds.
+    residual
+        [T, H], contiguous; becomes ``x + residual``, rounded to its dtype.
+    weight, eps
+        As for :func:`rms_norm`.
+
+    Returns
+    -------
+    Tensor
+        [T, H], contiguous: the norm of the rounded sum.
+    """
+    return _ops_of(x).add_rms_norm(x, residual, weight, eps)
+
+
+def norm_rotary_store(
+    qkv: Tensor, ctx: StepContext, cos_sin: Tensor, kv_layer: KVLayer, head_norms: HeadNorms | None
+) -> Tensor:
+    """Make queries, keys and values of a step ready for attention.
+
+    Heads of queries and keys are normalised (where the model does that) and turned by their positions; keys
+    and values are stored in their pages.
+
+    Parameters
+    ----------
+    qkv
+        [T, (heads + 2 kv_heads) * D], contiguous: queries, keys and values side by side. Not to be read
+        afterwards: the result may lie in it.
+    ctx
+        The step's positions, in [0, max_positions), and slot mapping.
+    cos_sin
+        [max_positions, D] float32: cosines of the D/2 planes, then sines.
+    kv_layer
+        The layer's pages, written at the slot mapping.
+    head_norms
+        None = the model has none.
+
+    Returns
+    -------
+    Tensor
+        [T, heads, D] of the dtype of ``qkv``; the last axis is contiguous.
+    """
+    q_weight, k_weight, eps = (None, None, 0.0) if head_norms is None else head_norms
+    op = _ops_of(qkv).norm_rotary_store
+    return op(qkv, ctx.positions, cos_sin, ctx.slot_mapping, kv_layer, q_weight, k_weight, eps)
+
+
+def silu_mul(gate_up: Tensor) -> Tensor:
+    """Give ``silu(gate) * up``; the silu is rounded to the dtype before the product.
+
+    Parameters
+    ----------
+    gate_up
+        [T, 2 I], contiguous: gate, then up.
+
+    Returns
+    -------
+    Tensor
+        [T, I], contiguous.
+    """
+    return _ops_of(gate_up).silu_mul(gate_up)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Give ``x W^T + b``.
+
+    Where a kernel of ours was measured to be faster on this GPU, for this shape and number of rows, it is
+    taken; the vendor's library otherwise.
+
+    Parameters
+    ----------
+    x
+        [T, H]; the last axis is contiguous.
+    weight
+        [O, H] of the dtype of ``x``.
+    bias
+        [O] of the dtype of ``x``, or None.
+
+    Returns
+    -------
+    Tensor
+        [T, O], contiguous.
+    """
+    return _ops_of(x).linear(x, weight, bias)

@@ -1,0 +1,15 @@
+"""Set before any test module is imported."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import torch
+
+# Without a GPU, Triton's kernels run in its interpreter, which must be chosen before triton is imported.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# A shell that starts the tests in the background has interrupts ignored, also in processes that tests start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
