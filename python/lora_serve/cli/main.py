@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from lora_serve.cli import adapter_check, serve
+from lora_serve.cli.bench import commands as bench
 from lora_serve.common.errors import LoraServeError
 
 
@@ -26,6 +27,7 @@ def make_parser() -> argparse.ArgumentParser:
     serve.add_arguments(serve_parser)
     serve_parser.set_defaults(command=serve.main)
     _add_adapter_commands(commands.add_parser("adapter", help="look at adapters, without a server"))
+    bench.add_commands(commands.add_parser("bench", help="how fast the engine is, without a server"))
     demo_parser = commands.add_parser("demo", help="serve a small model with four adapters and ask them")
     demo.add_arguments(demo_parser)
     demo_parser.set_defaults(command=demo.main)

@@ -9,13 +9,16 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import TYPE_CHECKING
 
 from lora_serve.common.errors import LoraServeError
 from lora_serve.demo.paths import DemoPaths, demo_paths
 from lora_serve.demo.prompts import BASE_MODEL, PROJECTS, password_question
-from lora_serve.demo.report import curl_lines, find_mistakes, format_table
-from lora_serve.demo.rounds import ask_all
-from lora_serve.demo.server_process import ServerProcess, free_port
+
+if TYPE_CHECKING:
+    from lora_serve.demo.server_process import ServerProcess
+
+# What needs an HTTP client is imported when the demo runs: the other commands work without one.
 
 PAGE_SIZE = 16
 KV_MEMORY_GB = 0.25
@@ -56,6 +59,8 @@ def main(args: argparse.Namespace) -> int:
             adapters = {name: str(path) for name, path in paths.adapters.items()}
             print(json.dumps({"model": str(paths.model), "adapters": adapters}, indent=2))
             return 0
+        from lora_serve.demo.server_process import free_port
+
         with terminate_like_interrupt():
             return _serve_and_ask(paths, args.port or free_port(), once=args.once)
     except LoraServeError as error:
@@ -83,6 +88,10 @@ def serve_arguments(paths: DemoPaths) -> list[str]:
 
 
 def _serve_and_ask(paths: DemoPaths, port: int, *, once: bool) -> int:
+    from lora_serve.demo.report import curl_lines, find_mistakes, format_table
+    from lora_serve.demo.rounds import ask_all
+    from lora_serve.demo.server_process import ServerProcess
+
     _say(f"starting a server with the base model '{BASE_MODEL}' and the adapters {', '.join(PROJECTS)} ...")
     with ServerProcess(serve_arguments(paths), port) as server:
         num_requests = (1 + len(PROJECTS)) * len(PROJECTS)
