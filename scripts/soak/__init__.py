@@ -1,0 +1,1 @@
+"""The parts of the engine's soak test, `scripts/soak_cuda.py`."""
