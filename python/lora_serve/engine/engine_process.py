@@ -40,6 +40,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+LAST_LINES_S = 1.0
+"""How long the last lines of the log may take when the process ends by itself."""
 STALLED_POLL_MS = 1
 """Sleep after a step that could do nothing although the scheduler has work: never a busy loop."""
 SWITCH_INTERVAL_S = 5e-4
@@ -215,6 +217,9 @@ def _end_with_parent(parent: socket.socket) -> None:
     """Block until the other end of the pair is closed, which the system does when the parent ends."""
     parent.recv(1)
     logger.error("the process that started the engine has ended; so does the engine")
+    timer = threading.Timer(LAST_LINES_S, os._exit, [1])  # Where nobody empties the pipe behind the log.
+    timer.daemon = True
+    timer.start()
     logging.shutdown()  # Writes it.
     os._exit(1)
 

@@ -27,6 +27,7 @@ class LoopLogHandler(logging.handlers.QueueHandler):
     def __init__(self, stream: TextIO, line_format: str) -> None:
         lines: SimpleQueue[Any] = SimpleQueue()
         super().__init__(lines)
+        self.setFormatter(logging.Formatter("%(message)s"))  # The writer's adds the rest, once.
         writer = logging.StreamHandler(stream)
         writer.setFormatter(logging.Formatter(line_format))
         self._writer: logging.handlers.QueueListener | None = logging.handlers.QueueListener(lines, writer)

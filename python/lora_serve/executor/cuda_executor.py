@@ -145,8 +145,12 @@ class CudaExecutor:
                 raise self._error
             with torch.inference_mode():
                 self._begin(pending)
-        except BaseException as error:  # For `collect`, in its turn; no plan runs from here on.
+        except Exception as error:  # For `collect`, in its turn; no plan runs from here on.
             self._error = pending.error = error
+        except BaseException as error:  # Ctrl-C: nobody knows how much has been submitted.
+            interrupted = InternalError(f"plan {plan.plan_id} was interrupted: {error!r}")
+            self._error = pending.error = interrupted
+            raise
 
     def collect(self) -> ExecutionResult:
         """Wait for the oldest plan on its way; see `Executor.collect`."""
@@ -190,11 +194,13 @@ class CudaExecutor:
             return
         self._is_closed = True
         self._pending.clear()
-        if self._setup.device.type == "cuda":
-            torch.cuda.synchronize(self._setup.device)
-        self._graphs = None
-        self._kv_layers = []
-        self._setup.close()
+        try:
+            if self._setup.device.type == "cuda":
+                torch.cuda.synchronize(self._setup.device)
+        finally:  # Also on a device that has failed.
+            self._graphs = None
+            self._kv_layers = []
+            self._setup.close()
 
     # --- One step -----------------------------------------------------------------------------------------
 

@@ -58,7 +58,7 @@ class DecodeGraphs:
         run_step: RunStep,
     ) -> None:
         self._graphs: dict[tuple[int, bool], _Graph] = {}
-        self._attention = {size: make_attention(size) for size in sizes}
+        self._attention = {size: make_attention(size) for size in reversed(sizes)}
         begin = time.perf_counter()
         pool = torch.cuda.graph_pool_handle()
         # The largest first: the smaller ones then find room in what it has taken.

@@ -56,6 +56,7 @@ def fill_prompt_logprobs(
     next chunk. Logits are computed for at most 256 positions at a time.
     """
     row_errors: dict[int, str] = {}
+    max_loras = len(plan.active_lora_ids) - 1  # As in every step: another number would be another kernel.
     for row, state in enumerate(states):
         if state.prompt_logprobs is None:
             continue
@@ -67,7 +68,7 @@ def fill_prompt_logprobs(
             piece = positions[first : first + _MAX_LOGIT_ROWS]
             index = torch.tensor([offset + p for p in piece], device=hidden.device)
             slots = torch.full((len(piece),), int(plan.adapter_slots[row]), dtype=torch.int32)
-            lora = build_lora_metadata(slots, max_loras=1, device=hidden.device)
+            lora = build_lora_metadata(slots, max_loras, device=hidden.device)
             if not _fill(state, piece, compute_logits(hidden[index], lora)):
                 row_errors[row] = "the model's logits of a prompt token are not finite"
                 break

@@ -21,7 +21,7 @@ _OUTPUT_TOKENS = 4
 _PARAMS = (
     SamplingParams(temperature=0.0, ignore_eos=True),
     SamplingParams(temperature=1.0, top_p=0.9, top_k=40, min_p=0.01, ignore_eos=True),
-    SamplingParams(temperature=1.0, presence_penalty=0.5, logprobs=1, ignore_eos=True),
+    SamplingParams(temperature=1.0, top_p=0.9, top_k=40, presence_penalty=0.5, logprobs=1, ignore_eos=True),
 )
 
 

@@ -39,7 +39,7 @@ def add_linear(y: Tensor, x: Tensor, table: LoRALayerTable, metadata: LoRAMetada
     layer = _LayerStep.of(table, metadata)
     if layer.max_rank:
         v = _shrink_rows(x.index_select(0, layer.rows), layer, y.dtype)
-        _add(y, _expand_rows(v, layer), layer)
+        _add(y[:, : table.out_features], _expand_rows(v, layer), layer)
 
 
 def add_embedding(y: Tensor, token_ids: Tensor, table: LoRALayerTable, metadata: LoRAMetadata) -> None:
@@ -47,7 +47,7 @@ def add_embedding(y: Tensor, token_ids: Tensor, table: LoRALayerTable, metadata:
     layer = _LayerStep.of(table, metadata)
     if layer.max_rank:
         v = _look_up_rows(token_ids.index_select(0, layer.rows), layer, y.dtype)
-        _add(y, _expand_rows(v, layer), layer)
+        _add(y[:, : table.out_features], _expand_rows(v, layer), layer)
 
 
 def shrink(x: Tensor, table: LoRALayerTable, metadata: LoRAMetadata, dtype: torch.dtype) -> Tensor:

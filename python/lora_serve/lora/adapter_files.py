@@ -6,6 +6,7 @@ at all, because unpickling runs code.
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import stat
@@ -245,7 +246,8 @@ def _fail_to_read(name: str, problems: LoadProblems, error: OSError) -> NoReturn
     try:
         problems.fail(f"{name}: {error.strerror}")
     except AdapterProblemsError as found:
-        if isinstance(error, FileNotFoundError):  # Removed since it was looked for.
+        # Removed since it was looked for, or replaced by a link.
+        if isinstance(error, FileNotFoundError | NotADirectoryError) or error.errno == errno.ELOOP:
             raise
         raise UnreadableFileError(str(found), found.problems) from error
 

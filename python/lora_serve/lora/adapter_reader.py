@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 from lora_serve.common.errors import AdapterConflictError, InvalidArgumentError, LoraServeError
 from lora_serve.layers.linear import LoRATarget
@@ -21,6 +22,9 @@ from lora_serve.lora.peft_adapter import check_peft_adapter
 from lora_serve.lora.peft_modules import AdapterLimits
 from lora_serve.lora.peft_reader import read_into
 from lora_serve.lora.sources import AdapterFolder, AdapterSources
+
+if TYPE_CHECKING:
+    from lora_serve.lora.device_adapters import DeviceDescription
 
 NUM_READ_THREADS = 8
 """Threads that read the tensors of all adapters, at most; one core is left to the step loop."""
@@ -47,6 +51,8 @@ class HostAdapter:
     load_ms
         How long each stage of the load took: "locate" (a download, perhaps), "check", "room" (waiting for
         host memory), "read".
+    description
+        What its layout means on the device, where that was worked out already.
     """
 
     folder: AdapterFolder
@@ -54,6 +60,7 @@ class HostAdapter:
     content_digest: str
     block: HostBlock | None
     load_ms: Mapping[str, float]
+    description: DeviceDescription | None = None
 
     def __enter__(self) -> HostAdapter:
         return self
@@ -253,11 +260,9 @@ class AdapterReader:
         """
 
         def take_room(found: AdapterLayout, is_over: Callable[[], bool]) -> HostBlock:
-            if room is None:
-                return self._reserve(found, is_over)
             if found != layout:
                 raise _changed(folder, content_digest, "holds other modules, ranks or scalings")
-            return room
+            return self._reserve(found, is_over) if room is None else room
 
         try:
             adapter = self._read_same(folder, content_digest, is_cancelled, take_room)

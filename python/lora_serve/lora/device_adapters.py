@@ -26,14 +26,29 @@ NUM_SLOTS = 2 * MAX_RESIDENT_ADAPTERS
 its bytes when that plan is made."""
 
 
+@dataclass(frozen=True, eq=False)
+class DeviceDescription:
+    """What an adapter's layout means for the tables, whatever its slot and place.
+
+    Parameters
+    ----------
+    row
+        Of the tables, as with the adapter's block at the arena's start.
+    adapts_more
+        It changes more than the decoder's layers.
+    """
+
+    row: Tensor
+    adapts_more: bool
+
+
 @dataclass(eq=False)
 class _Resident:
     """One adapter that has a slot."""
 
     slot: int
     extent: DeviceExtent
-    row: Tensor  # of the tables, as with its extent at the arena's start
-    adapts_more: bool  # than the decoder's layers
+    description: DeviceDescription
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,7 +69,8 @@ class DeviceAdapters:
     Invariants: an adapter has at most one slot and a slot at most one adapter; the tables have rows for
     exactly those; a row is written when its bytes are there or on their way ahead
     of the steps that follow.
-    Threads: one, the one that runs the steps, between two of them; any for `release_blocks`, `slots`, `in`.
+    Threads: one, the one that runs the steps, between two of them; any for `describe`, `remember`,
+    `forget_description`, `release_blocks`, `slots`, `in`.
     Nothing here waits for a CUDA device.
 
     Parameters
@@ -99,7 +115,7 @@ class DeviceAdapters:
         )
         for index, layer in enumerate(self._layers):
             layer.bind(self._arena.buffer.view(dtype), self._tables, index)
-        self._rows: dict[int, Tensor] = {}  # Made once, because it takes a millisecond.
+        self._descriptions: dict[int, DeviceDescription] = {}
         self._residents: dict[int, _Resident] = {}
         # By slot; the last entry is that of rows without an adapter, whose slot is -1.
         self._adapts_more = np.zeros(NUM_SLOTS + 1, dtype=np.bool_)
@@ -140,6 +156,29 @@ class DeviceAdapters:
         """
         return max(align(num_bytes, BLOCK_ALIGNMENT), self._min_charge)
 
+    def describe(self, layout: AdapterLayout) -> DeviceDescription:
+        """Work out what a layout means for the tables, which takes a millisecond; from any thread."""
+        size = self._dtype.itemsize
+        places = []
+        adapts_more = False
+        for module in layout.modules:
+            target = self._targets[module.module]
+            adapts_more |= target.kind is not LoRAKind.LINEAR
+            layer = self._layer_of[id(target.table)]
+            a_offset, b_offset = module.a_offset // size, module.b_offset // size
+            places.append(
+                ModulePlace(layer, target.slice_index, a_offset, b_offset, module.lora_rank, module.scaling)
+            )
+        return DeviceDescription(self._tables.make_row(places), adapts_more)
+
+    def remember(self, adapter_id: int, description: DeviceDescription) -> None:
+        """Keep an adapter's description, so that a load need not work it out; from any thread."""
+        self._descriptions[adapter_id] = description
+
+    def forget_description(self, adapter_id: int) -> None:
+        """Drop the description of an adapter that does not come again; from any thread."""
+        self._descriptions.pop(adapter_id, None)
+
     def load(self, adapter_id: int, slot: int, layout: AdapterLayout, block: HostBlock) -> None:
         """Bring an adapter to the device, ready for every step that is submitted after this.
 
@@ -161,8 +200,9 @@ class DeviceAdapters:
         """
         try:
             self._check_free(adapter_id, slot)
-            if adapter_id not in self._rows:
-                self._rows[adapter_id] = self._make_row(layout)
+            description = self._descriptions.get(adapter_id)
+            if description is None:
+                description = self._descriptions[adapter_id] = self.describe(layout)
             extent = self._place(layout.num_bytes)
             try:
                 copy = self._arena.load(extent, block.tensor)
@@ -177,10 +217,7 @@ class DeviceAdapters:
             raise
         with self._arriving_lock:
             self._arriving.append(_Arriving(adapter_id, copy, block))
-        adapts_more = any(
-            self._targets[module.module].kind is not LoRAKind.LINEAR for module in layout.modules
-        )
-        resident = _Resident(slot, extent, self._rows[adapter_id], adapts_more)
+        resident = _Resident(slot, extent, description)
         self._residents[adapter_id] = resident
         self._write(resident)
 
@@ -240,7 +277,7 @@ class DeviceAdapters:
         """Take an adapter off the device if it is there; it will not come again."""
         if adapter_id in self._residents:
             self.evict(adapter_id)
-        self._rows.pop(adapter_id, None)
+        self.forget_description(adapter_id)
 
     def __contains__(self, adapter_id: int) -> bool:
         """Whether the adapter has a slot."""
@@ -275,25 +312,12 @@ class DeviceAdapters:
         assert placement.extent is not None  # Loads were joined, so that none stood in the way.
         return placement.extent
 
-    def _make_row(self, layout: AdapterLayout) -> Tensor:
-        """The adapter's row of the tables as with its extent at the arena's start."""
-        size = self._dtype.itemsize
-        places = []
-        for module in layout.modules:
-            target = self._targets[module.module]
-            layer = self._layer_of[id(target.table)]
-            a_offset, b_offset = module.a_offset // size, module.b_offset // size
-            places.append(
-                ModulePlace(layer, target.slice_index, a_offset, b_offset, module.lora_rank, module.scaling)
-            )
-        return self._tables.make_row(places)
-
     def _write(self, resident: _Resident) -> None:
         """Let the slot stand for the adapter at its present place, as a whole."""
         start = resident.extent.offset // self._dtype.itemsize
-        row = self._tables.row_at(resident.row, start)
+        row = self._tables.row_at(resident.description.row, start)
         self._copies.write_row(self._tables.rows[resident.slot], row)
-        self._adapts_more[resident.slot] = resident.adapts_more
+        self._adapts_more[resident.slot] = resident.description.adapts_more
 
     def _empty(self, slot: int) -> None:
         """Let the slot stand for no adapter."""

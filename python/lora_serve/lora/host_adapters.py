@@ -18,7 +18,9 @@ from lora_serve.lora.host_pool import HostPool
 from lora_serve.lora.sources import AdapterFolder
 
 NUM_LOADERS = 4
-"""Adapters that are read again at once."""
+"""Adapters that are read ahead at once."""
+NUM_WAITING_LOADERS = 4
+"""Threads beside those, for reads that plans wait for."""
 
 
 @dataclass
@@ -127,7 +129,9 @@ class HostAdapters:
         self._reader = reader
         self._pool = pool
         self._on_news = on_news
-        self._loaders = ThreadPoolExecutor(NUM_LOADERS, thread_name_prefix="lora-serve-loader")
+        self._loaders = ThreadPoolExecutor(
+            NUM_LOADERS + NUM_WAITING_LOADERS, thread_name_prefix="lora-serve-loader"
+        )
         self._records: dict[int, _Record] = {}
         self._reads: dict[int, _Read] = {}
 
@@ -253,6 +257,8 @@ class HostAdapters:
     def _read_ahead(self, line: AdapterLine, news: HostNews) -> list[int]:
         """Begin reads in the order of the line until one gets no room; who was evicted for them."""
         evicted: list[int] = []
+        if self._pool.has_waiters:
+            return evicted
         for adapter_id in line.adapters_to_stage():
             # What has failed now goes as soon as the caller has heard of it.
             is_done = adapter_id in self._reads or self._pool.contains(adapter_id)

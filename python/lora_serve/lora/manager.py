@@ -7,6 +7,7 @@ device that of the thread that runs the steps (:mod:`~lora_serve.lora.device_ada
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -172,7 +173,12 @@ class LoRAManager:
         self, path: str, name: str | None = None, is_cancelled: Callable[[], bool] = never
     ) -> HostAdapter:
         """Find, read and validate an adapter; see `AdapterReader.read`."""
-        return self._reader.read(path, name, is_cancelled)
+        adapter = self._reader.read(path, name, is_cancelled)
+        try:
+            return dataclasses.replace(adapter, description=self._device.describe(adapter.layout))
+        except BaseException:
+            adapter.release()
+            raise
 
     # --- The step loop ------------------------------------------------------------------------------------
 
@@ -197,10 +203,13 @@ class LoRAManager:
     def add(self, adapter_id: int, adapter: HostAdapter) -> None:
         """Remember an adapter until :meth:`remove`; see `HostAdapters.add`."""
         self._host.add(adapter_id, adapter)
+        if adapter.description is not None:
+            self._device.remember(adapter_id, adapter.description)
 
     def remove(self, adapter_id: int) -> None:
         """Forget an adapter that is not on the device; see `HostAdapters.remove`."""
         self._host.remove(adapter_id)
+        self._device.forget_description(adapter_id)
         self._awaited.discard(adapter_id)
         self._copy_ms.pop(adapter_id, None)
         with self._lock:

@@ -53,3 +53,18 @@ def test_exception_is_written_once_with_its_origin(logger):
     handler.close()
     assert stream.getvalue().startswith("a step failed\nTraceback")
     assert stream.getvalue().count("ValueError: bad") == 1
+
+
+def test_line_has_its_prefix_once_also_when_logging_is_set_up_with_the_handler():
+    stream = io.StringIO()
+    handler = LoopLogHandler(stream, "%(levelname)s %(message)s")
+    root = logging.getLogger()
+    before = root.handlers[:], root.level
+    try:
+        root.handlers = []
+        logging.basicConfig(level=logging.INFO, handlers=[handler])
+        logging.getLogger("somewhere").info("loaded %d", 3)
+    finally:
+        root.handlers[:], root.level = before
+    handler.close()
+    assert stream.getvalue() == "INFO loaded 3\n"

@@ -421,8 +421,8 @@ def test_read_that_a_plan_waits_for_takes_the_room_of_the_last_in_line(make_host
     assert (host.news.arrived, host.news.evicted) == ([1], [3])
 
 
-def test_read_ahead_that_never_began_gives_its_room_back_when_all_ends(make_host, hold_reads):
-    host = make_host(6)
+def test_read_that_a_plan_waits_for_begins_beside_reads_ahead_that_do_not_end(make_host, hold_reads):
+    host = make_host(host_adapters.NUM_LOADERS + 1)
     ids = range(1, host_adapters.NUM_LOADERS + 2)
     for adapter_id in ids:
         host.add(adapter_id)
@@ -431,8 +431,26 @@ def test_read_ahead_that_never_began_gives_its_room_back_when_all_ends(make_host
     host.line = Line(*ids[:-1])
     host.poll()
     wait_until(lambda: len(begun) == host_adapters.NUM_LOADERS)
-    for adapter_id in ids[:-1]:
-        host.adapters.remove(adapter_id)
+    host.adapters.stage(ids[-1])
+    wait_until(lambda: ids[-1] in begun)
+    gate.set()
+
+
+def test_read_ahead_that_never_began_gives_its_room_back_when_all_ends(make_host, hold_reads):
+    num_threads = host_adapters.NUM_LOADERS + host_adapters.NUM_WAITING_LOADERS
+    host = make_host(num_threads + 2)
+    ids = range(1, num_threads + 2)
+    for adapter_id in ids:
+        host.add(adapter_id)
+    host.evict_all()
+    begun, gate = hold_reads(host)
+    for first in range(0, num_threads, host_adapters.NUM_LOADERS):
+        wanted = ids[first : min(first + host_adapters.NUM_LOADERS, num_threads)]
+        host.line = Line(*wanted)
+        host.poll()
+        wait_until(lambda: set(wanted).issubset(begun))  # noqa: B023
+        for adapter_id in wanted:
+            host.adapters.remove(adapter_id)
     host.line = Line(ids[-1])
     host.poll()
     assert host.pool.snapshot().num_held_bytes == len(ids) * host.size

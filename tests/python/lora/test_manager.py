@@ -110,6 +110,19 @@ def test_changed_folder_fails_its_own_load_only(make_device_memory):
     memory.assert_holds({2: 1, 4: 3, 5: 0, 6: 2})
 
 
+def test_load_finds_the_adapter_described_by_the_thread_that_read_it(make_memory, monkeypatch):
+    """To describe an adapter of many modules takes a millisecond, which no step should pay."""
+    memory = make_memory()
+    memory.add(1)
+    memory.add(2)
+    monkeypatch.setattr(memory.device, "describe", lambda layout: pytest.fail("described in a step"))
+    assert memory.plan({1: 3, 2: 0}) == loaded(1, 2)
+    memory.assert_holds({1: 3, 2: 0})
+    memory.manager.evict(1)
+    assert memory.plan({1: 1}) == loaded(1)
+    memory.assert_holds({1: 1, 2: 0})
+
+
 def test_changed_folder_fails_a_read_ahead(make_memory):
     memory = make_memory()
     path = memory.add(1)
