@@ -8,7 +8,6 @@ host and wait: log probabilities of prompts, for their step; penalties, for the 
 
 from __future__ import annotations
 
-import logging
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -39,8 +38,6 @@ from lora_serve.scheduler import plan_layout
 if TYPE_CHECKING:
     from lora_serve.executor.cuda_setup import CudaSetup
     from lora_serve.scheduler import ExecutionPlan
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)

@@ -61,7 +61,7 @@ class DecodeGraphs:
         self._attention = {size: make_attention(size) for size in reversed(sizes)}
         begin = time.perf_counter()
         pool = torch.cuda.graph_pool_handle()
-        # The largest first: the smaller ones then find room in what it has taken.
+        # The largest first: the smaller ones work in what it has taken. Each keeps logits of its own.
         kinds = [(size, has_adapters) for has_adapters in (False, True) for size in reversed(sizes)]
         for size, has_adapters in tqdm(kinds, desc="Capturing decode graphs", unit="graph"):
             step, attention = make_step(size, has_adapters), self._attention[size]

@@ -21,6 +21,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from lora_serve.executor.last_tokens import NO_TOKEN
+from lora_serve.executor.pinned_buffers import PinnedBuffers
 from lora_serve.kernels import LoRAMetadata
 from lora_serve.kernels.host_copy import copy_small
 from lora_serve.kernels.step_inputs import apply_page_table_deltas, prepare_step
@@ -28,11 +30,6 @@ from lora_serve.layers.step_context import AttentionMetadata, HostLengths, StepC
 
 if TYPE_CHECKING:
     from lora_serve.scheduler import ExecutionPlan
-
-NO_TOKEN = -1
-"""In `last_tokens`: the row has sampled nothing."""
-FAILED = -2
-"""In `last_tokens` and in place of a sampled token: the row has failed."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,10 +109,8 @@ class DeviceInputs:
             return torch.zeros(shape, dtype=dtype, device=device)
 
         self._page_size = page_size
-        self._max_loras = max_loras
         self._needs_row_pages = needs_row_pages
-        self._staging = [torch.zeros(0, dtype=torch.int32) for _ in range(num_buffers)]
-        self._next_staging = 0
+        self._staging = PinnedBuffers(num_buffers, device)
         # Whatever deltas a plan has: each row's pages change at most as a whole.
         most_pages = (max_num_seqs + 1) * max_pages_per_row
         self._block = zeros(3 * max_num_tokens + 16 * max_num_seqs + 8 * max_loras + most_pages + 1024)
@@ -234,12 +229,7 @@ class DeviceInputs:
         """Copy the plan's block and its tail to the device in one piece."""
         num_entries = len(plan.block)
         total = num_entries + tail.num_entries
-        staging = self._staging[self._next_staging]
-        if len(staging) < total:
-            is_cuda = self._block.device.type == "cuda"
-            staging = torch.zeros(2 * total, dtype=torch.int32, pin_memory=is_cuda)
-            self._staging[self._next_staging] = staging
-        self._next_staging = (self._next_staging + 1) % len(self._staging)
+        staging = self._staging.take(total)
         array = staging.numpy()
         array[:num_entries] = plan.block
         tail.write(array[num_entries:total])

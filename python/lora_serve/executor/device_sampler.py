@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from lora_serve.common.sampling_params import SamplingParams
-from lora_serve.executor.device_inputs import FAILED
+from lora_serve.executor.last_tokens import FAILED
 from lora_serve.executor.logit_adjustments import apply_changes, collect_changes
 from lora_serve.executor.logprobs import gather_logprobs
+from lora_serve.executor.pinned_buffers import COPY_ALIGNMENT, PinnedBuffers
 from lora_serve.executor.sampling_state import SamplingState
 from lora_serve.executor.uniform_stream import seeded_uniforms
 from lora_serve.kernels.draw_token import draw_token
@@ -27,8 +28,6 @@ from lora_serve.kernels.greedy_sample import greedy_sample
 from lora_serve.kernels.host_copy import copy_small
 
 _TORCH_DTYPES = {"int32": torch.int32, "float32": torch.float32, "float64": torch.float64}
-_ALIGNMENT = 4
-"""In int32 numbers. The kernels would be compiled anew for addresses that are aligned otherwise."""
 
 
 class Uploads:
@@ -45,16 +44,15 @@ class Uploads:
 
     def __init__(self, num_buffers: int, device: torch.device) -> None:
         self._device = device
-        self._staging = [torch.zeros(0, dtype=torch.int32) for _ in range(num_buffers)]
-        self._next = 0
+        self._staging = PinnedBuffers(num_buffers, device)
 
     def upload(self, arrays: Sequence[npt.NDArray[np.generic]]) -> list[Tensor]:
         """Copy flat arrays of int32, float32 or float64, in the order of the current stream."""
         entries = [np.ascontiguousarray(array).view(np.int32) for array in arrays]
         starts = [0]
         for entry in entries:
-            starts.append(starts[-1] + -(-len(entry) // _ALIGNMENT) * _ALIGNMENT)
-        staging = self._take_staging(starts[-1])
+            starts.append(starts[-1] + -(-len(entry) // COPY_ALIGNMENT) * COPY_ALIGNMENT)
+        staging = self._staging.take(starts[-1])
         host = staging.numpy()
         for start, entry in zip(starts[:-1], entries, strict=True):
             host[start : start + len(entry)] = entry
@@ -64,15 +62,6 @@ class Uploads:
             block[start : start + len(entry)].view(_TORCH_DTYPES[array.dtype.name])
             for start, entry, array in zip(starts[:-1], entries, arrays, strict=True)
         ]
-
-    def _take_staging(self, num_entries: int) -> Tensor:
-        staging = self._staging[self._next]
-        if len(staging) < num_entries:
-            is_cuda = self._device.type == "cuda"
-            staging = torch.zeros(2 * num_entries, dtype=torch.int32, pin_memory=is_cuda)
-            self._staging[self._next] = staging
-        self._next = (self._next + 1) % len(self._staging)
-        return staging
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,10 @@ if TYPE_CHECKING:
 
 UNKNOWN = -1
 """In `token_ids` of a plan: the token that the row sampled last."""
-_NONE = -1
-_FAILED = -2
+NO_TOKEN = -1
+"""The last token of a row that has sampled nothing."""
+FAILED = -2
+"""The last token, or the sampled one, of a row that has failed."""
 
 
 class LastSampledTokens:
@@ -34,7 +36,7 @@ class LastSampledTokens:
     """
 
     def __init__(self, max_num_seqs: int) -> None:
-        self._tokens = np.full(max_num_seqs, _NONE, dtype=np.int64)
+        self._tokens = np.full(max_num_seqs, NO_TOKEN, dtype=np.int64)
 
     def fill(self, token_ids: Tensor | npt.NDArray[np.int64], plan: ExecutionPlan) -> list[int]:
         """Replace every -1 of a plan's input tokens.
@@ -67,14 +69,14 @@ class LastSampledTokens:
         row_ends = np.cumsum(plan.num_scheduled_tokens)
         rows = np.searchsorted(row_ends, unknown, side="right")
         tokens = self._tokens[plan.page_table_rows[rows]]
-        if (tokens == _NONE).any():
-            row = int(rows[tokens == _NONE][0])
+        if (tokens == NO_TOKEN).any():
+            row = int(rows[tokens == NO_TOKEN][0])
             raise InternalError(
                 f"plan {plan.plan_id}, row {row}: the input token is the last one sampled by page-table row "
                 f"{plan.page_table_rows[row]}, which has sampled none"
             )
-        failed: list[int] = rows[tokens == _FAILED].tolist()
-        values = np.where(tokens == _FAILED, 0, tokens)
+        failed: list[int] = rows[tokens == FAILED].tolist()
+        values = np.where(tokens == FAILED, 0, tokens)
         if isinstance(token_ids, Tensor):
             index = torch.from_numpy(unknown).to(token_ids.device)
             token_ids[index] = torch.from_numpy(values).to(token_ids)
@@ -93,4 +95,4 @@ class LastSampledTokens:
             [B] int32; -1 where the row did not sample, or could not.
         """
         samples = plan.samples_token.astype(bool)
-        self._tokens[plan.page_table_rows] = np.where(samples & (token_ids < 0), _FAILED, token_ids)
+        self._tokens[plan.page_table_rows] = np.where(samples & (token_ids < 0), FAILED, token_ids)

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from lora_serve.common.sampling_params import MAX_LOGPROBS
-from lora_serve.executor.device_inputs import FAILED
+from lora_serve.executor.last_tokens import FAILED
 from lora_serve.executor.logprobs import TokenLogprobs, read_logprobs
+from lora_serve.executor.pinned_buffers import COPY_ALIGNMENT
 from lora_serve.executor.sampling_state import SamplingState
 from lora_serve.kernels.host_copy import copy_small
 from lora_serve.lora.manager import LoadReports
@@ -23,8 +24,6 @@ if TYPE_CHECKING:
 
 _NO_TOKEN = "the model's logits are not finite, or the step before gave no token to go on from"
 _NO_ADJUSTED_TOKEN = f"{_NO_TOKEN}, or logit_bias, min_tokens and penalties leave no token to sample"
-_ALIGNMENT = 4
-"""In int32 numbers. The copy's kernel would be compiled anew for addresses that are aligned otherwise."""
 
 
 class ResultBuffers:
@@ -42,7 +41,7 @@ class ResultBuffers:
 
     def __init__(self, max_rows: int, num_buffers: int, device: torch.device) -> None:
         self._is_cuda = device.type == "cuda"
-        size = max_rows * (1 + 2 + 2 * MAX_LOGPROBS) + 2 * _ALIGNMENT
+        size = max_rows * (1 + 2 + 2 * MAX_LOGPROBS) + 2 * COPY_ALIGNMENT
         self._buffers = [
             torch.zeros(size, dtype=torch.int32, pin_memory=self._is_cuda) for _ in range(num_buffers)
         ]
@@ -69,7 +68,7 @@ class ResultBuffers:
             end = start + array.numel()
             copy_small(buffer[start:end], array.view(-1))
             results.append(buffer[start:end].view(array.shape).numpy())
-            start = -(-end // _ALIGNMENT) * _ALIGNMENT
+            start = -(-end // COPY_ALIGNMENT) * COPY_ALIGNMENT
         event = None
         if self._is_cuda:
             event = torch.cuda.Event()  # type: ignore[no-untyped-call]

@@ -15,8 +15,8 @@ pytest.importorskip("triton")
 from kernels.device_cases import DEVICES
 from lora_serve.common.errors import InternalError
 from lora_serve.executor import device_sampler
-from lora_serve.executor.device_inputs import FAILED
 from lora_serve.executor.device_sampler import DeviceSampler, RowsToSample, Uploads
+from lora_serve.executor.last_tokens import FAILED
 from lora_serve.executor.logprobs import TokenLogprobs, read_logprobs
 from lora_serve.executor.sampler import sample
 from lora_serve.executor.sampling_state import SamplingState
