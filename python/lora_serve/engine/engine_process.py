@@ -44,8 +44,11 @@ LAST_LINES_S = 1.0
 """How long the last lines of the log may take when the process ends by itself."""
 STALLED_POLL_MS = 1
 """Sleep after a step that could do nothing although the scheduler has work: never a busy loop."""
-SWITCH_INTERVAL_S = 5e-4
-"""How long a thread that only runs Python code may hold up the loop; Python's default is 5 ms."""
+SWITCH_INTERVAL_S = 1e-3
+"""How long a thread that only runs Python code may hold up the loop; Python's default is 5 ms.
+
+Not much shorter: the loop's own part of a step would then be interrupted by those that wait for the lock.
+"""
 FULL_COLLECTION_INTERVAL_S = 60.0
 """Between two garbage collections of everything, which happen only while the engine has no work."""
 _NEVER = 2**31 - 1
