@@ -25,6 +25,7 @@ except ImportError as error:
     ) from error
 
 __all__ = [
+    "begin_after_wait",
     "begin_early",
     "ceil_div",
     "early_launch",
@@ -81,6 +82,18 @@ def begin_early(EARLY: tl.constexpr) -> None:
         tl.extra.cuda.gdc_wait()
 
 
+@jit
+def begin_after_wait(EARLY: tl.constexpr) -> None:
+    """Wait for the kernel before, and only then let the next one start.
+
+    So the next one, which begins while this one runs, may read without waiting whatever was written before
+    this one: all of it is complete when this wait is over.
+    """
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+
+
 def set_early_launches(is_early: bool) -> None:
     """Allow or forbid early launches, for all threads of the process."""
     global _is_early
@@ -93,7 +106,7 @@ def launches_early(x: torch.Tensor) -> bool:
 
 
 def early_launch(x: torch.Tensor) -> dict[str, Any]:
-    """Give the arguments of a launch for `begin_early`."""
+    """Give the arguments of a launch for `begin_early` or `begin_after_wait`."""
     return {"EARLY": True, "launch_pdl": True} if launches_early(x) else {"EARLY": False}
 
 

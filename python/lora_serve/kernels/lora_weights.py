@@ -4,8 +4,9 @@ A packed layer (for example q, k and v in one matrix) has S slices of unequal wi
 module on any subset of them, at a rank of its own on each, stored exactly, without padding. All matrices lie
 in one arena; the tables say where.
 
-A slot that holds no adapter is not the same as an adapter without a module on this layer. Operators refuse
-the first, so that a token whose adapter is not there can never run as the base model.
+A slot that holds no adapter is not the same as an adapter without a module on this layer. A token whose
+adapter is not there can never run as the base model: on the CPU operators raise; kernels, which cannot, make
+its rows NaN, and logits that are NaN fail the request.
 """
 
 from __future__ import annotations

@@ -20,6 +20,8 @@ _FP32 = unit_roundoff(torch.float32)
 _FUNCTION_ERROR = 12 * _FP32
 # Below this a 32-bit division by a huge number may give 0.
 _FP32_UNDERFLOW = 4e-36
+# The smallest value of silu, and where it is.
+_SILU_LOWEST_AT, _SILU_LOWEST = -1.2784645427610738, -0.27846454276107385
 
 
 @dataclass(frozen=True)
@@ -43,44 +45,64 @@ class StepInputs:
     row_failed: Tensor
 
 
-class _Interval:
-    """Where a number may lie: the ends, fp64."""
+class Interval:
+    """Where a number may lie: the ends, fp64.
+
+    Parameters
+    ----------
+    low, high
+        The ends, of one shape.
+    """
 
     def __init__(self, low: Tensor, high: Tensor) -> None:
         self.low, self.high = low, high
 
-    def widened(self, by: Tensor) -> _Interval:
-        return _Interval(self.low - by, self.high + by)
+    def widened(self, by: Tensor) -> Interval:
+        """The interval and all that is at most ``by`` away from it."""
+        return Interval(self.low - by, self.high + by)
 
-    def rounded(self, dtype: torch.dtype) -> _Interval:
-        return _Interval(self.low.to(dtype).double(), self.high.to(dtype).double())
+    def rounded(self, dtype: torch.dtype) -> Interval:
+        """What its numbers may be after rounding."""
+        return Interval(self.low.to(dtype).double(), self.high.to(dtype).double())
 
-    def times(self, factor: Tensor) -> _Interval:
-        ends = (self.low * factor, self.high * factor)
-        return _Interval(torch.minimum(*ends), torch.maximum(*ends))
+    def times(self, factor: Tensor) -> Interval:
+        """The product with an exact number."""
+        return self.times_interval(exactly(factor))
 
-    def plus(self, other: _Interval) -> _Interval:
-        return _Interval(self.low + other.low, self.high + other.high)
+    def times_interval(self, factor: Interval) -> Interval:
+        """The product with any number of another interval."""
+        low, high = factor.low, factor.high
+        ends = torch.stack([self.low * low, self.low * high, self.high * low, self.high * high])
+        return Interval(ends.amin(0), ends.amax(0))
+
+    def plus(self, other: Interval) -> Interval:
+        """The sum with any number of another interval."""
+        return Interval(self.low + other.low, self.high + other.high)
 
     def magnitude(self) -> Tensor:
+        """The largest absolute value in it."""
         return torch.maximum(self.low.abs(), self.high.abs())
 
     def result(self) -> ReferenceResult:
+        """The middle, and how far the ends are from it."""
         return ReferenceResult((self.low + self.high) / 2, (self.high - self.low) / 2)
 
 
-def _exactly(x: Tensor) -> _Interval:
-    return _Interval(x.double(), x.double())
+def exactly(x: Tensor) -> Interval:
+    """A number that is known."""
+    return Interval(x.double(), x.double())
 
 
-def _norm(x: Tensor, weight: Tensor, eps: float) -> _Interval:
+def _norm(x: Interval, weight: Tensor, eps: float) -> Interval:
     """RMS norm over the last axis, rounded as the kernels do; the sum of squares is taken in any order."""
-    size = x.shape[-1]
-    wide = x.double()
-    exact = wide / torch.sqrt(wide.square().mean(-1, keepdim=True) + eps)
-    off = exact.abs() * (size * _FP32 / 2 + _FUNCTION_ERROR)
-    quotient = _exactly(exact).widened(off).rounded(x.dtype)
-    return quotient.times(weight.double()).rounded(x.dtype)
+    size = x.low.shape[-1]
+    largest = x.magnitude().square()
+    smallest = torch.where(x.low * x.high <= 0, 0.0, torch.minimum(x.low.abs(), x.high.abs()).square())
+    scales = (1 / torch.sqrt(square.mean(-1, keepdim=True) + eps) for square in (largest, smallest))
+    exact = x.times_interval(Interval(*scales))
+    off = exact.magnitude() * (size * _FP32 / 2 + _FUNCTION_ERROR)
+    quotient = exact.widened(off).rounded(weight.dtype)
+    return quotient.times(weight.double()).rounded(weight.dtype)
 
 
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> ReferenceResult:
@@ -100,7 +122,7 @@ def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> ReferenceResult
     ReferenceResult
         The shape of ``x``, on its device.
     """
-    return _norm(x, weight, eps).result()
+    return _norm(exactly(x), weight, eps).result()
 
 
 def silu_mul_reference(gate_up: Tensor) -> ReferenceResult:
@@ -116,11 +138,19 @@ def silu_mul_reference(gate_up: Tensor) -> ReferenceResult:
     ReferenceResult
         [T, I]. The bound knows that the error of a 32-bit exp grows with its argument.
     """
-    gate, up = gate_up.double().chunk(2, dim=-1)
-    silu = gate / (1 + torch.exp(-gate))
-    off = silu.abs() * (2 * gate.abs() * _FP32 + _FUNCTION_ERROR) + _FP32_UNDERFLOW
-    rounded = _exactly(silu).widened(off).rounded(gate_up.dtype)
-    return rounded.times(up).rounded(gate_up.dtype).result()
+    gate, up = gate_up.chunk(2, dim=-1)
+    return silu_mul_interval(exactly(gate), exactly(up), gate_up.dtype).result()
+
+
+def silu_mul_interval(gate: Interval, up: Interval, dtype: torch.dtype) -> Interval:
+    """`silu_mul_reference` of numbers that are not known exactly."""
+    at_low, at_high = (end / (1 + torch.exp(-end)) for end in (gate.low, gate.high))
+    # silu falls below its smallest value, and rises above.
+    has_lowest = (gate.low < _SILU_LOWEST_AT) & (gate.high > _SILU_LOWEST_AT)
+    low = torch.where(has_lowest, _SILU_LOWEST, torch.minimum(at_low, at_high))
+    silu = Interval(low, torch.maximum(at_low, at_high))
+    off = silu.magnitude() * (2 * gate.magnitude() * _FP32 + _FUNCTION_ERROR) + _FP32_UNDERFLOW
+    return silu.widened(off).rounded(dtype).times_interval(up).rounded(dtype)
 
 
 def norm_rotary_reference(
@@ -146,18 +176,30 @@ def norm_rotary_reference(
     ReferenceResult
         [T, heads, D].
     """
-    x = _exactly(heads) if weight is None else _norm(heads, weight, eps)
-    half = heads.shape[-1] // 2
+    return norm_rotary_interval(exactly(heads), heads.dtype, positions, cos_sin, weight, eps).result()
+
+
+def norm_rotary_interval(
+    heads: Interval,
+    dtype: torch.dtype,
+    positions: Tensor,
+    cos_sin: Tensor,
+    weight: Tensor | None,
+    eps: float,
+) -> Interval:
+    """`norm_rotary_reference` of numbers that are not known exactly."""
+    x = heads if weight is None else _norm(heads, weight, eps)
+    half = heads.low.shape[-1] // 2
     cos, sin = cos_sin.double()[positions][:, None, :].chunk(2, dim=-1)
-    first = _Interval(x.low[..., :half], x.high[..., :half])
-    second = _Interval(x.low[..., half:], x.high[..., half:])
+    first = Interval(x.low[..., :half], x.high[..., :half])
+    second = Interval(x.low[..., half:], x.high[..., half:])
     planes = []
     for one, other, sine in ((first, second, -sin), (second, first, sin)):
         products = one.times(cos), other.times(sine)
         off = 3 * _FP32 * (products[0].magnitude() + products[1].magnitude())
-        planes.append(products[0].plus(products[1]).widened(off).rounded(heads.dtype))
+        planes.append(products[0].plus(products[1]).widened(off).rounded(dtype))
     low = torch.cat([plane.low for plane in planes], dim=-1)
-    return _Interval(low, torch.cat([plane.high for plane in planes], dim=-1)).result()
+    return Interval(low, torch.cat([plane.high for plane in planes], dim=-1))
 
 
 def apply_page_table_deltas_reference(

@@ -27,7 +27,6 @@ Source: Su et al., 2021, "RoFormer"; the norms of single heads are Qwen3's.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from lora_serve.kernels._triton import begin_early, ceil_div, early_launch, jit, next_power_of_2, tl
@@ -35,6 +34,31 @@ from lora_serve.kernels._triton import begin_early, ceil_div, early_launch, jit,
 # One warp a program: its shuffles need no barrier, and one token alone still spreads over many programs.
 _ELEMENTS_OF_A_PROGRAM = 512
 _NUM_WARPS = 1
+
+
+@jit
+def rotate_planes(
+    first: tl.tensor,
+    second: tl.tensor,
+    w1: tl.tensor,
+    w2: tl.tensor,
+    cos: tl.tensor,
+    sin: tl.tensor,
+    eps: tl.tensor,
+    D: tl.constexpr,
+) -> tl.tensor:
+    """Norm and rotation of heads [heads, planes] that are already loaded, in halves, 0 beyond D/2.
+
+    Weights are fp32, or None: no norm. The two halves of the result have the dtype of the input.
+    """
+    a = first.to(tl.float32)
+    b = second.to(tl.float32)
+    if w1 is not None:
+        scale = tl.rsqrt((tl.sum(a * a, axis=1) + tl.sum(b * b, axis=1)) / D + eps)[:, None]
+        # Products of two 16-bit numbers are exact in fp32, so each of these lines rounds twice, as in torch.
+        a = (w1 * (a * scale).to(first.dtype).to(tl.float32)).to(first.dtype).to(tl.float32)
+        b = (w2 * (b * scale).to(first.dtype).to(tl.float32)).to(first.dtype).to(tl.float32)
+    return tl.fma(a, cos, -(b * sin)).to(first.dtype), tl.fma(b, cos, a * sin).to(first.dtype)
 
 
 @jit
@@ -56,17 +80,14 @@ def _rotate_heads(
     mask = (n < num_heads) & (i < HALF)
     first = tl.load(source + at, mask=mask, other=0.0)
     second = tl.load(source + at + HALF, mask=mask, other=0.0)
-    a = first.to(tl.float32)
-    b = second.to(tl.float32)
+    w1 = None
+    w2 = None
     if weight is not None:
         w1 = tl.load(weight + i, mask=i < HALF, other=0.0).to(tl.float32)
         w2 = tl.load(weight + i + HALF, mask=i < HALF, other=0.0).to(tl.float32)
-        scale = tl.rsqrt((tl.sum(a * a, axis=1) + tl.sum(b * b, axis=1)) / D + eps)[:, None]
-        # Products of two 16-bit numbers are exact in fp32, so each of these lines rounds twice, as in torch.
-        a = (w1 * (a * scale).to(first.dtype).to(tl.float32)).to(first.dtype).to(tl.float32)
-        b = (w2 * (b * scale).to(first.dtype).to(tl.float32)).to(first.dtype).to(tl.float32)
-    tl.store(destination + at, (a * cos - b * sin).to(first.dtype), mask=mask)
-    tl.store(destination + at + HALF, (b * cos + a * sin).to(first.dtype), mask=mask)
+    first, second = rotate_planes(first, second, w1, w2, cos, sin, eps, D)
+    tl.store(destination + at, first, mask=mask)
+    tl.store(destination + at + HALF, second, mask=mask)
 
 
 @jit
@@ -191,13 +212,10 @@ def norm_rotary_store(
     -----
     Runs on the current stream. Positions and slots are not checked, for that would wait for the device.
     """
-    num_tokens, page_size, num_kv_heads, head_dim, num_heads = _check(
+    num_tokens, page_size, num_kv_heads, head_dim, num_heads = check_rotary_store(
         qkv, positions, cos_sin, slot_mapping, k_pages, v_pages, q_weight, k_weight
     )
-    if out is None:
-        out = qkv[:, : num_heads * head_dim].view(num_tokens, num_heads, head_dim)
-    else:
-        _check_out(out, (num_tokens, num_heads, head_dim), qkv.dtype)
+    out = check_queries(qkv, out, (num_tokens, num_heads, head_dim))
     if num_tokens == 0:
         return out
     half_block = next_power_of_2(head_dim // 2)
@@ -221,15 +239,19 @@ def norm_rotary_store(
     return out
 
 
-def _check_out(out: Tensor, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
-    if out.shape != shape or out.dtype != dtype or out.stride()[1:] != (shape[2], 1):
+def check_queries(qkv: Tensor, out: Tensor | None, shape: tuple[int, int, int]) -> Tensor:
+    """``out`` for the queries [T, Hq, D], or a view of ``qkv`` where it is None."""
+    if out is None:
+        return qkv[:, : shape[1] * shape[2]].view(shape)
+    if out.shape != shape or out.dtype != qkv.dtype or out.stride()[1:] != (shape[2], 1):
         raise ValueError(
-            f"out is {tuple(out.shape)} {out.dtype} with strides {out.stride()}, expected {shape} {dtype}, "
-            "heads without gaps"
+            f"out is {tuple(out.shape)} {out.dtype} with strides {out.stride()}, expected {shape} "
+            f"{qkv.dtype}, heads without gaps"
         )
+    return out
 
 
-def _check(
+def check_rotary_store(
     qkv: Tensor,
     positions: Tensor,
     cos_sin: Tensor,
@@ -239,7 +261,7 @@ def _check(
     q_weight: Tensor | None,
     k_weight: Tensor | None,
 ) -> tuple[int, int, int, int, int]:
-    """T, G, Hkv, D and Hq."""
+    """T, G, Hkv, D and Hq; raises as `norm_rotary_store` does."""
     if k_pages.dim() != 4 or k_pages.shape != v_pages.shape or qkv.dim() != 2:
         raise ValueError(
             f"qkv is {tuple(qkv.shape)}, k_pages {tuple(k_pages.shape)}, v_pages {tuple(v_pages.shape)}, "

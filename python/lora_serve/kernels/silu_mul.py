@@ -25,6 +25,14 @@ _NUM_WARPS = 4
 
 
 @jit
+def silu_times(gate: tl.tensor, up: tl.tensor) -> tl.tensor:
+    """``silu(gate) * up`` of numbers that are already loaded, both roundings included."""
+    wide = gate.to(tl.float32)
+    silu = (wide / (1.0 + tl.exp(-wide))).to(gate.dtype)
+    return (silu.to(tl.float32) * up.to(tl.float32)).to(gate.dtype)
+
+
+@jit
 def _silu_mul_kernel(
     gate_up: tl.tensor,
     out: tl.tensor,
@@ -41,10 +49,7 @@ def _silu_mul_kernel(
     begin_early(EARLY)
     gate = tl.load(row, mask=mask, other=0.0)
     up = tl.load(row + I, mask=mask, other=0.0)
-    wide = gate.to(tl.float32)
-    silu = (wide / (1.0 + tl.exp(-wide))).to(gate.dtype)
-    product = (silu.to(tl.float32) * up.to(tl.float32)).to(gate.dtype)
-    tl.store(out + t * out_stride + i, product, mask=mask)
+    tl.store(out + t * out_stride + i, silu_times(gate, up), mask=mask)
 
 
 def silu_mul(gate_up: Tensor, out: Tensor | None = None) -> Tensor:
@@ -71,19 +76,8 @@ def silu_mul(gate_up: Tensor, out: Tensor | None = None) -> Tensor:
     -----
     Runs on the current stream.
     """
-    if gate_up.dim() != 2 or gate_up.shape[1] % 2 or gate_up.stride(1) != 1:
-        raise ValueError(
-            f"gate_up is {tuple(gate_up.shape)} with strides {gate_up.stride()}, expected [T, 2 I] with a "
-            "contiguous last axis"
-        )
-    num_tokens, size = gate_up.shape[0], gate_up.shape[1] // 2
-    if out is None:
-        out = torch.empty((num_tokens, size), dtype=gate_up.dtype, device=gate_up.device)
-    elif out.shape != (num_tokens, size) or out.dtype != gate_up.dtype or out.stride(1) != 1:
-        raise ValueError(
-            f"out is {tuple(out.shape)} {out.dtype} with strides {out.stride()}, expected "
-            f"{(num_tokens, size)} {gate_up.dtype} with a contiguous last axis"
-        )
+    out = check_silu_mul(gate_up, out)
+    num_tokens, size = out.shape
     if num_tokens and size:
         _silu_mul_kernel[(num_tokens, ceil_div(size, _BLOCK))](
             gate_up,
@@ -94,5 +88,23 @@ def silu_mul(gate_up: Tensor, out: Tensor | None = None) -> Tensor:
             BLOCK=_BLOCK,
             num_warps=_NUM_WARPS,
             **early_launch(gate_up),
+        )
+    return out
+
+
+def check_silu_mul(gate_up: Tensor, out: Tensor | None) -> Tensor:
+    """``out``, or a new one where it is None; raises as `silu_mul` does."""
+    if gate_up.dim() != 2 or gate_up.shape[1] % 2 or gate_up.stride(1) != 1:
+        raise ValueError(
+            f"gate_up is {tuple(gate_up.shape)} with strides {gate_up.stride()}, expected [T, 2 I] with a "
+            "contiguous last axis"
+        )
+    num_tokens, size = gate_up.shape[0], gate_up.shape[1] // 2
+    if out is None:
+        return torch.empty((num_tokens, size), dtype=gate_up.dtype, device=gate_up.device)
+    if out.shape != (num_tokens, size) or out.dtype != gate_up.dtype or out.stride(1) != 1:
+        raise ValueError(
+            f"out is {tuple(out.shape)} {out.dtype} with strides {out.stride()}, expected "
+            f"{(num_tokens, size)} {gate_up.dtype} with a contiguous last axis"
         )
     return out

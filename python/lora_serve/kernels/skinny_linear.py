@@ -27,7 +27,8 @@ rows like all others.
 
 With `launches_early` a program may start while the kernel before it still runs: it asks for its weights,
 which no kernel writes, to be brought to the second-level cache, and only then waits for x. The kernel before
-must not write weights; every kernel of a chain that is launched so waits in its turn.
+must not write weights; every kernel of a chain that is launched so waits in its turn. With `waits_last` it
+does so at its end: the shrink of an adapter, which reads the same x, then runs beside it.
 
 Source: the split of K inside a block is "sliced K" of Thakkar et al., CUTLASS, 2017.
 """
@@ -107,6 +108,7 @@ def _enter(
     ROWS: tl.constexpr,
     PREFETCH: tl.constexpr,
     EARLY: tl.constexpr,
+    WAITS_LAST: tl.constexpr,
 ) -> None:
     """What a program does before it may read x."""
     if PREFETCH:
@@ -115,6 +117,14 @@ def _enter(
         _prefetch(weight + first.to(tl.int64) * w_stride, num_bytes)
     if EARLY:
         tl.extra.cuda.gdc_launch_dependents()
+        if not WAITS_LAST:
+            tl.extra.cuda.gdc_wait()
+
+
+@jit
+def _leave(EARLY: tl.constexpr, WAITS_LAST: tl.constexpr) -> None:
+    """What a program does when it has written y: the next kernel takes its end for the end of all before."""
+    if EARLY and WAITS_LAST:
         tl.extra.cuda.gdc_wait()
 
 
@@ -135,11 +145,12 @@ def _skinny_fma_kernel(
     STAGES: tl.constexpr,
     PREFETCH: tl.constexpr,
     EARLY: tl.constexpr,
+    WAITS_LAST: tl.constexpr,
 ) -> None:
     K_BLOCKS: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
     t = tl.program_id(1).to(tl.int64)
     first = tl.program_id(0) * (TILES * BLOCK_N)
-    _enter(weight, first, N, w_stride, TILES * BLOCK_N, PREFETCH, EARLY)
+    _enter(weight, first, N, w_stride, TILES * BLOCK_N, PREFETCH, EARLY, WAITS_LAST)
     acc = tl.zeros((BLOCK_N, BLOCK_K), dtype=tl.float32)
     # Tiles and blocks of K are one loop, so that the loads of a tile are under way while the one before ends.
     for i in tl.range(0, TILES * K_BLOCKS, num_stages=STAGES):
@@ -159,6 +170,7 @@ def _skinny_fma_kernel(
                 y += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)
             tl.store(out + t * out_stride + n, y.to(out.dtype.element_ty), mask=n < N)
             acc = tl.zeros((BLOCK_N, BLOCK_K), dtype=tl.float32)
+    _leave(EARLY, WAITS_LAST)
 
 
 @jit
@@ -240,9 +252,10 @@ def _skinny_dot_kernel(
     STAGES: tl.constexpr,
     PREFETCH: tl.constexpr,
     EARLY: tl.constexpr,
+    WAITS_LAST: tl.constexpr,
 ) -> None:
     first = tl.program_id(0) * BLOCK_N
-    _enter(weight, first, N, w_stride, BLOCK_N, PREFETCH, EARLY)
+    _enter(weight, first, N, w_stride, BLOCK_N, PREFETCH, EARLY, WAITS_LAST)
     n = first + tl.arange(0, BLOCK_N)
     m = tl.arange(0, BLOCK_M).to(tl.int64)
     rows = weight + tl.minimum(n, N - 1).to(tl.int64) * w_stride
@@ -256,6 +269,7 @@ def _skinny_dot_kernel(
         y += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
     mask = (n[:, None] < N) & (m[None, :] < num_rows)
     tl.store(out + m[None, :] * out_stride + n[:, None], y.to(out.dtype.element_ty), mask=mask)
+    _leave(EARLY, WAITS_LAST)
 
 
 def skinny_linear(
@@ -266,6 +280,7 @@ def skinny_linear(
     *,
     launch: SkinnyLaunch | None = None,
     launches_early: bool = False,
+    waits_last: bool = False,
 ) -> Tensor:
     """``y = x W^T + b`` for few rows.
 
@@ -283,8 +298,10 @@ def skinny_linear(
     launch
         None = the tuned parameters, or a default.
     launches_early
-        Programmatic dependent launch: the kernel may start while the one before it runs. Needs compute
-        capability 9.0.
+        Programmatic dependent launch: may start while the kernel before it runs. Compute capability 9.0.
+    waits_last
+        With `launches_early`: wait for the kernel before only when y is written. It must let this one start
+        when ``x`` is complete (`begin_after_wait`), and runs beside it.
 
     Returns
     -------
@@ -308,34 +325,26 @@ def skinny_linear(
     if launch is None:
         launch = tuned_launch(num_rows, weight) or (DEFAULT_ONE_ROW if num_rows == 1 else DEFAULT_ROWS)
     strides = (x.stride(0), weight.stride(0), result.stride(0))
-    options: dict[str, Any] = {"launch_pdl": True} if launches_early else {}
-    constants = {
+    constants: dict[str, Any] = {
         "K": weight.shape[1],
         "BLOCK_N": launch.block_n,
         "BLOCK_K": launch.block_k,
         "STAGES": launch.num_stages,
         "PREFETCH": launch.is_prefetched and _can_prefetch(weight),
         "EARLY": launches_early,
+        "WAITS_LAST": waits_last,
         "num_warps": launch.num_warps,
+        **({"launch_pdl": True} if launches_early else {}),
     }
     if launch.kind == "fma":
         grid = (ceil_div(size, launch.block_n * launch.tiles), num_rows)
-        _skinny_fma_kernel[grid](
-            x, weight, bias, result, size, *strides, TILES=launch.tiles, **constants, **options
-        )
+        _skinny_fma_kernel[grid](x, weight, bias, result, size, *strides, TILES=launch.tiles, **constants)
     else:
         _skinny_dot_kernel[(ceil_div(size, launch.block_n),)](
-            x,
-            weight,
-            bias,
-            result,
-            num_rows,
-            size,
-            *strides,
+            *(x, weight, bias, result, num_rows, size, *strides),
             BLOCK_M=max(_SMALLEST_M, next_power_of_2(num_rows)),
             SPLITS=launch.splits,
             **constants,
-            **options,
         )
     return result
 

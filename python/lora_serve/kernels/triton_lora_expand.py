@@ -36,7 +36,8 @@ from math import gcd
 import torch
 from torch import Tensor
 
-from lora_serve.kernels._triton import ceil_div, jit, tl
+from lora_serve.kernels._triton import ceil_div, early_launch, jit, tl
+from lora_serve.kernels.lora_delta import FEW_TOKENS
 from lora_serve.kernels.lora_metadata import LoRAMetadata
 from lora_serve.kernels.triton_lora_tiles import (
     NOT_SPECIALIZED,
@@ -100,6 +101,65 @@ def _multiply(v: tl.tensor, b: tl.tensor, acc: tl.tensor, SPLIT_V: tl.constexpr)
     return acc
 
 
+@jit
+def load_whole_v(
+    v_rows: tl.tensor,
+    v_part: tl.tensor,
+    is_row: tl.tensor,
+    rank: tl.tensor,
+    MAX_RANK: tl.constexpr,
+    NUM_PARTS: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+) -> tl.tensor:
+    """A tile of v for `expand_tile`, all of the rank; nothing where it does not fit into one block."""
+    v = tl.zeros((1, 1), dtype=tl.float32)
+    if MAX_RANK <= BLOCK_R:
+        v = _load_v(v_rows, v_part, tl.arange(0, BLOCK_R), is_row, rank, MAX_RANK, NUM_PARTS)
+    return v
+
+
+@jit
+def expand_tile(
+    whole_v: tl.tensor,
+    v_rows: tl.tensor,
+    v_part: tl.tensor,
+    b_columns: tl.tensor,
+    is_row: tl.tensor,
+    is_n: tl.tensor,
+    rank: tl.tensor,
+    width: tl.tensor,
+    DTYPE: tl.constexpr,
+    MAX_RANK: tl.constexpr,
+    NUM_PARTS: tl.constexpr,
+    SPLIT_V: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+) -> tl.tensor:
+    """``v B`` of one tile in fp32, v rounded to DTYPE before; 0 where the rank is 0 or below.
+
+    `v_rows` [BLOCK_T, 1] point to rows of v's first part, `b_columns` [1, BLOCK_N] to the first row of B.
+    """
+    acc = tl.zeros((BLOCK_T, BLOCK_N), dtype=tl.float32)
+    r_block = tl.arange(0, BLOCK_R)
+    if MAX_RANK <= BLOCK_R:
+        b = _load_b(b_columns, r_block, is_n, rank, width)
+        acc = _multiply(whole_v.to(DTYPE), b, acc, SPLIT_V)
+    else:
+        for r_start in range(0, rank, BLOCK_R):
+            b = _load_b(b_columns, r_start + r_block, is_n, rank, width)
+            v = _load_v(v_rows, v_part, r_start + r_block, is_row, rank, MAX_RANK, NUM_PARTS)
+            acc = _multiply(v.to(DTYPE), b, acc, SPLIT_V)
+    return acc
+
+
+@jit
+def add_product(y: tl.tensor, product: tl.tensor, rank: tl.tensor) -> tl.tensor:
+    """``y + product`` in fp32, rounded to the dtype of y: y itself at rank 0, also if -0.0; NaN below."""
+    total = tl.where(rank < 0, float("nan"), product + y.to(tl.float32)).to(y.dtype)
+    return tl.where(rank == 0, y, total)
+
+
 @jit(do_not_specialize=NOT_SPECIALIZED)
 def _lora_expand_kernel(
     y_ptr: tl.tensor,
@@ -127,13 +187,17 @@ def _lora_expand_kernel(
     NUM_PARTS: tl.constexpr,
     MAX_RANK: tl.constexpr,
     ADD_INPUTS: tl.constexpr,
+    LOADS_Y_FIRST: tl.constexpr,
     SPLIT_V: tl.constexpr,
     GROUPS_BLOCK: tl.constexpr,
     B_ALIGNMENT: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    EARLY: tl.constexpr,
 ) -> None:
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
     # Which slice, and which of its columns: all slices' tiles are numbered one after the other.
     n_tile = tl.program_id(0)
     slice_index, width, column = n_tile * 0, n_tile * 0 + WIDTHS[0], n_tile * 0 + OFFSET_START
@@ -147,7 +211,6 @@ def _lora_expand_kernel(
     width, column = tl.multiple_of(width, WIDTH_ALIGNMENT), tl.multiple_of(column, WIDTH_ALIGNMENT)
     n = n_tile * BLOCK_N + tl.arange(0, BLOCK_N)
     is_n = n < width
-    r_block = tl.arange(0, BLOCK_R)
     v_part = num_tokens.to(tl.int64) * (NUM_SLICES * MAX_RANK)
 
     first_tile, end = load_groups(counts_ptr, starts_ptr, slots_ptr, num_groups, GROUPS_BLOCK, BLOCK_T, False)
@@ -168,22 +231,41 @@ def _lora_expand_kernel(
                 y_ptrs = y_ptr + rows[:, None] * y_stride_t + (column + n)[None, :].to(tl.int64) * y_stride_o
                 mask = is_row[:, None] & is_n[None, :]
                 acc = tl.zeros((BLOCK_T, BLOCK_N), dtype=tl.float32)
+                if EARLY:  # Groups and tables are older than the kernel before; y and v may be its own.
+                    tl.extra.cuda.gdc_wait()
+                if LOADS_Y_FIRST:
+                    y = tl.load(y_ptrs, mask=mask, other=0.0)
                 if rank > 0:
                     b_columns = arena_ptr + tl.multiple_of(b_start, B_ALIGNMENT) + n[None, :]
                     v_rows = v_ptr + (slice_index.to(tl.int64) * num_tokens + rows)[:, None] * MAX_RANK
-                    if MAX_RANK <= BLOCK_R:
-                        b = _load_b(b_columns, r_block, is_n, rank, width)
-                        v = _load_v(v_rows, v_part, r_block, is_row, rank, MAX_RANK, NUM_PARTS)
-                        acc = _multiply(v.to(y_ptr.dtype.element_ty), b, acc, SPLIT_V)
-                    else:
-                        for r_start in range(0, rank, BLOCK_R):
-                            b = _load_b(b_columns, r_start + r_block, is_n, rank, width)
-                            v = _load_v(v_rows, v_part, r_start + r_block, is_row, rank, MAX_RANK, NUM_PARTS)
-                            acc = _multiply(v.to(y_ptr.dtype.element_ty), b, acc, SPLIT_V)
+                    v = load_whole_v(v_rows, v_part, is_row, rank, MAX_RANK, NUM_PARTS, BLOCK_R)
+                    acc = expand_tile(
+                        v,
+                        v_rows,
+                        v_part,
+                        b_columns,
+                        is_row,
+                        is_n,
+                        rank,
+                        width,
+                        y_ptr.dtype.element_ty,
+                        MAX_RANK,
+                        NUM_PARTS,
+                        SPLIT_V,
+                        BLOCK_T,
+                        BLOCK_N,
+                        BLOCK_R,
+                    )
                 if ADD_INPUTS:
-                    acc += tl.load(y_ptrs, mask=mask, other=0.0).to(tl.float32)
+                    if not LOADS_Y_FIRST:
+                        y = tl.load(y_ptrs, mask=mask, other=0.0)
+                    acc += y.to(tl.float32)
                 acc = tl.where(rank < 0, float("nan"), acc)
                 tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=mask)
+    if (
+        EARLY
+    ):  # Also where there is nothing to do: the next kernel takes this one's end for the end of all before.
+        tl.extra.cuda.gdc_wait()
 
 
 def triton_lora_expand(
@@ -226,29 +308,23 @@ def triton_lora_expand(
     -----
     One launch on the current stream, no allocation. Rows whose slot holds no adapter become NaN.
     """
-    _check(y, v, arena, table, metadata, (output_slices, offset_start))
+    check_expand(y, v, arena, table, metadata, (output_slices, offset_start))
     num_parts, num_slices, num_tokens, max_rank = v.shape
     if num_tokens == 0:
         return
-    tiles = choose_expand_tiles(token_class(num_tokens), sum(output_slices), max_rank)
+    layer = (sum(output_slices), max_rank, num_slices, num_parts, arena.element_size())
+    tiles = choose_expand_tiles(token_class(num_tokens), *layer)
     num_n_tiles = sum(ceil_div(width, tiles.block_n) for width in output_slices)
     num_groups = num_groups_of(metadata)
     programs = choose_num_tile_programs(num_tokens, num_groups, tiles.block_t, num_n_tiles)
     _lora_expand_kernel[(num_n_tiles, programs)](
-        y,
-        v,
-        arena,
-        table.b_offset,
-        table.lora_rank,
+        *(y, v, arena, table.b_offset, table.lora_rank),
         metadata.token_indices_sorted_by_lora_ids,
         metadata.num_tokens_per_lora,
         metadata.lora_token_start_loc,
         metadata.active_lora_ids,
-        num_tokens,
-        num_groups,
-        table.lora_rank.shape[0],
-        *y.stride(),
-        *(*table.b_offset.stride(), *table.lora_rank.stride()),
+        *(num_tokens, num_groups, table.lora_rank.shape[0]),
+        *(*y.stride(), *table.b_offset.stride(), *table.lora_rank.stride()),
         WIDTHS=output_slices,
         NUM_SLICES=num_slices,
         OFFSET_START=offset_start,
@@ -256,6 +332,7 @@ def triton_lora_expand(
         NUM_PARTS=num_parts,
         MAX_RANK=max_rank,
         ADD_INPUTS=add_inputs,
+        LOADS_Y_FIRST=add_inputs and tiles.loads_y_first,
         SPLIT_V=y.dtype == torch.float32 and arena.dtype == torch.bfloat16,
         GROUPS_BLOCK=choose_groups_block(metadata),
         B_ALIGNMENT=16 // arena.element_size(),
@@ -264,10 +341,12 @@ def triton_lora_expand(
         BLOCK_R=tiles.block_r,
         num_warps=tiles.num_warps,
         num_stages=2,
+        # Behind a product of the vendor's library an early launch costs more than it saves.
+        **(early_launch(y) if num_tokens <= FEW_TOKENS else {"EARLY": False}),
     )
 
 
-def _check(
+def check_expand(
     y: Tensor,
     v: Tensor,
     arena: Tensor,
@@ -275,6 +354,7 @@ def _check(
     metadata: LoRAMetadata,
     columns: tuple[tuple[int, ...], int],
 ) -> None:
+    """Raise ``ValueError`` unless all fit together; ``columns`` are output_slices and offset_start."""
     output_slices, offset_start = columns
     _, num_slices, num_tokens, _ = v.shape
     columns_needed = offset_start + sum(output_slices)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lora_serve.kernels.lora_metadata import LoRAMetadata
+from lora_serve.kernels.skinny_linear import MAX_ROWS
 from lora_serve.kernels.triton_lora_embedding import triton_lora_lookup
 from lora_serve.kernels.triton_lora_expand import triton_lora_expand
 from lora_serve.kernels.triton_lora_shrink import triton_lora_shrink
@@ -41,7 +42,44 @@ def lora_scratch_elements(max_tokens: int, num_slices: int, in_features: int, ma
 
 def warm_up_token_counts(max_tokens: int) -> list[int]:
     """Numbers of tokens that compile all that steps of up to `max_tokens` tokens use, of any layer."""
-    return sorted({min(limit, max_tokens) for limit in TOKEN_CLASSES})
+    skinny = {2**power for power in range(MAX_ROWS.bit_length())}  # Base products: each power of two differs.
+    return sorted({min(limit, max_tokens) for limit in {*TOKEN_CLASSES, *skinny}})
+
+
+def make_shrunk(
+    x: Tensor,
+    num_slices: int,
+    max_rank: int,
+    *,
+    dtype: torch.dtype | None = None,
+    scratch: Tensor | None = None,
+) -> Tensor:
+    """Give memory for what the shrink of a layer writes.
+
+    Parameters
+    ----------
+    x
+        [T, H]: the layer's input.
+    num_slices, max_rank
+        S and R of the layer.
+    dtype
+        Of v, where the shrink gives a single part; that of the layer's output. None = that of ``x``.
+    scratch
+        [>= lora_scratch_elements(...)] fp32, contiguous, on the device of ``x``. None: allocated here.
+
+    Returns
+    -------
+    Tensor
+        v [P, S, T, R], uninitialised: partial sums in fp32, or a single part already rounded.
+
+    Raises
+    ------
+    ValueError
+        ``scratch`` is too small or not fp32.
+    """
+    num_parts = choose_num_parts(token_class(len(x)), num_slices, x.shape[1], max_rank)
+    shape = (num_parts, num_slices, len(x), max_rank)
+    return _take_scratch(scratch, shape, x.dtype if dtype is None else dtype, x.device)
 
 
 def triton_add_lora_linear(
@@ -82,9 +120,7 @@ def triton_add_lora_linear(
     ValueError
         Shapes or dtypes do not fit together.
     """
-    num_tokens, num_slices = x.shape[0], len(output_slices)
-    num_parts = choose_num_parts(token_class(num_tokens), num_slices, x.shape[1], max_rank)
-    v = _take_scratch(scratch, y, (num_parts, num_slices, num_tokens, max_rank))
+    v = make_shrunk(x, len(output_slices), max_rank, dtype=y.dtype, scratch=scratch)
     triton_lora_shrink(v, x, arena, table, metadata)
     triton_lora_expand(y, v, arena, table, metadata, output_slices=output_slices, offset_start=offset_start)
 
@@ -124,16 +160,18 @@ def triton_add_lora_embedding(
     ValueError
         Shapes or dtypes do not fit together.
     """
-    v = _take_scratch(scratch, y, (1, 1, token_ids.shape[0], max_rank))
+    v = _take_scratch(scratch, (1, 1, token_ids.shape[0], max_rank), y.dtype, y.device)
     triton_lora_lookup(v, token_ids, arena, table, metadata.token_lora_mapping, vocab_size=vocab_size)
     triton_lora_expand(y, v, arena, table, metadata, output_slices=(y.shape[1],))
 
 
-def _take_scratch(scratch: Tensor | None, y: Tensor, shape: tuple[int, int, int, int]) -> Tensor:
-    """Lay v at the start of the scratch memory: partial sums in fp32, a single part already rounded as y."""
-    dtype = torch.float32 if shape[0] > 1 else y.dtype
+def _take_scratch(
+    scratch: Tensor | None, shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """Lay v at the start of the scratch memory: partial sums in fp32, a single part of the dtype."""
+    dtype = torch.float32 if shape[0] > 1 else dtype
     if scratch is None:
-        return torch.empty(shape, dtype=dtype, device=y.device)
+        return torch.empty(shape, dtype=dtype, device=device)
     num_elements = shape[0] * shape[1] * shape[2] * shape[3]
     if scratch.dtype != torch.float32 or scratch.numel() < num_elements:
         raise ValueError(

@@ -16,7 +16,8 @@ memory has to be zero before. Accumulation and scaling are in fp32; v is fp32, o
 Layouts: x [T, H] of any strides; A [R, H] in the arena, at a multiple of 16 bytes; v [P, S, T, R] contiguous.
 
 Grid: (P x S x blocks of rank, programs that share the tiles of tokens), see `triton_lora_tiles`. A program
-multiplies a tile of x with a block of rows of A; blocks at or above the adapter's rank end at once.
+multiplies a tile of x with a block of rows of A; blocks at or above the adapter's rank end at once. Where
+kernels are launched early, the next one may begin when x is complete: see `begin_after_wait`.
 
 Source: Punica's and vLLM's SGMV shrink (Chen et al., 2023), split along the input features. Different here:
 weights through offsets into one arena at each adapter's own rank, no atomics, no zero-fill.
@@ -27,7 +28,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lora_serve.kernels._triton import ceil_div, jit, tl
+from lora_serve.kernels._triton import begin_after_wait, ceil_div, early_launch, jit, tl
 from lora_serve.kernels.lora_metadata import LoRAMetadata
 from lora_serve.kernels.triton_lora_tiles import (
     NOT_SPECIALIZED,
@@ -80,7 +81,9 @@ def _lora_shrink_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    EARLY: tl.constexpr,
 ) -> None:
+    begin_after_wait(EARLY)
     program = tl.program_id(0)
     first_r = program % NUM_R_BLOCKS * BLOCK_R
     r_index = first_r + tl.arange(0, BLOCK_R)
@@ -177,7 +180,7 @@ def triton_lora_shrink(
     if num_tokens == 0:
         return
     in_features = x.shape[1]
-    tiles = choose_shrink_tiles(token_class(num_tokens), in_features, max_rank, x.element_size())
+    tiles = choose_shrink_tiles(token_class(num_tokens), in_features, max_rank, x.element_size(), num_slices)
     num_r_blocks = ceil_div(max_rank, tiles.block_r)
     per_tile = num_parts * num_slices * num_r_blocks
     num_groups = num_groups_of(metadata)
@@ -213,6 +216,7 @@ def triton_lora_shrink(
         BLOCK_K=tiles.block_k,
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
+        **early_launch(x),
     )
 
 

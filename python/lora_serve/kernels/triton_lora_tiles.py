@@ -12,13 +12,16 @@ rows in G groups have at most ``T // BLOCK_T + G`` tile numbers, whatever the gr
 and the largest number of groups, never from values on the device, and one CUDA graph serves every mix of
 adapters. Programs go through the tile numbers in strides; those without a tile end at once.
 
-Everything that a kernel is compiled for depends on the layer and on the class of T (`TOKEN_CLASSES`), so that
-one launch of each class at start-up compiles all. The numbers here are a first choice, not yet measured.
+Everything that a kernel is compiled for depends on the GPU, on the layer and on the class of T
+(`TOKEN_CLASSES`), so that one launch of each class at start-up compiles all. What was measured on this GPU
+(`tuned_lora_tiles`) is taken; the numbers here are for all other GPUs and shapes, and for the interpreter.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from typing import Protocol
@@ -27,10 +30,47 @@ import torch
 from torch import Tensor
 
 from lora_serve.kernels._triton import ceil_div, jit, next_power_of_2, tl
+from lora_serve.kernels.lora_delta import FEW_TOKENS
 from lora_serve.kernels.lora_metadata import LoRAMetadata
+from lora_serve.kernels.tuned_lora_tiles import (
+    SMALLEST_BLOCK,
+    ExpandTiles,
+    ShrinkTiles,
+    clear_tuned_tiles,
+    tuned_expand,
+    tuned_shrink,
+)
+from lora_serve.kernels.tuned_tables import current_gpu
 
-TOKEN_CLASSES = (4, 32, 256, 1024, 1 << 30)
-"""Largest T of each class. Up to 256 tokens a step is taken for decodes: few rows of each adapter."""
+__all__ = [
+    "NOT_SPECIALIZED",
+    "TOKEN_CLASSES",
+    "ExpandTiles",
+    "LoRASlotTable",
+    "ShrinkTiles",
+    "SlotTensors",
+    "TrialTiles",
+    "check_metadata",
+    "choose_expand_tiles",
+    "choose_groups_block",
+    "choose_num_parts",
+    "choose_num_tile_programs",
+    "choose_shrink_tiles",
+    "clear_choices",
+    "default_expand_tiles",
+    "default_num_parts",
+    "default_shrink_tiles",
+    "find_group",
+    "load_groups",
+    "load_slot",
+    "metadata_of_tensors",
+    "num_groups_of",
+    "token_class",
+    "trial_tiles",
+]
+
+TOKEN_CLASSES = (1, 8, 32, 128, 512, 2048, 1 << 30)
+"""Largest T of each class. Up to 512 tokens a step is taken for decodes: few rows of each adapter."""
 
 # Views of a plan's block and of the tables start anywhere, and sizes differ from step to step: a kernel that
 # is compiled for their alignment or value would be compiled again and again while it serves.
@@ -50,7 +90,7 @@ NOT_SPECIALIZED = (
     "num_slots",
 )
 
-_DECODE_TOKENS = 256
+_DECODE_TOKENS = 512
 _TARGET_PROGRAMS = 1024
 """Programs wanted on a large GPU; where there would be more, each takes several tiles of tokens."""
 
@@ -76,24 +116,15 @@ class LoRASlotTable(Protocol):
 
 
 @dataclass(frozen=True)
-class ShrinkTiles:
-    """Launch parameters of the shrink: tokens, columns of rank and input features of one tile (>= 16)."""
+class TrialTiles:
+    """What a tuner wants instead of tuned numbers and heuristics; None = those."""
 
-    block_t: int
-    block_r: int
-    block_k: int
-    num_warps: int
-    num_stages: int
+    num_parts: int | None = None
+    shrink: ShrinkTiles | None = None
+    expand: ExpandTiles | None = None
 
 
-@dataclass(frozen=True)
-class ExpandTiles:
-    """Launch parameters of the expand: tokens, output features and columns of rank of one tile (>= 16)."""
-
-    block_t: int
-    block_n: int
-    block_r: int
-    num_warps: int
+_trial = TrialTiles()
 
 
 def token_class(num_tokens: int) -> int:
@@ -102,47 +133,108 @@ def token_class(num_tokens: int) -> int:
 
 
 def _block(size: int, largest: int) -> int:
-    return min(max(next_power_of_2(size), 16), max(largest, 16))
+    return min(max(next_power_of_2(size), SMALLEST_BLOCK), max(largest, SMALLEST_BLOCK))
 
 
-@cache
-def choose_shrink_tiles(tokens: int, in_features: int, max_rank: int, element_size: int) -> ShrinkTiles:
-    """Tiles of the shrink for a class of T, H input features of `element_size` bytes, and any rank."""
+def default_shrink_tiles(tokens: int, in_features: int, max_rank: int, element_size: int) -> ShrinkTiles:
+    """Tiles of the shrink where none were measured."""
+    if 1 < tokens <= FEW_TOKENS:
+        # It runs beside the base product: programs so few that all find room at once, each of the whole rank.
+        return ShrinkTiles(16, _block(max_rank, 64), _block(in_features, 256 // element_size), 4, 4)
     if tokens <= _DECODE_TOKENS:
+        block_t = 16 if tokens <= 128 else 32
         block_r = 16 if max_rank <= 64 else _block(max_rank // 4, 64)
         block_k = _block(in_features, 8192 // block_r // element_size)
-        return ShrinkTiles(16, block_r, block_k, num_warps=4, num_stages=3)
+        return ShrinkTiles(block_t, block_r, block_k, num_warps=4, num_stages=3)
     block_k = _block(in_features, 128 // element_size)
     return ShrinkTiles(64, _block(max_rank, 64), block_k, num_warps=4, num_stages=4)
 
 
-@cache
-def choose_num_parts(tokens: int, num_slices: int, in_features: int, max_rank: int) -> int:
-    """P: among how many programs the H input features of one tile of the shrink are split, a power of two.
-
-    Few rows leave a GPU idle unless their input features are split. Each part costs the expand one more
-    read of v, the more the more rows there are.
-    """
+def default_num_parts(tokens: int, num_slices: int, in_features: int, max_rank: int) -> int:
+    """P where none was measured: a power of two."""
     if tokens == TOKEN_CLASSES[-1]:
         return 1
-    tiles = choose_shrink_tiles(tokens, in_features, max_rank, 2)
+    tiles = default_shrink_tiles(tokens, in_features, max_rank, 2)
     programs = ceil_div(tokens, tiles.block_t) * num_slices * ceil_div(max_rank, tiles.block_r)
     most, wanted = (8, 256) if tokens <= _DECODE_TOKENS else (4, 128)
-    if tokens == TOKEN_CLASSES[0]:
+    if tokens == 1:
         most = 16
+    elif tokens <= FEW_TOKENS:
+        most = 4
     num_parts = 1
     while num_parts < most and num_parts * programs < wanted and in_features >= 2 * num_parts * tiles.block_k:
         num_parts *= 2
     return num_parts
 
 
-@cache
-def choose_expand_tiles(tokens: int, out_features: int, max_rank: int) -> ExpandTiles:
-    """Tiles of the expand for a class of T and O output features of all slices together."""
+def default_expand_tiles(tokens: int, out_features: int, max_rank: int) -> ExpandTiles:
+    """Tiles of the expand where none were measured."""
     if tokens <= _DECODE_TOKENS:
-        block_n = 128 if out_features > 8192 else 64
-        return ExpandTiles(16, _block(out_features, block_n), _block(max_rank, 128), num_warps=4)
+        block_t, block_n = 16 if tokens <= 128 else 32, 128 if out_features > 8192 else 64
+        return ExpandTiles(block_t, _block(out_features, block_n), _block(max_rank, 128), num_warps=4)
     return ExpandTiles(64, _block(out_features, 128), _block(max_rank, 64), num_warps=4)
+
+
+@cache
+def choose_shrink_tiles(
+    tokens: int, in_features: int, max_rank: int, element_size: int, num_slices: int = 1
+) -> ShrinkTiles:
+    """Tiles of the shrink for a class of T, and for S slices of H input features of `element_size` bytes."""
+    if _trial.shrink is not None:
+        return _trial.shrink
+    tuned = tuned_shrink(current_gpu(), tokens, num_slices, in_features, max_rank, element_size)
+    return tuned.tiles if tuned else default_shrink_tiles(tokens, in_features, max_rank, element_size)
+
+
+@cache
+def choose_num_parts(
+    tokens: int, num_slices: int, in_features: int, max_rank: int, element_size: int = 2
+) -> int:
+    """P: among how many programs the H input features of one tile of the shrink are split.
+
+    Few rows leave a GPU idle unless their input features are split. Each part costs the expand one more
+    read of v, the more the more rows there are.
+    """
+    if _trial.num_parts is not None:
+        return _trial.num_parts
+    tuned = tuned_shrink(current_gpu(), tokens, num_slices, in_features, max_rank, element_size)
+    return tuned.num_parts if tuned else default_num_parts(tokens, num_slices, in_features, max_rank)
+
+
+@cache
+def choose_expand_tiles(
+    tokens: int,
+    out_features: int,
+    max_rank: int,
+    num_slices: int = 1,
+    num_parts: int = 1,
+    element_size: int = 2,
+) -> ExpandTiles:
+    """Tiles of the expand for a class of T, O output features of all S slices together, and P parts of v."""
+    if _trial.expand is not None:
+        return _trial.expand
+    layer = (num_slices, out_features, max_rank, num_parts, element_size)
+    return tuned_expand(current_gpu(), tokens, *layer) or default_expand_tiles(tokens, out_features, max_rank)
+
+
+@contextmanager
+def trial_tiles(trial: TrialTiles) -> Iterator[None]:
+    """Choose these for every layer and step, in all threads; for tuners and tests."""
+    global _trial
+    before, _trial = _trial, trial
+    clear_choices()
+    try:
+        yield
+    finally:
+        _trial = before
+        clear_choices()
+
+
+def clear_choices() -> None:
+    """Choose anew, from tables that are read anew; for tuners and tests."""
+    for choose in (choose_shrink_tiles, choose_num_parts, choose_expand_tiles):
+        choose.cache_clear()
+    clear_tuned_tiles()
 
 
 def num_groups_of(metadata: LoRAMetadata) -> int:
@@ -153,7 +245,7 @@ def num_groups_of(metadata: LoRAMetadata) -> int:
 def choose_groups_block(metadata: LoRAMetadata) -> int:
     """How many groups a kernel reads at once: within one warp for few tokens, else all there can be."""
     largest = max(next_power_of_2(metadata.active_lora_ids.shape[0]), 2)
-    return min(largest, TOKEN_CLASSES[1]) if metadata.num_tokens <= TOKEN_CLASSES[1] else largest
+    return min(largest, FEW_TOKENS) if metadata.num_tokens <= FEW_TOKENS else largest
 
 
 @cache

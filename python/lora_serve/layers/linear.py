@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lora_serve.kernels import LoRALayerTable, add_lora_linear
+from lora_serve.kernels import LoRADelta, LoRALayerTable, add_lora_delta, lora_linear
 from lora_serve.layers import ops
 from lora_serve.layers.step_context import StepContext
 
@@ -130,10 +130,32 @@ class PackedLinear(nn.Module):
         LookupError
             A token names an adapter slot that holds no adapter.
         """
-        y = ops.linear(x, self.weight, self.bias)
-        if ctx.lora is not None:
-            add_lora_linear(y, x, self.lora_table, ctx.lora)
+        y, delta = self.forward_deferred(x, ctx)
+        if delta is not None:
+            add_lora_delta(y, delta)
         return y
+
+    def forward_deferred(self, x: Tensor, ctx: StepContext) -> tuple[Tensor, LoRADelta | None]:
+        """Give the base product, and what the adapters still have to add to it.
+
+        For callers whose next operation reads the output anyway, and takes the delta with it
+        (:func:`ops.silu_mul`, :func:`ops.norm_rotary_store`).
+
+        Parameters
+        ----------
+        x, ctx
+            As for :meth:`forward`.
+
+        Returns
+        -------
+        y : Tensor
+            [T, sum(O_s)].
+        delta : LoRADelta or None
+            None = ``y`` is complete.
+        """
+        if ctx.lora is None or ctx.lora.no_adapter:
+            return ops.linear(x, self.weight, self.bias), None
+        return lora_linear(x, self.weight, self.bias, self.lora_table, ctx.lora)
 
     def checkpoint_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Yield each slice's checkpoint names with the part of the fused parameter that it fills."""

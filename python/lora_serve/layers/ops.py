@@ -13,9 +13,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
-import torch.nn.functional as F
 from torch import Tensor
 
+from lora_serve.kernels import LoRADelta, add_lora_delta
+from lora_serve.kernels.lora_delta import FEW_TOKENS
 from lora_serve.layers import torch_ops
 from lora_serve.layers.attention import KVLayer
 from lora_serve.layers.step_context import StepContext
@@ -44,20 +45,34 @@ class _Ops(NamedTuple):
         [Tensor, Tensor, Tensor, Tensor, KVLayer, Tensor | None, Tensor | None, float], Tensor
     ]
     silu_mul: Callable[[Tensor], Tensor]
-    linear: Callable[[Tensor, Tensor, Tensor | None], Tensor] = F.linear
+    linear: Callable[[Tensor, Tensor, Tensor | None, Tensor | None], Tensor]
 
 
-_TORCH_OPS = _Ops(torch_ops.rms_norm, torch_ops.add_rms_norm, torch_ops.norm_rotary_store, torch_ops.silu_mul)
+class _TritonOps(NamedTuple):
+    plain: _Ops
+    lora_norm_rotary_store: Callable[
+        [Tensor, LoRADelta, Tensor, Tensor, Tensor, KVLayer, Tensor | None, Tensor | None, float], Tensor
+    ]
+    lora_silu_mul: Callable[[Tensor, LoRADelta], Tensor]
+
+
+_TORCH_OPS = _Ops(
+    torch_ops.rms_norm,
+    torch_ops.add_rms_norm,
+    torch_ops.norm_rotary_store,
+    torch_ops.silu_mul,
+    torch_ops.linear,
+)
 _torch_only = False
 
 
 @functools.cache
-def _triton_ops() -> _Ops:
-    from lora_serve.kernels import rotary_store
-    from lora_serve.kernels._triton import launches_early
+def _triton_ops() -> _TritonOps:
+    from lora_serve.kernels import lora_rotary_store, rotary_store
+    from lora_serve.kernels.cuda_linear import cuda_linear
+    from lora_serve.kernels.lora_silu_mul import lora_silu_mul
     from lora_serve.kernels.rms_norm import add_rms_norm, rms_norm
     from lora_serve.kernels.silu_mul import silu_mul
-    from lora_serve.kernels.skinny_linear import skinny_linear, tuned_launch
 
     def norm_rotary_store(
         qkv: Tensor,
@@ -69,21 +84,33 @@ def _triton_ops() -> _Ops:
         k_weight: Tensor | None,
         eps: float,
     ) -> Tensor:
+        pages = (kv_layer.k, kv_layer.v)
         return rotary_store.norm_rotary_store(
-            qkv, positions, cos_sin, slot_mapping, kv_layer.k, kv_layer.v, q_weight, k_weight, eps
+            qkv, positions, cos_sin, slot_mapping, *pages, q_weight, k_weight, eps
         )
 
-    def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        launch = tuned_launch(len(x), weight)
-        if launch is None:
-            return F.linear(x, weight, bias)
-        return skinny_linear(x, weight, bias, launch=launch, launches_early=launches_early(x))
+    def lora_norm_rotary_store(
+        qkv: Tensor,
+        delta: LoRADelta,
+        positions: Tensor,
+        cos_sin: Tensor,
+        slot_mapping: Tensor,
+        kv_layer: KVLayer,
+        q_weight: Tensor | None,
+        k_weight: Tensor | None,
+        eps: float,
+    ) -> Tensor:
+        pages = (kv_layer.k, kv_layer.v)
+        return lora_rotary_store.lora_norm_rotary_store(
+            qkv, delta, positions, cos_sin, slot_mapping, *pages, q_weight, k_weight, eps
+        )
 
-    return _Ops(rms_norm, add_rms_norm, norm_rotary_store, silu_mul, linear)
+    plain = _Ops(rms_norm, add_rms_norm, norm_rotary_store, silu_mul, cuda_linear)
+    return _TritonOps(plain, lora_norm_rotary_store, lora_silu_mul)
 
 
 def _ops_of(x: Tensor) -> _Ops:
-    return _triton_ops() if x.is_cuda and not _torch_only else _TORCH_OPS
+    return _triton_ops().plain if x.is_cuda and not _torch_only else _TORCH_OPS
 
 
 @contextmanager
@@ -138,7 +165,12 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Ten
 
 
 def norm_rotary_store(
-    qkv: Tensor, ctx: StepContext, cos_sin: Tensor, kv_layer: KVLayer, head_norms: HeadNorms | None
+    qkv: Tensor,
+    ctx: StepContext,
+    cos_sin: Tensor,
+    kv_layer: KVLayer,
+    head_norms: HeadNorms | None,
+    delta: LoRADelta | None = None,
 ) -> Tensor:
     """Make queries, keys and values of a step ready for attention.
 
@@ -158,6 +190,8 @@ def norm_rotary_store(
         The layer's pages, written at the slot mapping.
     head_norms
         None = the model has none.
+    delta
+        What adapters still have to add to ``qkv``; None = nothing.
 
     Returns
     -------
@@ -165,27 +199,43 @@ def norm_rotary_store(
         [T, heads, D] of the dtype of ``qkv``; the last axis is contiguous.
     """
     q_weight, k_weight, eps = (None, None, 0.0) if head_norms is None else head_norms
-    op = _ops_of(qkv).norm_rotary_store
-    return op(qkv, ctx.positions, cos_sin, ctx.slot_mapping, kv_layer, q_weight, k_weight, eps)
+    rest = (ctx.positions, cos_sin, ctx.slot_mapping, kv_layer, q_weight, k_weight, eps)
+    delta = _left_of(delta, qkv)
+    if delta is not None:
+        return _triton_ops().lora_norm_rotary_store(qkv, delta, *rest)
+    return _ops_of(qkv).norm_rotary_store(qkv, *rest)
 
 
-def silu_mul(gate_up: Tensor) -> Tensor:
+def silu_mul(gate_up: Tensor, delta: LoRADelta | None = None) -> Tensor:
     """Give ``silu(gate) * up``; the silu is rounded to the dtype before the product.
 
     Parameters
     ----------
     gate_up
-        [T, 2 I], contiguous: gate, then up.
+        [T, 2 I], contiguous: gate, then up. Not to be read afterwards: the delta may have been added to it.
+    delta
+        What adapters still have to add to ``gate_up``; None = nothing.
 
     Returns
     -------
     Tensor
         [T, I], contiguous.
     """
+    delta = _left_of(delta, gate_up)
+    if delta is not None:
+        return _triton_ops().lora_silu_mul(gate_up, delta)
     return _ops_of(gate_up).silu_mul(gate_up)
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def _left_of(delta: LoRADelta | None, y: Tensor) -> LoRADelta | None:
+    """Give a delta that the next kernel is to take with it; any other is added to y here."""
+    if delta is None or (_ops_of(y) is not _TORCH_OPS and len(y) > FEW_TOKENS):
+        return delta
+    add_lora_delta(y, delta)
+    return None
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
     """Give ``x W^T + b``.
 
     Where a kernel of ours was measured to be faster on this GPU, for this shape and number of rows, it is
@@ -199,10 +249,12 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         [O, H] of the dtype of ``x``.
     bias
         [O] of the dtype of ``x``, or None.
+    out
+        [T, O] of the dtype of ``x``, contiguous, to write to; None = a new tensor.
 
     Returns
     -------
     Tensor
         [T, O], contiguous.
     """
-    return _ops_of(x).linear(x, weight, bias)
+    return _ops_of(x).linear(x, weight, bias, out)

@@ -71,3 +71,12 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     """Gate the second half by the first; see :func:`lora_serve.layers.ops.silu_mul`."""
     gate, up = gate_up.chunk(2, dim=-1)
     return F.silu(gate) * up
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None) -> Tensor:
+    """Multiply by a weight; see :func:`lora_serve.layers.ops.linear`."""
+    if out is None:
+        return F.linear(x, weight, bias)
+    if bias is None:
+        return torch.mm(x, weight.t(), out=out)
+    return torch.addmm(bias, x, weight.t(), out=out)

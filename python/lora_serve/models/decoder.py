@@ -196,8 +196,7 @@ class DecoderModel(nn.Module):
         Tensor
             [N, V] of the model's dtype; widened to float32 it equals what :meth:`compute_logits` gives.
         """
-        weight = self.lm_head.weight
-        return ops.linear(hidden, weight) if out is None else torch.mm(hidden, weight.t(), out=out)
+        return ops.linear(hidden, self.lm_head.weight, out=out)
 
     def lora_targets(self) -> dict[str, LoRATarget]:
         """Give every module that an adapter may have weights for by its full path.

@@ -104,8 +104,8 @@ class DecoderAttention(nn.Module):
         Tensor
             [T, H].
         """
-        qkv = self.qkv_proj.forward(hidden, ctx)
-        query = ops.norm_rotary_store(qkv, ctx, cos_sin, kv_layer, self._head_norms())
+        qkv, delta = self.qkv_proj.forward_deferred(hidden, ctx)
+        query = ops.norm_rotary_store(qkv, ctx, cos_sin, kv_layer, self._head_norms(), delta)
         attended = self._backend.attend(query, kv_layer, self.spec, plan)
         return self.o_proj.forward(attended.flatten(1), ctx)
 
@@ -159,7 +159,8 @@ class DecoderMLP(nn.Module):
 
     def forward(self, hidden: Tensor, ctx: StepContext) -> Tensor:
         """Transform [T, H], normalised, to [T, H]."""
-        return self.down_proj.forward(ops.silu_mul(self.gate_up_proj.forward(hidden, ctx)), ctx)
+        gate_up, delta = self.gate_up_proj.forward_deferred(hidden, ctx)
+        return self.down_proj.forward(ops.silu_mul(gate_up, delta), ctx)
 
 
 class DecoderLayer(nn.Module):

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from lora_serve.kernels.lora_delta import FEW_TOKENS
 from lora_serve.layers import HeadNorms, KVLayer, RMSNorm, StepContext, ops
 from lora_serve.layers.torch_ops import apply_rotary
 
@@ -78,7 +79,8 @@ def test_cuda_tensors_go_to_the_kernels_unless_torch_is_forced(monkeypatch: pyte
     def kernel(*arguments: object) -> str:
         return "kernel"
 
-    monkeypatch.setattr(ops, "_triton_ops", lambda: ops._Ops(kernel, kernel, kernel, kernel))
+    plain = ops._Ops(kernel, kernel, kernel, kernel, kernel)
+    monkeypatch.setattr(ops, "_triton_ops", lambda: ops._TritonOps(plain, kernel, kernel))
     with FakeTensorMode():
         on_cuda, on_cpu = torch.empty(2, 8, device="cuda:0"), torch.empty(2, 8)
         weight = torch.empty(8)
@@ -88,3 +90,39 @@ def test_cuda_tensors_go_to_the_kernels_unless_torch_is_forced(monkeypatch: pyte
         with ops.torch_ops_only():
             assert ops.silu_mul(on_cuda).shape == (2, 4)
         assert ops.silu_mul(on_cuda) == "kernel"
+
+
+@pytest.mark.parametrize(("num_tokens", "is_left"), [(FEW_TOKENS, False), (FEW_TOKENS + 1, True)])
+def test_delta_is_left_to_the_next_kernel_from_so_many_tokens_on(
+    monkeypatch: pytest.MonkeyPatch, num_tokens: int, is_left: bool
+) -> None:
+    added: list[object] = []
+    plain = ops._Ops(*[lambda *_: "plain"] * 5)
+    kernels = ops._TritonOps(plain, lambda *_: "rotary with delta", lambda *_: "silu with delta")
+    monkeypatch.setattr(ops, "_triton_ops", lambda: kernels)
+    monkeypatch.setattr(ops, "add_lora_delta", lambda y, delta: added.append((y, delta)))
+    delta = object()
+    with FakeTensorMode():
+        on_cuda = torch.empty(num_tokens, 8, device="cuda:0")
+        found = [
+            ops.silu_mul(on_cuda, delta),
+            ops.norm_rotary_store(on_cuda, StepContext(*[on_cuda] * 3), on_cuda, on_cuda, None, delta),
+        ]
+        assert found == (["silu with delta", "rotary with delta"] if is_left else ["plain"] * 2)
+        assert added == ([] if is_left else [(on_cuda, delta)] * 2)
+        assert ops.silu_mul(on_cuda) == "plain"
+        with ops.torch_ops_only():
+            assert ops.silu_mul(on_cuda, delta).shape == (num_tokens, 4)
+        assert len(added) == (1 if is_left else 3)
+
+
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_linear_writes_where_it_is_told_what_it_gives_otherwise(has_bias: bool) -> None:
+    x, weight = signed(torch.float32, TOKENS, 48, seed=1), signed(torch.float32, 20, 48, seed=2)
+    bias = signed(torch.float32, 20, seed=3) if has_bias else None
+    out = torch.full((TOKENS, 20), torch.nan)
+
+    y = ops.linear(x, weight, bias, out)
+
+    assert y.data_ptr() == out.data_ptr()
+    assert torch.equal(y, ops.linear(x, weight, bias))

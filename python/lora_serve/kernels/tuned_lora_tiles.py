@@ -1,0 +1,188 @@
+"""The launch parameters of the LoRA kernels that were measured on this GPU; see `tuned_tables`.
+
+Rows of "lora_shrink" are found by input features and number of slices, those of "lora_expand" by output
+features of all slices, number of slices and number of parts of v; both by class of T, element size and
+largest rank. All must be equal but the rank: the row of the nearest one at or above is taken, its block of
+rank cut to what the rank needs. What has no row is left to the heuristic in `triton_lora_tiles`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any, TypeVar
+
+from lora_serve.kernels.tuned_tables import int_of, read_tuned_rows
+
+SMALLEST_BLOCK = 16
+"""Of tokens, rank, and features: what the matrix units take."""
+
+
+@dataclass(frozen=True)
+class ShrinkTiles:
+    """Launch parameters of the shrink: tokens, columns of rank and input features of one tile (>= 16)."""
+
+    block_t: int
+    block_r: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class ExpandTiles:
+    """Launch parameters of the expand: tokens, output features and columns of rank of one tile (>= 16).
+
+    With `loads_y_first` the tile of y is on its way while v and B are multiplied. It takes registers.
+    """
+
+    block_t: int
+    block_n: int
+    block_r: int
+    num_warps: int
+    loads_y_first: bool = False
+
+
+@dataclass(frozen=True)
+class TunedShrink:
+    """How the shrink is split: P and the tiles."""
+
+    num_parts: int
+    tiles: ShrinkTiles
+
+
+def tuned_shrink(
+    gpu: str | None, tokens: int, num_slices: int, in_features: int, max_rank: int, element_size: int
+) -> TunedShrink | None:
+    """Give what was measured for a layer's shrink.
+
+    Parameters
+    ----------
+    gpu
+        Its name; None = no GPU.
+    tokens
+        Class of T.
+    num_slices, in_features, max_rank
+        S, H and R of the layer.
+    element_size
+        Bytes of a weight.
+
+    Returns
+    -------
+    TunedShrink | None
+        None = nothing was measured.
+
+    Raises
+    ------
+    ValueError
+        A table of this GPU is damaged.
+    """
+    by_rank = _shrink_rows(gpu).get((tokens, num_slices, in_features, element_size), {})
+    row = _at_or_above(by_rank, max_rank)
+    if row is None:
+        return None
+    return replace(row, tiles=replace(row.tiles, block_r=_cut(row.tiles.block_r, max_rank)))
+
+
+def tuned_expand(
+    gpu: str | None,
+    tokens: int,
+    num_slices: int,
+    out_features: int,
+    max_rank: int,
+    num_parts: int,
+    element_size: int,
+) -> ExpandTiles | None:
+    """Give what was measured for a layer's expand.
+
+    Parameters
+    ----------
+    gpu
+        Its name; None = no GPU.
+    tokens
+        Class of T.
+    num_slices, out_features, max_rank
+        S, O of all slices together, and R of the layer.
+    num_parts
+        P of the v that it reads.
+    element_size
+        Bytes of a weight.
+
+    Returns
+    -------
+    ExpandTiles | None
+        None = nothing was measured.
+
+    Raises
+    ------
+    ValueError
+        A table of this GPU is damaged.
+    """
+    by_rank = _expand_rows(gpu).get((tokens, num_slices, out_features, num_parts, element_size), {})
+    tiles = _at_or_above(by_rank, max_rank)
+    return None if tiles is None else replace(tiles, block_r=_cut(tiles.block_r, max_rank))
+
+
+_Key = tuple[int, ...]
+_Found = TypeVar("_Found", TunedShrink, ExpandTiles)
+
+
+@cache
+def _shrink_rows(gpu: str | None) -> dict[_Key, dict[int, TunedShrink]]:
+    names = ("max_tokens", "num_slices", "in_features", "element_size")
+
+    def read_row(row: Mapping[str, Any]) -> tuple[_Key, int, TunedShrink]:
+        tiles = ShrinkTiles(num_stages=int_of(row["tiles"], "num_stages"), **_numbers(row, "block_k"))
+        found = TunedShrink(int_of(row, "num_parts"), tiles)
+        return tuple(int_of(row, name) for name in names), int_of(row, "max_rank"), found
+
+    return _by_key(read_tuned_rows(gpu, "lora_shrink", read_row))
+
+
+@cache
+def _expand_rows(gpu: str | None) -> dict[_Key, dict[int, ExpandTiles]]:
+    names = ("max_tokens", "num_slices", "out_features", "num_parts", "element_size")
+
+    def read_row(row: Mapping[str, Any]) -> tuple[_Key, int, ExpandTiles]:
+        loads_y_first = row["tiles"]["loads_y_first"]
+        if not isinstance(loads_y_first, bool):
+            raise ValueError(f"loads_y_first is {loads_y_first!r}, expected true or false")
+        tiles = ExpandTiles(loads_y_first=loads_y_first, **_numbers(row, "block_n"))
+        return tuple(int_of(row, name) for name in names), int_of(row, "max_rank"), tiles
+
+    return _by_key(read_tuned_rows(gpu, "lora_expand", read_row))
+
+
+def _numbers(row: Mapping[str, Any], block_of_features: str) -> dict[str, int]:
+    """What both kinds of tiles have."""
+    tiles = row["tiles"]
+    if not isinstance(tiles, dict):
+        raise ValueError(f"tiles is {tiles!r}, expected a table")
+    blocks = ("block_t", "block_r", block_of_features)
+    numbers = {name: int_of(tiles, name, is_power_of_2=True, at_least=SMALLEST_BLOCK) for name in blocks}
+    return numbers | {"num_warps": int_of(tiles, "num_warps", is_power_of_2=True)}
+
+
+def _by_key(rows: list[tuple[_Key, int, _Found]]) -> dict[_Key, dict[int, _Found]]:
+    """Rows by key, then by rank; where one is there twice, the first is taken."""
+    table: dict[_Key, dict[int, _Found]] = {}
+    for key, max_rank, found in rows:
+        table.setdefault(key, {}).setdefault(max_rank, found)
+    return table
+
+
+def _at_or_above(by_rank: dict[int, _Found], max_rank: int) -> _Found | None:
+    ranks = [rank for rank in by_rank if rank >= max_rank]
+    return by_rank[min(ranks)] if ranks else None
+
+
+def _cut(block_r: int, max_rank: int) -> int:
+    """A block of rank that is no larger than the rank needs."""
+    return min(block_r, max(1 << (max_rank - 1).bit_length(), SMALLEST_BLOCK))
+
+
+def clear_tuned_tiles() -> None:
+    """Forget what was read; for tests and tuners that change the tables."""
+    _shrink_rows.cache_clear()
+    _expand_rows.cache_clear()

@@ -1,0 +1,170 @@
+"""Which launch parameters of the LoRA kernels are worth a measurement.
+
+A decode reads weights once and has few rows: what counts is that every multiprocessor has enough bytes on
+their way, in few instructions. So blocks hold the whole rank where that leaves enough programs, and input
+features are split until a program has one to three blocks of them. A prefill has rows enough: there the
+candidates are tiles for the matrix units with several stages, in one part or two, because each tile of
+output features reads the parts again.
+"""
+
+from __future__ import annotations
+
+from lora_serve.kernels.triton_lora_tiles import (
+    SMALLEST_BLOCK,
+    ExpandTiles,
+    ShrinkTiles,
+    default_expand_tiles,
+    default_num_parts,
+    default_shrink_tiles,
+)
+from lora_serve.kernels.tuned_lora_tiles import TunedShrink
+
+WHOLE = 128
+"""A block of rank for all of the rank, up to this."""
+
+_MOST_SHARED_BYTES = 200 << 10
+_MOST_STAGES = 4
+
+# block_t, block_r, block_k, parts, warps
+_SHRINK_FEW = (
+    (16, 16, 256, 4, 4),
+    (16, 16, 1024, 4, 4),
+    (16, 16, 512, 8, 4),
+    (16, 16, 2048, 2, 8),
+    (16, 32, 512, 4, 4),
+    (16, 32, 512, 8, 4),
+    (16, 32, 256, 16, 4),
+    (16, 32, 1024, 4, 8),
+    (16, WHOLE, 128, 8, 4),
+    (16, WHOLE, 256, 4, 8),
+    (16, WHOLE, 256, 8, 4),
+    (16, WHOLE, 512, 8, 8),
+    (16, WHOLE, 256, 16, 4),
+)
+# A long input in as many programs as a short one has.
+_SHRINK_FEW_LONG = (
+    (16, 32, 1024, 12, 4),
+    (16, WHOLE, 512, 12, 8),
+)
+_SHRINK_128 = (
+    (16, 16, 256, 2, 4),
+    (16, 16, 512, 4, 4),
+    (16, 32, 256, 4, 4),
+    (16, 32, 512, 8, 4),
+    (16, WHOLE, 128, 4, 4),
+    (16, WHOLE, 128, 8, 4),
+    (16, WHOLE, 256, 4, 4),
+    (16, WHOLE, 256, 8, 4),
+    (32, 32, 256, 4, 4),
+    (32, WHOLE, 128, 4, 4),
+    (32, WHOLE, 256, 4, 8),
+    (32, WHOLE, 256, 8, 4),
+)
+_SHRINK_512 = (
+    (16, 32, 256, 2, 4),
+    (16, WHOLE, 128, 4, 4),
+    (32, 32, 128, 2, 4),
+    (32, WHOLE, 128, 2, 4),
+    (32, WHOLE, 128, 4, 4),
+    (32, WHOLE, 256, 4, 8),
+    (64, WHOLE, 64, 1, 4),
+    (64, WHOLE, 64, 4, 4),
+    (64, WHOLE, 128, 2, 4),
+    (64, WHOLE, 128, 4, 4),
+)
+_SHRINK_MANY = (
+    (32, WHOLE, 128, 1, 4),
+    (64, WHOLE, 64, 1, 4),
+    (64, WHOLE, 128, 1, 4),
+    (64, WHOLE, 128, 1, 8),
+    (64, WHOLE, 64, 2, 4),
+    (64, WHOLE, 128, 2, 4),
+    (128, WHOLE, 64, 1, 4),
+    (128, WHOLE, 64, 1, 8),
+    (128, WHOLE, 128, 1, 8),
+    (128, WHOLE, 64, 2, 4),
+)
+_SHRINK = {128: _SHRINK_128, 512: _SHRINK_512}
+
+# block_t, block_n, warps, loads_y_first
+_EXPAND_FEW = (
+    (16, 32, 2, True),
+    (16, 64, 2, True),
+    (16, 64, 4, True),
+    (16, 128, 4, False),
+    (16, 128, 4, True),
+    (16, 128, 8, True),
+    (16, 256, 4, True),
+    (16, 256, 8, True),
+)
+_EXPAND_128 = (
+    (16, 64, 4, True),
+    (16, 128, 4, False),
+    (16, 128, 4, True),
+    (16, 256, 4, True),
+    (16, 256, 8, True),
+    (32, 128, 4, True),
+    (64, 64, 4, True),
+    (64, 128, 4, True),
+)
+_EXPAND_512 = (
+    (16, 128, 4, True),
+    (16, 256, 4, True),
+    (32, 128, 4, False),
+    (32, 128, 4, True),
+    (32, 256, 8, True),
+    (64, 64, 4, True),
+    (64, 128, 4, True),
+    (64, 128, 8, True),
+)
+_EXPAND_MANY = (
+    (32, 128, 4, True),
+    (32, 256, 4, True),
+    (64, 64, 4, True),
+    (64, 128, 4, False),
+    (64, 128, 4, True),
+    (64, 128, 8, True),
+    (64, 256, 8, False),
+    (64, 256, 8, True),
+    (128, 64, 4, True),
+    (128, 128, 8, False),
+    (128, 128, 8, True),
+)
+_EXPAND = {128: _EXPAND_128, 512: _EXPAND_512}
+_FEW_TOKENS = 32
+
+
+def shrink_candidates(
+    tokens: int, num_slices: int, in_features: int, max_rank: int, element_size: int
+) -> list[TunedShrink]:
+    """What to try for a class of T; the default comes first."""
+    default = TunedShrink(
+        default_num_parts(tokens, num_slices, in_features, max_rank),
+        default_shrink_tiles(tokens, in_features, max_rank, element_size),
+    )
+    wanted = _SHRINK_FEW if tokens <= _FEW_TOKENS else _SHRINK.get(tokens, _SHRINK_MANY)
+    if tokens <= _FEW_TOKENS and in_features > 8192:
+        wanted += _SHRINK_FEW_LONG
+    found = [default]
+    for block_t, block_r, block_k, num_parts, num_warps in wanted:
+        rows = min(block_r, _power_of_2(max_rank))
+        steps = -(-in_features // (num_parts * block_k))
+        stage_bytes = (block_t + rows) * block_k * element_size
+        num_stages = 1 if steps == 1 else min(steps + 1, _MOST_STAGES, _MOST_SHARED_BYTES // stage_bytes)
+        if num_stages >= 1 and num_stages * stage_bytes <= _MOST_SHARED_BYTES:
+            tiles = ShrinkTiles(block_t, rows, block_k, num_warps, num_stages)
+            found.append(TunedShrink(num_parts, tiles))
+    return list(dict.fromkeys(found))
+
+
+def expand_candidates(tokens: int, out_features: int, max_rank: int) -> list[ExpandTiles]:
+    """What to try for a class of T; the default comes first."""
+    wanted = _EXPAND_FEW if tokens <= _FEW_TOKENS else _EXPAND.get(tokens, _EXPAND_MANY)
+    block_r = min(_power_of_2(max_rank), 256)
+    found = [default_expand_tiles(tokens, out_features, max_rank)]
+    found += [ExpandTiles(t, n, block_r, warps, first) for t, n, warps, first in wanted]
+    return list(dict.fromkeys(found))
+
+
+def _power_of_2(max_rank: int) -> int:
+    return max(1 << (max_rank - 1).bit_length(), SMALLEST_BLOCK)

@@ -1,0 +1,142 @@
+"""The seam of the layers on CUDA: the shrink beside the base product, and what is left to the next kernel."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+from kernels.device_cases import signed
+from kernels.lora_cases import MAX_LORAS, has_same_bits
+from kernels.triton_lora_cases import tables_on_device
+from lora_serve.kernels import (
+    LoRALayerTable,
+    LoRAMetadata,
+    _triton,
+    build_lora_metadata,
+    cuda_linear,
+    cuda_lora,
+)
+from lora_serve.kernels.lora_builder import install_weights
+from lora_serve.kernels.lora_delta import FEW_TOKENS
+from lora_serve.kernels.lora_silu_mul import lora_silu_mul
+from lora_serve.kernels.lora_weights import LoRASliceWeights
+from lora_serve.kernels.silu_mul import silu_mul
+from lora_serve.kernels.skinny_linear import skinny_linear
+
+pytestmark = pytest.mark.gpu
+
+SIZE = 2048
+NUM_LAYERS = 4
+NUM_TOKENS = [1, 3, 16, FEW_TOKENS, FEW_TOKENS + 1, 100, 700]
+
+
+class Layers:
+    """Gated layers after each other: each reads what the one before has written, with adapters in all."""
+
+    def __init__(self, dtype: torch.dtype, num_adapters: int) -> None:
+        self.weights = [
+            signed("cuda", dtype, 2 * SIZE, SIZE, seed=layer, scale=SIZE**-0.5) for layer in range(NUM_LAYERS)
+        ]
+        self.tables = [LoRALayerTable((SIZE, SIZE), SIZE) for _ in range(NUM_LAYERS)]
+        self._install(dtype, num_adapters)
+
+    def _install(self, dtype: torch.dtype, num_adapters: int) -> None:
+        for layer, table in enumerate(self.tables):
+            installed = {}
+            for slot in range(num_adapters):
+                rank = (64, 8, 33)[slot % 3]
+                a = signed("cpu", dtype, rank, SIZE, seed=100 * layer + slot, scale=SIZE**-0.5)
+                b = signed("cpu", dtype, rank, SIZE, seed=1000 + 100 * layer + slot, scale=rank**-0.5)
+                installed[slot] = (LoRASliceWeights(a, b, 0.5), LoRASliceWeights(a, b, -1.5))
+            install_weights({table: installed})
+            arena, tables = tables_on_device(table, "cuda")
+            tables.max_rank = 64
+            table.arena, table.tables = arena, tables
+            views = tables.layers[0]
+            table.a_offset, table.b_offset = views.a_offset, views.b_offset
+            table.lora_rank, table.scaling = views.lora_rank, views.scaling
+
+    def run(self, x: Tensor, metadata: LoRAMetadata, *, leaves_delta: bool) -> Tensor:
+        for weight, table in zip(self.weights, self.tables, strict=True):
+            y, delta = cuda_lora.linear(x, weight, None, table, metadata)
+            assert delta is not None
+            if leaves_delta:
+                x = lora_silu_mul(y, delta)
+            else:
+                cuda_lora.add_delta(y, delta)
+                x = silu_mul(y)
+            x = x / x.float().abs().amax(dim=1, keepdim=True).clamp(min=1).to(x.dtype)
+        return x
+
+
+def steps_of(num_tokens: int, num_adapters: int) -> LoRAMetadata:
+    slots = torch.arange(num_tokens, dtype=torch.int32) % (num_adapters + 1) - 1
+    return build_lora_metadata(slots, MAX_LORAS, device=torch.device("cuda"))
+
+
+def one_by_one(x: Tensor, weight: Tensor, bias: Tensor | None, **options: object) -> Tensor:
+    return skinny_linear(x, weight, bias, launch=options["launch"])
+
+
+@pytest.fixture(autouse=True)
+def _early_launches_again():
+    yield
+    _triton.set_early_launches(True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("num_tokens", NUM_TOKENS)
+@pytest.mark.parametrize("leaves_delta", [False, True])
+def test_layers_that_run_beside_each_other_give_what_they_give_one_by_one(
+    monkeypatch, dtype, num_tokens, leaves_delta
+):
+    layers, metadata = Layers(dtype, num_adapters=5), steps_of(num_tokens, 5)
+    x = signed("cuda", dtype, num_tokens, SIZE, seed=7)
+    with monkeypatch.context() as patch:  # The same kernels, none of which begins before the last one's end.
+        patch.setattr(cuda_linear, "launches_early", lambda x: True)
+        patch.setattr(cuda_linear, "skinny_linear", one_by_one)
+        _triton.set_early_launches(False)
+        expected = layers.run(x, metadata, leaves_delta=leaves_delta)
+        _triton.set_early_launches(True)
+    assert expected.isfinite().all()
+    assert expected.float().std() > 0.01
+
+    with torch.cuda.stream(torch.cuda.Stream()):
+        eager = layers.run(x, metadata, leaves_delta=leaves_delta)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = layers.run(x, metadata, leaves_delta=leaves_delta)
+
+    assert has_same_bits(eager, expected)
+    for _ in range(50):
+        y.fill_(float("nan"))
+        graph.replay()
+        assert has_same_bits(y, eager)
+
+
+@pytest.mark.parametrize("num_tokens", [5, FEW_TOKENS, 100])
+def test_one_graph_serves_every_mix_of_adapters(num_tokens):
+    layers, metadata = Layers(torch.bfloat16, num_adapters=5), steps_of(num_tokens, 5)
+    x = signed("cuda", torch.bfloat16, num_tokens, SIZE, seed=7)
+    with torch.cuda.stream(torch.cuda.Stream()):
+        layers.run(x, metadata, leaves_delta=False)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = layers.run(x, metadata, leaves_delta=False)
+    for num_adapters in (1, 3, 5):
+        other = steps_of(num_tokens, num_adapters)
+        for name in (
+            "token_lora_mapping",
+            "token_indices_sorted_by_lora_ids",
+            "num_tokens_per_lora",
+            "lora_token_start_loc",
+            "active_lora_ids",
+        ):
+            getattr(metadata, name).copy_(getattr(other, name))
+        graph.replay()
+        assert has_same_bits(y, layers.run(x, other, leaves_delta=False))

@@ -1,0 +1,292 @@
+"""The tables of launch parameters: what is read, what overrides the heuristic, how much scratch it needs."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from kernels.device_cases import DEVICE_DTYPES
+from kernels.lora_cases import assert_within_bounds
+from kernels.triton_lora_cases import assert_same_on_cpu, mixed_case, on_device, random_case
+from lora_serve.kernels import triton_lora_tiles as tiles_module
+from lora_serve.kernels import tuned_tables
+from lora_serve.kernels.reference import lora_expand_reference, lora_shrink_reference
+from lora_serve.kernels.triton_lora_expand import triton_lora_expand
+from lora_serve.kernels.triton_lora_linear import lora_scratch_elements, triton_add_lora_linear
+from lora_serve.kernels.triton_lora_shrink import triton_lora_shrink
+from lora_serve.kernels.triton_lora_tiles import (
+    TOKEN_CLASSES,
+    TrialTiles,
+    choose_expand_tiles,
+    choose_num_parts,
+    choose_shrink_tiles,
+    clear_choices,
+    default_expand_tiles,
+    default_num_parts,
+    default_shrink_tiles,
+    token_class,
+    trial_tiles,
+)
+from lora_serve.kernels.tuned_lora_tiles import ExpandTiles, ShrinkTiles
+from lora_serve.kernels.tuned_tables import TUNING_FOLDER, read_table, read_tuned_rows
+
+SHRINK = {
+    "in_features": 4096,
+    "num_slices": 3,
+    "max_rank": 64,
+    "element_size": 2,
+    "max_tokens": 32,
+    "num_parts": 16,
+    "tiles": {"block_t": 16, "block_r": 64, "block_k": 256, "num_warps": 8, "num_stages": 1},
+    "time_us": {"32 tokens, 8 adapters": 7.0},
+}
+EXPAND = {
+    "out_features": 6144,
+    "num_slices": 3,
+    "num_parts": 16,
+    "max_rank": 64,
+    "element_size": 2,
+    "max_tokens": 32,
+    "tiles": {"block_t": 32, "block_n": 256, "block_r": 64, "num_warps": 2, "loads_y_first": True},
+}
+TUNED_SHRINK = ShrinkTiles(16, 64, 256, num_warps=8, num_stages=1)
+TUNED_EXPAND = ExpandTiles(32, 256, 64, num_warps=2, loads_y_first=True)
+
+
+@pytest.fixture
+def write_table(tmp_path, monkeypatch):
+    """Writes the only table there is, and makes its card the current one."""
+
+    def write(table: object, *, current: str = "Some Card") -> None:
+        (tmp_path / "card.json").write_text(table if isinstance(table, str) else json.dumps(table))
+        monkeypatch.setattr(tuned_tables, "TUNING_FOLDER", tmp_path)
+        monkeypatch.setattr(tiles_module, "current_gpu", lambda: current)
+        clear_choices()
+
+    yield write
+    monkeypatch.undo()
+    clear_choices()
+
+
+def table_of(shrinks: object = (SHRINK,), expands: object = (EXPAND,)) -> dict[str, object]:
+    lists = (list(rows) if isinstance(rows, tuple) else rows for rows in (shrinks, expands))
+    return dict(zip(("gpu", "lora_shrink", "lora_expand"), ("Some Card", *lists), strict=True))
+
+
+def choices(tokens: int, num_slices: int, in_features: int, out_features: int, rank: int, size: int):
+    parts = choose_num_parts(tokens, num_slices, in_features, rank, size)
+    return (
+        parts,
+        choose_shrink_tiles(tokens, in_features, rank, size, num_slices),
+        choose_expand_tiles(tokens, out_features, rank, num_slices, parts, size),
+    )
+
+
+def defaults(tokens: int, num_slices: int, in_features: int, out_features: int, rank: int, size: int):
+    return (
+        default_num_parts(tokens, num_slices, in_features, rank),
+        default_shrink_tiles(tokens, in_features, rank, size),
+        default_expand_tiles(tokens, out_features, rank),
+    )
+
+
+def test_measured_layer_overrides_the_heuristic(write_table):
+    write_table(table_of())
+    layer = (32, 3, 4096, 6144, 64, 2)
+    assert choices(*layer) == (16, TUNED_SHRINK, TUNED_EXPAND)
+    assert choices(*layer) != defaults(*layer)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        (8, 3, 4096, 6144, 64, 2),  # another class of T
+        (32, 2, 4096, 6144, 64, 2),  # other slices
+        (32, 3, 4080, 6128, 64, 2),  # other widths
+        (32, 3, 4096, 6144, 64, 4),  # another element size
+        (32, 3, 4096, 6144, 65, 2),  # above every rank that was measured
+    ],
+)
+def test_everything_else_is_left_to_the_heuristic(write_table, layer):
+    write_table(table_of())
+    assert choices(*layer) == defaults(*layer)
+
+
+@pytest.mark.parametrize("current", [None, "Other Card"])
+def test_unknown_gpu_and_none_are_left_to_the_heuristic(write_table, current):
+    write_table(table_of(), current=current)
+    assert choices(32, 3, 4096, 6144, 64, 2) == defaults(32, 3, 4096, 6144, 64, 2)
+
+
+def test_expand_of_another_number_of_parts_is_left_to_the_heuristic(write_table):
+    write_table(table_of())
+    assert choose_expand_tiles(32, 6144, 64, 3, 16) == TUNED_EXPAND
+    assert choose_expand_tiles(32, 6144, 64, 3, 8) == default_expand_tiles(32, 6144, 64)
+
+
+def test_rank_between_two_takes_the_row_above_with_its_block_cut(write_table):
+    rank_16 = SHRINK | {"max_rank": 16, "num_parts": 4, "tiles": SHRINK["tiles"] | {"block_r": 16}}
+    write_table(table_of([SHRINK, rank_16]))
+    assert choices(32, 3, 4096, 6144, 16, 2)[0] == 4
+    parts, shrink, expand = choices(32, 3, 4096, 6144, 17, 2)
+    assert (parts, shrink.block_r, expand.block_r) == (16, 32, 32)
+    assert (shrink.block_k, expand.block_n) == (256, 256)
+    assert choices(32, 3, 4096, 6144, 3, 2)[1].block_r == 16  # the smallest that there is
+
+
+@pytest.mark.parametrize("max_rank", [16, 48, 64, 512])
+@pytest.mark.parametrize("parts_of_class", [(16, 1, 1, 1), (1, 1, 2, 5), (3, 16, 2, 4)])
+def test_scratch_is_enough_whatever_was_measured(write_table, max_rank, parts_of_class):
+    classes = (1, 32, 128, TOKEN_CLASSES[-1])
+    rows = [
+        SHRINK | {"max_tokens": limit, "num_parts": parts}
+        for limit, parts in zip(classes, parts_of_class, strict=True)
+    ]
+    write_table(table_of(rows))
+    needed = 0
+    for tokens in (*range(1, 600), *range(600, 5000, 97)):
+        parts = choose_num_parts(token_class(tokens), 3, 4096, max_rank)
+        needed = max(needed, parts * 3 * tokens * max_rank)
+        assert lora_scratch_elements(tokens, 3, 4096, max_rank) >= needed
+    if max_rank == 64:
+        assert choose_num_parts(TOKEN_CLASSES[-1], 3, 4096, max_rank) == parts_of_class[-1]
+
+
+DAMAGED = [
+    ("{", "is no JSON"),
+    ([], "expected a table with the GPU's name"),
+    ({"lora_shrink": []}, "expected a table with the GPU's name"),
+    (table_of({"tiles": 3}), "lora_shrink is dict, expected a list"),
+    (table_of([SHRINK, {}]), "row 1 of lora_shrink has no 'tiles'"),
+    (table_of([3]), "row 0 of lora_shrink: "),
+    (table_of([SHRINK | {"num_parts": 0}]), "num_parts is 0, expected an integer of at least 1"),
+    (table_of([SHRINK | {"max_rank": "64"}]), "max_rank is '64', expected an integer"),
+    (table_of([SHRINK | {"max_rank": True}]), "max_rank is True, expected an integer"),
+    (table_of([SHRINK | {"tiles": SHRINK["tiles"] | {"block_k": 24}}]), "block_k is 24, expected a power"),
+    (table_of([SHRINK | {"tiles": SHRINK["tiles"] | {"block_r": 8}}]), "block_r is 8, .* at least 16"),
+    (table_of([{k: v for k, v in SHRINK.items() if k != "max_tokens"}]), "lora_shrink has no 'max_tokens'"),
+    (table_of(expands=[EXPAND | {"tiles": EXPAND["tiles"] | {"loads_y_first": 1}}]), "loads_y_first is 1"),
+    (table_of(expands=[EXPAND, EXPAND | {"tiles": None}]), "row 1 of lora_expand: "),
+]
+
+
+@pytest.mark.parametrize(("table", "message"), DAMAGED, ids=[str(index) for index in range(len(DAMAGED))])
+def test_damaged_table_is_refused_with_file_and_row(write_table, table, message):
+    write_table(table)
+    with pytest.raises(ValueError, match=rf"card\.json.*{message}"):
+        choices(32, 3, 4096, 6144, 64, 2)
+
+
+def test_damaged_rows_of_other_gpus_do_no_harm(write_table):
+    write_table(table_of([{}]), current="Other Card")
+    assert choices(32, 3, 4096, 6144, 64, 2) == defaults(32, 3, 4096, 6144, 64, 2)
+
+
+def test_rows_of_any_kernel_come_in_the_order_of_the_files(tmp_path):
+    for name, numbers in (("b", [3]), ("a", [2, 1])):
+        (tmp_path / f"{name}.json").write_text(json.dumps({"gpu": "G", "any": [{"n": n} for n in numbers]}))
+    assert read_tuned_rows("G", "any", lambda row: row["n"], folder=tmp_path) == [2, 1, 3]
+    assert read_tuned_rows("G", "other", lambda row: row["n"], folder=tmp_path) == []
+    assert read_tuned_rows(None, "any", lambda row: row["n"], folder=tmp_path) == []
+    with pytest.raises(ValueError, match=re.escape("a.json: row 0 of any has no 'm'")):
+        read_tuned_rows("G", "any", lambda row: row["m"], folder=tmp_path)
+
+
+@pytest.mark.parametrize("file", sorted(TUNING_FOLDER.glob("*.json")), ids=lambda file: file.stem)
+def test_every_row_of_the_committed_tables_is_found(monkeypatch, file):
+    table = read_table(file)
+    monkeypatch.setattr(tiles_module, "current_gpu", lambda: table["gpu"])
+    clear_choices()
+    try:
+        for row in table.get("lora_shrink", []):
+            key = (row["max_tokens"], row["num_slices"], row["in_features"], row["max_rank"])
+            assert row["max_tokens"] in TOKEN_CLASSES
+            assert choose_num_parts(*key, row["element_size"]) == row["num_parts"]
+        for row in table.get("lora_expand", []):
+            key = (row["max_tokens"], row["out_features"], row["max_rank"], row["num_slices"])
+            tiles = choose_expand_tiles(*key, row["num_parts"], row["element_size"])
+            assert tiles == ExpandTiles(**row["tiles"])
+    finally:
+        clear_choices()
+
+
+TRIALS = {
+    "whole_rank": TrialTiles(5, ShrinkTiles(16, 64, 512, 8, 1), ExpandTiles(16, 256, 64, 4, True)),
+    "large_tiles": TrialTiles(2, ShrinkTiles(128, 64, 64, 8, 4), ExpandTiles(128, 128, 64, 8, True)),
+    "blocks_of_rank": TrialTiles(3, ShrinkTiles(32, 16, 16, 4, 3), ExpandTiles(32, 32, 16, 2)),
+}
+
+
+@pytest.mark.parametrize(("device", "dtype"), DEVICE_DTYPES)
+@pytest.mark.parametrize("trial", list(TRIALS.values()), ids=list(TRIALS))
+def test_halves_are_exact_to_rounding_with_any_tiles(device, dtype, trial):
+    for case in (mixed_case(dtype, in_features=100), random_case(140, dtype, in_features=70)):
+        step = on_device(case, device)
+        v = step.new_v(trial.num_parts)
+        parts = torch.randn(v.shape, generator=torch.Generator().manual_seed(1))
+        y = step.y.clone()
+        with trial_tiles(trial):
+            triton_lora_shrink(v, step.x, step.arena, step.table, step.metadata, fill_zeros=True)
+            triton_lora_expand(
+                y,
+                parts.to(device),
+                step.arena,
+                step.table,
+                step.metadata,
+                output_slices=step.output_slices,
+            )
+        total = v.cpu().double().sum(0).float()
+        expected = lora_shrink_reference(case.x, case.table, case.mapping, step.max_rank, dtype=torch.float32)
+        assert_within_bounds(total, expected)
+        summed = parts[0]
+        for part in parts[1:]:
+            summed = summed + part
+        assert_within_bounds(
+            y.cpu(), lora_expand_reference(case.y, summed.to(dtype), case.table, case.mapping)
+        )
+
+
+def test_overwriting_expand_ignores_that_y_would_be_loaded_first():
+    step = on_device(mixed_case(), "cpu")
+    v = torch.randn(1, 3, len(step.x), step.max_rank, generator=torch.Generator().manual_seed(1))
+    results = []
+    for first in (False, True):
+        y = torch.full_like(step.y, float("nan"))
+        with trial_tiles(TrialTiles(expand=ExpandTiles(16, 64, 64, 4, first))):
+            triton_lora_expand(
+                y,
+                v,
+                step.arena,
+                step.table,
+                step.metadata,
+                output_slices=step.output_slices,
+                add_inputs=False,
+            )
+        results.append(y)
+    assert_same_on_cpu(*results)
+    assert results[0].isfinite().any()
+
+
+def test_trial_tiles_rule_the_whole_layer_and_end_with_the_trial():
+    before = choose_num_parts(32, 1, 70, 22)
+    step = on_device(random_case(20, torch.float32, in_features=70), "cpu")
+    ours, trial = step.y.clone(), step.y.clone()
+    with trial_tiles(TRIALS["blocks_of_rank"]):
+        assert choose_num_parts(32, 1, 70, 22) == 3 != before
+        for y in (ours, trial):
+            triton_add_lora_linear(
+                y,
+                step.x,
+                step.arena,
+                step.table,
+                step.metadata,
+                output_slices=step.output_slices,
+                max_rank=step.max_rank,
+            )
+    assert choose_num_parts(32, 1, 70, 22) == before
+    assert_same_on_cpu(ours, trial)
