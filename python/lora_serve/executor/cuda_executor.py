@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -24,15 +25,15 @@ from lora_serve.executor.adapter_steps import AdapterSteps
 from lora_serve.executor.decode_graphs import DecodeGraphs
 from lora_serve.executor.device_inputs import DeviceInputs, DeviceStep
 from lora_serve.executor.device_sampler import DeviceSampler, RowsToSample
-from lora_serve.executor.executor import MAX_PLANS_IN_FLIGHT, NO_PLAN, ExecutionResult
+from lora_serve.executor.executor import MAX_PLANS_IN_FLIGHT, ExecutionResult
+from lora_serve.executor.executor_base import ExecutorBase, MemorySizes
 from lora_serve.executor.pending_step import PendingStep, ResultBuffers
 from lora_serve.executor.prompt_logprobs import fill_prompt_logprobs
 from lora_serve.executor.sampling_state import SamplingState
-from lora_serve.executor.transfers import TransferReports
+from lora_serve.executor.uploads import Uploads
 from lora_serve.kernels import LoRAMetadata, build_lora_metadata
 from lora_serve.kernels.greedy_sample import greedy_sample, set_last_tokens
 from lora_serve.layers.attention import DecodeGraphAttention
-from lora_serve.lora.manager import LoadReports
 from lora_serve.scheduler import plan_layout
 
 if TYPE_CHECKING:
@@ -50,12 +51,13 @@ class _BestTokens:
     row_failed: Tensor
 
 
-class CudaExecutor:
+class CudaExecutor(ExecutorBase):
     """Implements `Executor` on one CUDA device.
 
     Owns what its setup has made, the page table and the last token of each row on the device, and the
     captured decode steps. Knows no request: rows are positions in the plan, adapters are slots. The execution
-    stream is the device's current stream of the thread that makes the executor and calls it.
+    stream is the one that is the device's current stream when the executor is made, whatever is current in
+    the thread that calls it later. The thread is one.
 
     Penalties are made from what the host knows of a row's output so far: the plan's forward pass is submitted
     first, then the tokens of the plan before are waited for. So the device has work meanwhile.
@@ -70,14 +72,15 @@ class CudaExecutor:
     """
 
     def __init__(self, config: EngineConfig, setup: CudaSetup) -> None:
+        sizes = MemorySizes(setup.num_device_pages, setup.num_host_pages, setup.max_model_len)
+        super().__init__(setup.model.config, setup.lora, setup.transfers, sizes)
+        is_cuda = setup.device.type == "cuda"
+        self._stream = torch.cuda.current_stream(setup.device) if is_cuda else None
         self._config = config
         self._setup = setup
         self._model = setup.model
-        self.model_config = setup.model.config
-        self.lora = setup.lora
         self._adapters = AdapterSteps(setup.lora)
         self._kv_layers = setup.kv_layers
-        self._transfers = setup.transfers
         self._inputs = DeviceInputs(
             max_num_seqs=config.max_num_seqs,
             max_num_tokens=config.max_num_batched_tokens,
@@ -91,35 +94,18 @@ class CudaExecutor:
         self._tokens = torch.zeros(config.max_num_seqs, dtype=torch.int32, device=setup.device)
         self._results = ResultBuffers(config.max_num_seqs, MAX_PLANS_IN_FLIGHT, setup.device)
         self._sampler = DeviceSampler(MAX_PLANS_IN_FLIGHT, setup.device)
+        self._uploads = Uploads(MAX_PLANS_IN_FLIGHT, setup.device)
+        # One for all steps: a step's logits are read by what follows on the stream, before the next step.
+        self._base_logits = torch.empty(
+            (config.max_num_seqs, self.vocab_size), dtype=self.model_config.dtype, device=setup.device
+        )
         self._pending: deque[PendingStep] = deque()
         self._error: BaseException | None = None
         self._is_closed = False
-        self._graphs = self._capture_graphs() if setup.decode_graph_sizes else None
-
-    @property
-    def num_device_pages(self) -> int:
-        """KV pages."""
-        return self._setup.num_device_pages
-
-    @property
-    def num_host_pages(self) -> int:
-        """KV pages of the host tier; 0 = there is none."""
-        return self._setup.num_host_pages
-
-    @property
-    def max_model_len(self) -> int:
-        """Longest prompt plus answer in tokens."""
-        return self._setup.max_model_len
-
-    @property
-    def vocab_size(self) -> int:
-        """Number of logits."""
-        return self._model.config.vocab_size
-
-    @property
-    def eos_token_ids(self) -> tuple[int, ...]:
-        """The model's end-of-sequence tokens."""
-        return self._model.config.eos_token_ids
+        self.graphs: DecodeGraphs | None = None
+        if setup.decode_graph_sizes:
+            with self._on_stream():
+                self.graphs = self._capture_graphs()
 
     @property
     def padded_batch_sizes(self) -> tuple[int, ...]:
@@ -140,7 +126,7 @@ class CudaExecutor:
         try:
             if self._error is not None:
                 raise self._error
-            with torch.inference_mode():
+            with self._on_stream(), torch.inference_mode():
                 self._begin(pending)
         except Exception as error:  # For `collect`, in its turn; no plan runs from here on.
             self._error = pending.error = error
@@ -156,9 +142,10 @@ class CudaExecutor:
         pending = self._pending[0]
         if pending.error is not None:
             raise pending.error
-        token_ids = pending.finish()
-        self._pending.popleft()
-        transfers = self._transfers.take_reports()
+        with self._on_stream():
+            token_ids = pending.finish()
+            self._pending.popleft()
+            transfers = self._transfers.take_reports()
         return ExecutionResult(
             pending.plan.plan_id,
             token_ids,
@@ -172,18 +159,8 @@ class CudaExecutor:
 
     def report(self) -> ExecutionResult:
         """Give what has ended since the last result; see `Executor.report`."""
-        is_idle = not self._pending
-        transfers = self._transfers.take_reports() if is_idle else TransferReports()
-        loads = self.lora.take_loads({}) if is_idle else LoadReports()
-        return ExecutionResult(
-            NO_PLAN,
-            np.empty(0, dtype=np.int32),
-            [],
-            loads.loaded,
-            loads.failed,
-            completed_transfer_ids=transfers.completed,
-            failed_transfer_ids=transfers.failed,
-        )
+        with self._on_stream():
+            return super().report()
 
     def close(self) -> None:
         """Wait for the device, drop plans that nobody has collected, free what the executor holds."""
@@ -192,12 +169,20 @@ class CudaExecutor:
         self._is_closed = True
         self._pending.clear()
         try:
-            if self._setup.device.type == "cuda":
-                torch.cuda.synchronize(self._setup.device)
+            if self._stream is not None:
+                with self._on_stream():
+                    torch.cuda.synchronize()
         finally:  # Also on a device that has failed.
-            self._graphs = None
+            self.graphs = None
             self._kv_layers = []
             self._setup.close()
+
+    def _num_in_flight(self) -> int:
+        return len(self._pending)
+
+    def _on_stream(self) -> AbstractContextManager[object]:
+        """Make the executor's device and stream the current ones."""
+        return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
 
     # --- One step -----------------------------------------------------------------------------------------
 
@@ -221,7 +206,7 @@ class CudaExecutor:
         pending.row_errors = self._adapters.row_errors(plan)
         adapts_more = self.lora.adapts_more_than_layers(plan.adapter_slots)
         step = self._inputs.load(plan, adapts_embedding=adapts_more)
-        graphs = self._graphs
+        graphs = self.graphs
         if step.is_decode and not adapts_more and graphs is not None and graphs.has(len(step.row_failed)):
             self._run_graph(graphs, step, pending)
         else:
@@ -253,8 +238,9 @@ class CudaExecutor:
     def _run_decode(self, step: DeviceStep, attention: Any) -> Tensor:
         """A decode step as graphs hold it: logits [P, V], and the best tokens in `_tokens`."""
         hidden = self._model.forward(step.token_ids, step.context, self._kv_layers, attention)
-        logits = self._model.compute_base_logits(hidden)
-        tokens = self._tokens[: len(step.row_failed)]
+        num_rows = len(step.row_failed)
+        logits = self._model.compute_base_logits(hidden, out=self._base_logits[:num_rows])
+        tokens = self._tokens[:num_rows]
         greedy_sample(logits, step.page_table_rows, step.row_failed, self._inputs.last_tokens, out=tokens)
         return logits
 
@@ -262,13 +248,19 @@ class CudaExecutor:
         """Logits [N, V] of the rows that sample."""
         last_hidden = hidden.index_select(0, step.sampled_tokens)
         if not step.context.adapts_embedding:
-            return self._model.compute_base_logits(last_hidden)
+            return self._model.compute_base_logits(last_hidden, out=self._base_logits[: len(last_hidden)])
         return self._model.compute_logits(last_hidden, self._lora_of_rows(plan, step))
 
     def _lora_of_rows(self, plan: ExecutionPlan, step: DeviceStep) -> LoRAMetadata:
-        """Group the rows that sample by adapter slot, on the host, where they are known."""
+        """Group the rows that sample by adapter slot on the host, where they are known; nothing waits."""
         slots = torch.from_numpy(plan.adapter_slots[step.host_sampled_rows])
-        return build_lora_metadata(slots, self._config.max_loras, device=self._setup.device)
+        on_host = build_lora_metadata(slots, self._config.max_loras)
+        tokens = [on_host.token_lora_mapping, on_host.token_indices_sorted_by_lora_ids]
+        groups = [on_host.num_tokens_per_lora, on_host.lora_token_start_loc, on_host.active_lora_ids]
+        mapping, order, sizes, starts, ids = self._uploads.upload(
+            [array.numpy() for array in (*tokens, *groups)]
+        )
+        return LoRAMetadata(mapping, order, sizes, starts, ids, on_host.no_adapter)
 
     def _sampled(self, step: DeviceStep) -> tuple[Tensor, Tensor]:
         """Page-table row of each row that samples, and whether it has failed before: [N] int32 each."""
@@ -329,9 +321,9 @@ class CudaExecutor:
             layout = plan_layout(self._config.max_loras, num_rows, num_rows)
             return inputs.decode_step(num_rows, layout, has_adapters=has_adapters)
 
-        def make_attention(num_rows: int) -> DecodeGraphAttention:
+        def make_attention(num_rows: int) -> Sequence[DecodeGraphAttention]:
             backend, kv_layer = model.attention_backend, self._kv_layers[0]
-            return backend.make_decode_graph_state(
+            return backend.make_decode_graph_states(
                 num_rows, kv_layer, model.attention_specs, inputs.page_indices
             )
 

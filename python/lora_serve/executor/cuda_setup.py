@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 from dataclasses import dataclass
 
@@ -11,6 +12,8 @@ import torch
 from lora_serve.common.config import EngineConfig
 from lora_serve.common.errors import InvalidArgumentError
 from lora_serve.common.stage_log import log_stage
+from lora_serve.executor.cuda_executor import CudaExecutor
+from lora_serve.executor.decode_graphs import bytes_of_more_sizes
 from lora_serve.executor.kv_tensors import (
     allocate_kv_pool,
     choose_max_model_len,
@@ -28,6 +31,8 @@ from lora_serve.lora.manager import LoRAManager
 from lora_serve.models.decoder import DecoderModel
 
 logger = logging.getLogger(__name__)
+
+_NUM_TRIAL_SIZES = 3
 
 
 @dataclass(eq=False)
@@ -88,6 +93,10 @@ def set_up_cuda(config: EngineConfig) -> CudaSetup:
         lora = make_adapter_memory(config, model)
     with log_stage(logger, "profiling run"):
         free_bytes = _measure_free_bytes(config, model)
+    graph_sizes = config.chosen_cuda_graph_sizes if model.attention_backend.supports_graphs else ()
+    if config.num_device_pages is None and config.kv_memory_gb is None:
+        with log_stage(logger, "trial of the executor"):
+            free_bytes -= _measure_executor_bytes(config, model, lora, graph_sizes)
     num_device_pages = choose_num_device_pages(config, model.config, free_bytes)
     num_host_pages = choose_num_host_pages(config, model.config)
     max_model_len = choose_max_model_len(config, model.config, num_device_pages)
@@ -110,7 +119,7 @@ def set_up_cuda(config: EngineConfig) -> CudaSetup:
         num_device_pages=num_device_pages,
         num_host_pages=num_host_pages,
         max_model_len=max_model_len,
-        decode_graph_sizes=config.chosen_cuda_graph_sizes if model.attention_backend.supports_graphs else (),
+        decode_graph_sizes=graph_sizes,
     )
 
 
@@ -141,6 +150,48 @@ def _measure_free_bytes(config: EngineConfig, model: DecoderModel) -> int:
     torch.cuda.synchronize(model.device)
     free_bytes, total_bytes = torch.cuda.mem_get_info(model.device)
     return free_bytes - int(total_bytes * (1 - config.gpu_memory_utilization))
+
+
+def _measure_executor_bytes(
+    config: EngineConfig, model: DecoderModel, lora: LoRAManager, graph_sizes: tuple[int, ...]
+) -> int:
+    """What an executor takes beside KV pages: inputs, logits, attention's memory, decode graphs.
+
+    One is made on a single KV page, with graphs of the largest sizes alone, and dropped. How much the driver
+    keeps of each graph is nowhere to be asked for.
+    """
+    device = model.device
+    pool = allocate_kv_pool(model.config, 1, config.page_size, device)
+    transfers = make_page_transfers(pool, 0)
+    trial = CudaSetup(
+        device=device,
+        model=model,
+        lora=lora,
+        kv_layers=kv_layers_of(pool),
+        transfers=transfers,
+        num_device_pages=1,
+        num_host_pages=0,
+        max_model_len=config.max_model_len or model.config.max_model_len,
+        decode_graph_sizes=graph_sizes[-_NUM_TRIAL_SIZES:],
+    )
+    before = _free_bytes(device)
+    executor = CudaExecutor(config, trial)
+    num_bytes = before - _free_bytes(device)
+    if executor.graphs is not None:
+        num_more = len(graph_sizes) - len(trial.decode_graph_sizes)
+        num_bytes += bytes_of_more_sizes(executor.graphs.num_bytes, num_more)
+    del executor
+    transfers.close()
+    gc.collect()
+    torch.cuda.empty_cache()
+    return max(0, num_bytes)
+
+
+def _free_bytes(device: torch.device) -> int:
+    """Free memory of the device, with what the allocator only keeps for later."""
+    torch.cuda.synchronize(device)
+    torch.cuda.empty_cache()
+    return torch.cuda.mem_get_info(device)[0]
 
 
 def _run_step(config: EngineConfig, model: DecoderModel, num_tokens: int) -> None:

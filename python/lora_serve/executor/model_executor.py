@@ -14,7 +14,8 @@ from lora_serve.common.config import EngineConfig
 from lora_serve.common.errors import InternalError
 from lora_serve.common.stage_log import log_stage
 from lora_serve.executor.adapter_steps import AdapterSteps
-from lora_serve.executor.executor import NO_PLAN, ExecutionResult
+from lora_serve.executor.executor import ExecutionResult
+from lora_serve.executor.executor_base import ExecutorBase, MemorySizes
 from lora_serve.executor.input_batch import build_input_batch
 from lora_serve.executor.kv_tensors import (
     allocate_kv_pool,
@@ -31,10 +32,8 @@ from lora_serve.executor.plan_worker import PlanWorker
 from lora_serve.executor.prompt_logprobs import fill_prompt_logprobs
 from lora_serve.executor.sampler import sample
 from lora_serve.executor.sampling_state import SamplingState
-from lora_serve.executor.transfers import TransferReports, make_page_transfers
+from lora_serve.executor.transfers import make_page_transfers
 from lora_serve.kernels import LoRAMetadata, build_lora_metadata
-from lora_serve.lora.manager import LoadReports
-from lora_serve.models.config import ModelConfig
 
 if TYPE_CHECKING:
     from lora_serve.scheduler import ExecutionPlan
@@ -42,7 +41,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-class ModelExecutor:
+class ModelExecutor(ExecutorBase):
     """Implements `Executor` on one device: a thread of its own runs the plans, one after the other.
 
     Owns the model, the KV tensors of both tiers, the page table, the adapter memory and the last token of
@@ -66,46 +65,23 @@ class ModelExecutor:
             self._model = load_configured_model(config)
         self._config = config
         self._device = torch.device(config.device)
-        self.model_config: ModelConfig = self._model.config
-        self._num_device_pages = choose_num_device_pages(config, self.model_config)
-        self._num_host_pages = choose_num_host_pages(config, self.model_config)
-        self._max_model_len = choose_max_model_len(config, self.model_config, self._num_device_pages)
+        model_config = self._model.config
+        num_device_pages = choose_num_device_pages(config, model_config)
+        num_host_pages = choose_num_host_pages(config, model_config)
+        max_model_len = choose_max_model_len(config, model_config, num_device_pages)
         with log_stage(logger, "adapter memory"):
-            self.lora = make_adapter_memory(config, self._model)
-        self._adapters = AdapterSteps(self.lora)
+            lora = make_adapter_memory(config, self._model)
         with log_stage(logger, "KV pages"):
-            pool = allocate_kv_pool(self.model_config, self._num_device_pages, config.page_size, self._device)
-            self._transfers = make_page_transfers(pool, self._num_host_pages)
+            pool = allocate_kv_pool(model_config, num_device_pages, config.page_size, self._device)
+            transfers = make_page_transfers(pool, num_host_pages)
+        sizes = MemorySizes(num_device_pages, num_host_pages, max_model_len)
+        super().__init__(model_config, lora, transfers, sizes)
+        self._adapters = AdapterSteps(lora)
         self._kv_layers = kv_layers_of(pool)
-        max_pages_per_row = -(-self._max_model_len // config.page_size)
-        self._page_table = PageTable(config.max_num_seqs, max_pages_per_row, self._num_device_pages)
+        max_pages_per_row = -(-max_model_len // config.page_size)
+        self._page_table = PageTable(config.max_num_seqs, max_pages_per_row, num_device_pages)
         self._last_tokens = LastSampledTokens(config.max_num_seqs)
         self._worker = PlanWorker(self._run_plan)
-
-    @property
-    def num_device_pages(self) -> int:
-        """KV pages."""
-        return self._num_device_pages
-
-    @property
-    def num_host_pages(self) -> int:
-        """KV pages of the host tier; 0 = there is none."""
-        return self._num_host_pages
-
-    @property
-    def max_model_len(self) -> int:
-        """Longest prompt plus answer in tokens."""
-        return self._max_model_len
-
-    @property
-    def vocab_size(self) -> int:
-        """Number of logits."""
-        return self.model_config.vocab_size
-
-    @property
-    def eos_token_ids(self) -> tuple[int, ...]:
-        """The model's end-of-sequence tokens."""
-        return self.model_config.eos_token_ids
 
     @property
     def padded_batch_sizes(self) -> tuple[int, ...]:
@@ -120,27 +96,15 @@ class ModelExecutor:
         """Wait for the oldest plan on its way; see `Executor.collect`."""
         return self._worker.collect()
 
-    def report(self) -> ExecutionResult:
-        """Give what has ended since the last result; see `Executor.report`."""
-        is_idle = self._worker.num_in_flight == 0
-        transfers = self._transfers.take_reports() if is_idle else TransferReports()
-        loads = self.lora.take_loads({}) if is_idle else LoadReports()
-        return ExecutionResult(
-            NO_PLAN,
-            np.empty(0, dtype=np.int32),
-            [],
-            loads.loaded,
-            loads.failed,
-            completed_transfer_ids=transfers.completed,
-            failed_transfer_ids=transfers.failed,
-        )
-
     def close(self) -> None:
         """End the threads and drop the KV tensors of both tiers; the model goes with the executor."""
         self._worker.close()
         self.lora.close()
         self._kv_layers = []
         self._transfers.close()
+
+    def _num_in_flight(self) -> int:
+        return self._worker.num_in_flight
 
     # --- In the worker's thread ---------------------------------------------------------------------------
 

@@ -9,6 +9,7 @@ reads its destination, until it is reported (`PageTransfers`). Neither does the 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -46,7 +47,8 @@ class PageCopies(Protocol):
         Returns
         -------
         list of PageCopy
-            [len(transfers)]; one that cannot be started has an error, and the others are started.
+            [len(transfers)]; one that cannot be started has an error, and the others are started. Nothing of
+            one that is done is on its way, also where it has an error.
         """
 
     def close(self) -> None:
@@ -128,7 +130,7 @@ class CudaPageCopies:
                 for stream in {self._stream_of(transfer) for transfer in transfers}:
                     stream.wait_event(submitted)
                 return [self._start(transfer) for transfer in transfers]
-        except RuntimeError as broken:  # The device has failed: nothing is on its way any more.
+        except RuntimeError as broken:  # Before the first of them was begun: `_start` raises nothing.
             return [_FinishedCopy(broken) for _ in transfers]
 
     def close(self) -> None:
@@ -140,7 +142,13 @@ class CudaPageCopies:
     def _start(self, transfer: Transfer) -> PageCopy:
         # The end is recorded whatever happened: some pieces may be on their way.
         error = _error_of(self._submit, transfer)
-        return _CudaPageCopy(self._stream_of(transfer).record_event(), error)
+        stream = self._stream_of(transfer)
+        try:
+            return _CudaPageCopy(stream.record_event(), error)
+        except RuntimeError as broken:
+            with suppress(RuntimeError):  # A device that has failed copies nothing any more.
+                stream.synchronize()
+            return _FinishedCopy(error or broken)
 
     def _submit(self, transfer: Transfer) -> None:
         source, destination = self._tiers if transfer.kind == WRITE_BACK else self._tiers[::-1]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol
@@ -121,6 +121,10 @@ class AttentionSpec:
 class DecodeGraphAttention(Protocol):
     """What captured decode steps of one size keep: `attend` takes it as its plan."""
 
+    def suits(self, metadata: AttentionMetadata) -> bool:
+        """Whether a step, whose lengths on the host alone are read, should run this way."""
+        ...
+
     def plan(self, metadata: AttentionMetadata) -> None:
         """Prepare the step that runs next, before it is captured and before every replay.
 
@@ -158,14 +162,14 @@ class AttentionBackend(Protocol):
         """
         ...
 
-    def make_decode_graph_state(
+    def make_decode_graph_states(
         self,
         num_padded_rows: int,
         kv_layer: KVLayer,
         specs: Collection[AttentionSpec],
         page_indices: Tensor,
-    ) -> DecodeGraphAttention:
-        """Make what the captured decode steps of one size share.
+    ) -> Sequence[DecodeGraphAttention]:
+        """Make what the captured decode steps of one size share, for each way to run them.
 
         Parameters
         ----------
@@ -175,6 +179,11 @@ class AttentionBackend(Protocol):
             As for :meth:`plan`.
         page_indices
             int32 on the device, at a fixed place: each step's page ids row after row, when the step runs.
+
+        Returns
+        -------
+        sequence of DecodeGraphAttention
+            At least one. A step runs with the first that suits it; the last suits all. Each is captured.
 
         Raises
         ------

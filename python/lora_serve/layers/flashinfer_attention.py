@@ -1,8 +1,8 @@
 """Attention by FlashInfer's kernels: the backend of CUDA devices.
 
-Eager steps get a plan of their own. Decode steps that are captured share a :class:`DecodeGraphState` for each
-padded size: its memory never moves, and each replay reads what the newest :meth:`DecodeGraphState.plan` has
-brought there.
+Eager steps get a plan of their own. Decode steps that are captured share two :class:`DecodeGraphState` for
+each padded size, with and without splits of KV: their memory never moves, and each replay reads what the
+newest :meth:`DecodeGraphState.plan` has brought there.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -33,6 +34,7 @@ from lora_serve.layers.flashinfer_attention_plan import (
     mixed_pieces,
     unique_shapes,
 )
+from lora_serve.layers.flashinfer_attention_split import is_unsplit_faster
 from lora_serve.layers.flashinfer_attention_staging import StagingRing
 from lora_serve.layers.step_context import AttentionMetadata
 
@@ -69,17 +71,45 @@ class DecodeGraphState:
     Owns the device memory that the captured kernels read, apart from the page indices, which belong to the
     caller. The memory of partial results is shared with the states of other sizes: their steps follow each
     other on one stream.
+
+    What a capture keeps is the number of programs and the places of the arrays. With splits, programs are
+    padded to a number that depends on the rows alone, and each step's plan says what they work on. Without,
+    there is a program for each row and KV head, and a step's plan is that of every other: it is made once.
+
+    Parameters
+    ----------
+    pieces
+        The launches.
+    num_padded_rows
+        Rows of each step.
+    page_size
+        Tokens of a page.
+    memory
+        Of these pieces and rows.
+    ring
+        Pinned memory for plans.
+    specs
+        Of the model.
+    page_indices
+        int32 on the device.
+    num_multiprocessors
+        Of the device.
     """
 
     def __init__(
         self,
+        pieces: Sequence[Piece],
         num_padded_rows: int,
         page_size: int,
         memory: StepMemory,
         ring: StagingRing,
         specs: Collection[AttentionSpec],
         page_indices: Tensor,
+        num_multiprocessors: int,
     ) -> None:
+        self._is_split = pieces[0].size.is_split
+        self._shapes = [piece.kernel.shape for piece in pieces]
+        self._num_multiprocessors = num_multiprocessors
         self._num_rows = num_padded_rows
         self._page_size = page_size
         self._memory = memory
@@ -95,6 +125,14 @@ class DecodeGraphState:
         if self._captured is None:
             raise InternalError("a decode graph's attention is captured before it is planned")
         return self._launches
+
+    def suits(self, metadata: AttentionMetadata) -> bool:
+        """Whether the step should run this way: with splits always, without where that is faster."""
+        if self._is_split:
+            return True
+        seq_lens = np.asarray(metadata.host_seq_lens, dtype=np.int32)
+        num_multiprocessors = self._num_multiprocessors
+        return all(is_unsplit_faster(seq_lens, shape, num_multiprocessors) for shape in self._shapes)
 
     def plan(self, metadata: AttentionMetadata) -> None:
         """Bring the next step's plan to the device, before the capture and before each replay.
@@ -120,6 +158,9 @@ class DecodeGraphState:
                 f"the decode graph has {self._num_rows} rows; the step has {rows.num_rows}, "
                 f"{rows.num_decodes} of them decodes"
             )
+        if self._captured is not None and not self._is_split:
+            self._memory.submit_rows(rows, self._page_size, self._ring)
+            return
         launches = self._memory.submit(rows, self._page_size, self._ring)
         places = [tuple(launch.plan_info) for launch in launches]
         if self._captured is None:
@@ -202,14 +243,39 @@ class FlashInferAttentionBackend:
         page_indices = flat_page_indices(metadata, rows.page_indptr)
         return FlashInferPlan(_launches_by_spec(launches, specs), page_indices)
 
+    def make_decode_graph_states(
+        self,
+        num_padded_rows: int,
+        kv_layer: KVLayer,
+        specs: Collection[AttentionSpec],
+        page_indices: Tensor,
+    ) -> list[DecodeGraphState]:
+        """Make what the captured decode steps of one size share; see :class:`AttentionBackend`.
+
+        Returns
+        -------
+        list of DecodeGraphState
+            Without splits, which suits some steps of every size, and with splits.
+
+        Notes
+        -----
+        Make the largest size first: the others then use its memory of partial results.
+        """
+        return [
+            self.make_decode_graph_state(num_padded_rows, kv_layer, specs, page_indices, is_split=is_split)
+            for is_split in (False, True)
+        ]
+
     def make_decode_graph_state(
         self,
         num_padded_rows: int,
         kv_layer: KVLayer,
         specs: Collection[AttentionSpec],
         page_indices: Tensor,
+        *,
+        is_split: bool = True,
     ) -> DecodeGraphState:
-        """Make what the captured decode steps of one size share.
+        """Make one of :meth:`make_decode_graph_states`.
 
         Parameters
         ----------
@@ -219,22 +285,27 @@ class FlashInferAttentionBackend:
             As for :meth:`plan`.
         page_indices
             int32 on the device, at a fixed place: each step's page ids row after row, when the step runs.
+        is_split
+            The KV of a row is split over programs.
 
         Returns
         -------
         DecodeGraphState
             To be planned before it is captured; the plan for :meth:`attend` then.
-
-        Notes
-        -----
-        Make the largest first: the others then use its memory of partial results.
         """
         kernels = self._load(kv_layer, specs)
-        pieces = decode_pieces(kernels.decode, num_padded_rows, is_fixed=True)
+        pieces = decode_pieces(kernels.decode, num_padded_rows, is_fixed=True, is_split=is_split)
         float_workspace = self._shared_float_workspace(_float_bytes(pieces, kernels), kv_layer.k.device)
         memory = StepMemory(pieces, num_padded_rows, float_workspace, kernels.num_multiprocessors)
         return DecodeGraphState(
-            num_padded_rows, kv_layer.page_size, memory, self._staging(), specs, page_indices
+            pieces,
+            num_padded_rows,
+            kv_layer.page_size,
+            memory,
+            self._staging(),
+            specs,
+            page_indices,
+            kernels.num_multiprocessors,
         )
 
     def attend(

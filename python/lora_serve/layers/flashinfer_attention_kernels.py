@@ -138,12 +138,16 @@ class StepSize:
         With 0, a batch of many rows is not split at all, and one long row keeps everybody waiting.
     is_fixed
         The launch is captured: its size and its places in memory depend on `num_rows` alone.
+    is_split
+        The KV of a row may be split over programs, and a second kernel merges their results. With False one
+        program does a tile of queries of a KV head (fa2 only): what it works on depends on `num_rows` alone.
     """
 
     num_rows: int
     num_tokens: int
     spare_splits: int
     is_fixed: bool
+    is_split: bool = True
 
 
 def _max_splits(shape: KernelShape, size: StepSize, num_multiprocessors: int) -> int:
@@ -158,7 +162,9 @@ def fa2_int_bytes(shape: KernelShape, size: StepSize, num_multiprocessors: int) 
 
 
 def fa2_float_bytes(shape: KernelShape, size: StepSize, num_multiprocessors: int) -> int:
-    """Bound the bytes of fa2's partial results, for a step that is split."""
+    """Bound the bytes of fa2's partial results."""
+    if not size.is_split:
+        return 256
     num_programs = size.num_rows + _max_splits(shape, size, num_multiprocessors)
     is_decode = size.num_tokens == size.num_rows
     tile = 16 if is_decode and shape.group_size <= 16 else 128
@@ -264,7 +270,7 @@ class PagedKernel:
             shape.num_heads,
             shape.num_kv_heads,
             page_size,
-            size.is_fixed,
+            size.is_fixed and size.is_split,  # Unsplit, the size is fixed without padding.
             shape.head_dim,
             shape.head_dim,
             is_causal,
@@ -273,7 +279,9 @@ class PagedKernel:
         if self.name == "fa2":
             # No fixed split, splitting allowed. The number of programs that another kernel takes away is
             # negative here: room for `spare_splits` more. A captured decode row has one token in every step.
-            arguments += [-1, False, -size.spare_splits * shape.num_kv_heads, 1 if size.is_fixed else 0]
+            uniform_length = 1 if size.is_fixed and size.is_split else 0
+            spare_programs = size.spare_splits * shape.num_kv_heads
+            arguments += [-1, not size.is_split, -spare_programs, uniform_length]
         return self._module.plan(*arguments)
 
     def run(

@@ -120,9 +120,12 @@ class Piece:
         return 256
 
 
-def decode_pieces(kernels: Sequence[PagedKernel], num_rows: int, *, is_fixed: bool) -> list[Piece]:
+def decode_pieces(
+    kernels: Sequence[PagedKernel], num_rows: int, *, is_fixed: bool, is_split: bool = True
+) -> list[Piece]:
     """Divide a step of decode rows: one launch for each kernel shape."""
-    size = StepSize(num_rows, num_rows, spare_splits=num_rows, is_fixed=is_fixed)
+    spare_splits = num_rows if is_split else 0
+    size = StepSize(num_rows, num_rows, spare_splits=spare_splits, is_fixed=is_fixed, is_split=is_split)
     return [Piece(kernel, 0, 0, size, is_causal=False) for kernel in kernels]
 
 
@@ -210,8 +213,8 @@ class StepMemory:
 
     Notes
     -----
-    Only :meth:`submit` writes to it, in the order of the stream: it may be called again while the step before
-    still reads it.
+    Only :meth:`submit` and :meth:`submit_rows` write to it, in the order of the stream: they may be called
+    again while the step before still reads it.
     """
 
     def __init__(
@@ -228,13 +231,22 @@ class StepMemory:
     def submit(self, rows: HostRows, page_size: int, ring: StagingRing) -> list[Launch]:
         """Plan the step on the host and submit the copies to the current stream."""
         with ring.buffer(self._starts[-1]) as pinned:
-            host = pinned[: 4 * 4 * self._width].view(torch.int32).view(4, self._width)
-            fill_rows(host.numpy(), rows, page_size)
-            self._rows[:_NUM_COPIED].copy_(host[:_NUM_COPIED], non_blocking=True)
+            host = self._copy_rows(rows, page_size, pinned)
             return [
                 self._submit(piece, start, stop, host, pinned, page_size)
                 for piece, start, stop in zip(self._pieces, self._starts[1:-1], self._starts[2:], strict=True)
             ]
+
+    def submit_rows(self, rows: HostRows, page_size: int, ring: StagingRing) -> None:
+        """Submit another step's rows alone: the plan of the last :meth:`submit` is that of this step, too."""
+        with ring.buffer(self._starts[1]) as pinned:
+            self._copy_rows(rows, page_size, pinned)
+
+    def _copy_rows(self, rows: HostRows, page_size: int, pinned: Tensor) -> Tensor:
+        host = pinned[: 4 * 4 * self._width].view(torch.int32).view(4, self._width)
+        fill_rows(host.numpy(), rows, page_size)
+        self._rows[:_NUM_COPIED].copy_(host[:_NUM_COPIED], non_blocking=True)
+        return host
 
     def _submit(
         self, piece: Piece, start: int, stop: int, host: Tensor, pinned: Tensor, page_size: int

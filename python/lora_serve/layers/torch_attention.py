@@ -43,13 +43,13 @@ class TorchAttentionBackend:
         """
         return TorchAttentionPlan(metadata, kv_layer, {spec.sliding_window for spec in specs})
 
-    def make_decode_graph_state(
+    def make_decode_graph_states(
         self,
         num_padded_rows: int,
         kv_layer: KVLayer,
         specs: Collection[AttentionSpec],
         page_indices: Tensor,
-    ) -> DecodeGraphAttention:
+    ) -> list[DecodeGraphAttention]:
         """Raise: the work of a step depends on its lengths; see :class:`AttentionBackend`."""
         raise NotImplementedError("the torch attention backend has no decode graphs")
 

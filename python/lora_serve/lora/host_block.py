@@ -48,9 +48,9 @@ class HostBlockState:
     num_bytes
         As reserved.
     num_leases
-        Holds on it; above 0 it is not evicted.
+        Holds on it, that of who has filled it included; above 0 it is not evicted.
     last_use
-        Logical time of its last lease; a higher number is later.
+        Logical time of its last use: when it was kept, leased or touched. A higher number is later.
     """
 
     adapter_id: int
@@ -66,8 +66,8 @@ class HostPoolSnapshot:
     Parameters
     ----------
     num_bytes, num_free_bytes, num_held_bytes
-        The whole; what no block takes; what blocks take that cannot be evicted now (leased, being filled, or
-        dropped with a lease on them).
+        The whole; what no block takes; what blocks take that cannot be evicted now: those with a hold,
+        which are being filled, leased, or dropped and not released yet.
     num_waiters
         Threads that wait in `HostPool.reserve`.
     num_evictions

@@ -26,10 +26,11 @@ def make_executor(kind: str, config: EngineConfig) -> Executor:
         return ModelExecutor(config)
     if kind == "cuda":
         return CudaExecutor(config, set_up_cuda(config))
-    return CudaExecutor(config, _set_up_cpu(config))
+    return CudaExecutor(config, set_up_cpu(config))
 
 
-def _set_up_cpu(config: EngineConfig) -> CudaSetup:
+def set_up_cpu(config: EngineConfig) -> CudaSetup:
+    """Fill the CPU as a CUDA device is filled, without decode graphs."""
     model = load_configured_model(config)
     num_device_pages = choose_num_device_pages(config, model.config)
     num_host_pages = choose_num_host_pages(config, model.config)

@@ -14,12 +14,13 @@ pytest.importorskip("triton")
 
 from kernels.device_cases import DEVICES
 from lora_serve.common.errors import InternalError
-from lora_serve.executor import device_sampler
-from lora_serve.executor.device_sampler import DeviceSampler, RowsToSample, Uploads
+from lora_serve.executor import uploads as uploads_module
+from lora_serve.executor.device_sampler import DeviceSampler, RowsToSample
 from lora_serve.executor.last_tokens import FAILED
 from lora_serve.executor.logprobs import TokenLogprobs, read_logprobs
 from lora_serve.executor.sampler import sample
 from lora_serve.executor.sampling_state import SamplingState
+from lora_serve.executor.uploads import Uploads
 from lora_serve.kernels.greedy_sample import greedy_sample
 from lora_serve.kernels.host_copy import copy_small
 
@@ -185,7 +186,7 @@ def test_row_that_draws_without_a_seed_is_an_internal_error():
 @pytest.mark.parametrize("device", DEVICES)
 def test_uploads_keep_their_numbers_while_the_next_is_on_its_way(device, monkeypatch):
     late: list[tuple[Tensor, Tensor]] = []
-    monkeypatch.setattr(device_sampler, "copy_small", lambda *copy: late.append(copy))
+    monkeypatch.setattr(uploads_module, "copy_small", lambda *copy: late.append(copy))
     uploads = Uploads(2, torch.device(device))
     given = [
         [

@@ -679,9 +679,9 @@ def test_logits_are_computed_only_for_rows_that_sample(model_path, monkeypatch):
     def count_rows(name):
         compute = getattr(executor._model, name)
 
-        def counted(hidden, *lora):
+        def counted(hidden, *lora, **options):
             num_rows.append(len(hidden))
-            return compute(hidden, *lora)
+            return compute(hidden, *lora, **options)
 
         monkeypatch.setattr(executor._model, name, counted)
 

@@ -96,6 +96,33 @@ def test_each_copy_is_reported_once_and_in_order(setup):
     assert setup.transfers.take_reports().completed == []
 
 
+def test_copy_whose_end_cannot_be_marked_is_waited_for_and_fails():
+    class BrokenStream:
+        is_over = False
+
+        def record_event(self):
+            raise RuntimeError("no events left")
+
+        def synchronize(self):
+            self.is_over = True
+
+    class Copies(CudaPageCopies):
+        def __init__(self):
+            self.stream = BrokenStream()
+
+        def _stream_of(self, transfer):
+            return self.stream
+
+        def _submit(self, transfer):
+            assert not self.stream.is_over
+
+    copies = Copies()
+
+    copy = copies._start(Transfer(0, WRITE_BACK, np.array([1]), np.array([2])))
+
+    assert (copy.is_done(), str(copy.error), copies.stream.is_over) == (True, "no events left", True)
+
+
 @on_devices
 def test_failed_copy_is_logged_and_reported_and_the_others_are_done(setup, monkeypatch, caplog):
     before = setup.pool.cpu().clone()

@@ -17,6 +17,7 @@ from lora_serve.layers import flashinfer_attention_kernels as kernels_module
 from lora_serve.layers.flashinfer_attention import FlashInferAttentionBackend
 from lora_serve.layers.flashinfer_attention_kernels import KernelShape, StepSize, fa2_int_bytes
 from lora_serve.layers.flashinfer_attention_plan import HostRows, fill_rows
+from lora_serve.layers.flashinfer_attention_split import is_unsplit_faster
 from lora_serve.layers.flashinfer_attention_staging import StagingRing
 from support.fake_flashinfer import FakeFlashInfer
 from support.paged_attention import PagedStep, PagePool, assert_attention
@@ -199,13 +200,22 @@ class TestSteps:
 class GraphHarness:
     """Decode steps of one padded size, captured where there are graphs; none is waited for."""
 
-    def __init__(self, backend: FlashInferAttentionBackend, pool: PagePool, num_rows: int) -> None:
+    def __init__(
+        self,
+        backend: FlashInferAttentionBackend,
+        pool: PagePool,
+        num_rows: int,
+        *,
+        is_split: bool = True,
+    ) -> None:
         self.pool = pool
         self.num_rows = num_rows
         self.backend = backend
         device = pool.pool.device
         self.page_indices = torch.zeros(64 * 1024, dtype=torch.int32, device=device)
-        self.state = backend.make_decode_graph_state(num_rows, pool.layer, {pool.spec}, self.page_indices)
+        self.state = backend.make_decode_graph_state(
+            num_rows, pool.layer, {pool.spec}, self.page_indices, is_split=is_split
+        )
         self.query = torch.zeros(
             num_rows, pool.spec.num_heads, pool.spec.head_dim, dtype=pool.pool.dtype, device=device
         )
@@ -247,11 +257,12 @@ class GraphHarness:
 
 
 class TestDecodeGraphs:
+    @pytest.mark.parametrize("is_split", [True, False])
     @pytest.mark.parametrize("num_rows", [1, 8, 40])
-    def test_replays_follow_changing_lengths(self, make_backend, num_rows) -> None:
+    def test_replays_follow_changing_lengths(self, make_backend, num_rows, is_split) -> None:
         backend, device = make_backend()
         pool = PagePool(make_spec(), torch.bfloat16, device, num_pages=4096)
-        harness = GraphHarness(backend, pool, num_rows)
+        harness = GraphHarness(backend, pool, num_rows, is_split=is_split)
         generator = random.Random(1)
         for num_real in {num_rows, max(1, num_rows - 3), 1}:
             lengths = [generator.choice([1, 16, 17, 100, 600]) for _ in range(num_real)]
@@ -270,10 +281,11 @@ class TestDecodeGraphs:
 
         assert_attention(found, step, query)
 
-    def test_plan_may_be_called_while_replays_run(self, make_backend) -> None:
+    @pytest.mark.parametrize("is_split", [True, False])
+    def test_plan_may_be_called_while_replays_run(self, make_backend, is_split) -> None:
         backend, device = make_backend()
         pool = PagePool(make_spec(), torch.bfloat16, device, num_pages=8192)
-        harness = GraphHarness(backend, pool, 8)
+        harness = GraphHarness(backend, pool, 8, is_split=is_split)
         generator = random.Random(2)
         # More steps than the ring has buffers, each of them far behind the host.
         steps = [
@@ -296,6 +308,37 @@ class TestDecodeGraphs:
 
         for step, query, found in results:
             assert_attention(found, step, query)
+
+    @pytest.mark.parametrize(
+        ("num_heads", "num_kv_heads", "head_dim", "window"),
+        [
+            (8, 2, 128, None),
+            (14, 2, 64, None),
+            (4, 4, 64, None),
+            (20, 1, 128, None),
+            pytest.param(32, 8, 128, 50, id="window"),
+        ],
+    )
+    def test_both_ways_attend_the_same_whatever_the_lengths(
+        self, make_backend, num_heads, num_kv_heads, head_dim, window
+    ) -> None:
+        backend, device = make_backend()
+        spec = make_spec(num_heads, num_kv_heads, head_dim, window)
+        pool = PagePool(spec, torch.bfloat16, device, num_pages=1200)
+        ways = [GraphHarness(backend, pool, 16, is_split=is_split) for is_split in (False, True)]
+        for lengths in ([1] * 16, [3000, *[5] * 12], list(range(250, 266))):
+            results = []
+            for harness in ways:
+                pool.generator.manual_seed(5)
+                results.append(harness.submit(lengths))
+
+            for step, query, found in results:
+                assert_attention(found, step, query)
+        if device == "cuda":
+            plans = [tuple(way.state.launches[spec][0].plan_info) for way in ways]
+            # Programs of a KV head come first, whether partial results are merged comes last.
+            assert (plans[0][0], plans[0][-1]) == (16, 0)
+            assert (plans[1][0] > 16, plans[1][-1]) == (True, 1)
 
     def test_state_refuses_a_step_of_another_size(self, fake) -> None:
         backend = FlashInferAttentionBackend(ring=host_ring())
@@ -378,6 +421,57 @@ class TestHostLogic:
 
         # Room for five splits more on two KV heads; a row has one token in each step.
         assert arguments[16:] == [-1, False, -10, 1]
+
+    def test_unsplit_rows_are_planned_once(self, fake) -> None:
+        backend = FlashInferAttentionBackend(ring=host_ring())
+        pool = PagePool(make_spec(), torch.bfloat16, "cpu", num_pages=64)
+        harness = GraphHarness(backend, pool, 5, is_split=False)
+
+        for lengths in ([70, 1], [2, 30, 100]):
+            harness.submit(lengths)
+
+        (arguments,) = fake.modules[0].plan_arguments
+        # Not padded, as with room for splits; splitting is forbidden.
+        assert (arguments[11], arguments[16:]) == (False, [-1, True, 0, 0])
+
+    def test_captured_steps_are_not_split_where_that_suits_their_lengths(self, fake) -> None:
+        backend = FlashInferAttentionBackend(ring=host_ring())
+        pool = PagePool(make_spec(32, 8), torch.bfloat16, "cpu", num_pages=4)
+        states = backend.make_decode_graph_states(
+            32, pool.layer, {pool.spec}, torch.zeros(8, dtype=torch.int32)
+        )
+
+        def chosen(lengths: list[int]) -> list[bool]:
+            metadata = PagedStep(pool, [(1, n, [0]) for n in lengths]).metadata()
+            return [state.suits(metadata) for state in states]
+
+        assert chosen([1000] * 32) == [True, True]
+        assert chosen([1000] * 31 + [9000]) == [False, True]
+
+    def test_more_pages_than_a_window_reads_do_not_count(self) -> None:
+        lengths = np.array([100_000, 5], dtype=np.int32)
+
+        assert is_unsplit_faster(lengths, KernelShape(8, 2, 128, 255), 132)
+        assert not is_unsplit_faster(lengths, KernelShape(8, 2, 128, 256), 132)
+
+    @pytest.mark.parametrize(
+        ("lengths", "num_kv_heads", "is_unsplit"),
+        [
+            ([256], 8, True),
+            ([257], 8, False),
+            ([1, 256] * 8, 1, True),
+            ([300] * 24, 8, False),  # 192 programs for 132 multiprocessors.
+            ([300] * 25, 8, True),
+            ([300] * 198, 1, True),
+            ([900] * 30 + [1800, 1], 8, True),
+            ([900] * 30 + [1861, 1], 8, False),  # Twice the mean is 1802 and something.
+            ([2000] * 2 + [1] * 126, 8, False),  # Two rows, padded to 128.
+        ],
+    )
+    def test_rows_are_split_where_some_are_long_and_few(self, lengths, num_kv_heads, is_unsplit) -> None:
+        shape = KernelShape(4 * num_kv_heads, num_kv_heads, 128, -1)
+
+        assert is_unsplit_faster(np.array(lengths, dtype=np.int32), shape, 132) == is_unsplit
 
     def test_page_indices_of_the_step_are_used_where_they_are_given(self, fake) -> None:
         backend = FlashInferAttentionBackend(ring=host_ring())

@@ -1,0 +1,183 @@
+"""What is true of `CudaExecutor` alone; what all executors do is in test_model_executor.py."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from lora_serve.common.config import EngineConfig
+from lora_serve.executor.cuda_executor import CudaExecutor
+from lora_serve.kernels import build_lora_metadata
+from lora_serve.layers import flashinfer_attention_split
+from lora_serve.testing.adapters import make_random_adapter
+from lora_serve.testing.models import make_random_model
+
+from .executors import make_executor
+from .hand_made_run import HandMadeRun
+from .plans import PlanStandIn
+from .run_plan import run_plan
+from .states import make_state
+
+VOCAB = 256
+PAGE_SIZE = 4
+PROMPT = list(range(3, 23))
+GIB = 2**30
+
+
+@pytest.fixture(scope="module")
+def model_path(tmp_path_factory) -> str:
+    path = tmp_path_factory.mktemp("model")
+    make_random_model(path, "Qwen3ForCausalLM", vocab_size=VOCAB)
+    return str(path)
+
+
+def make(model_path: str, kind: str = "cuda", **fields) -> CudaExecutor:
+    of_kind = {
+        "cuda": {"device": "cuda", "attention_backend": "flashinfer", "dtype": "bfloat16"},
+        "interpreted": {"attention_backend": "torch"},
+    }[kind]
+    options = {"page_size": PAGE_SIZE, "num_device_pages": 64, "max_num_seqs": 8, "max_model_len": 64}
+    options |= {"lora_memory_gb": 2**-7, "lora_host_memory_gb": 2**-7, **of_kind, **fields}
+    return make_executor(kind, EngineConfig(model=model_path, **options))
+
+
+def greedy(**params):
+    return make_state(PROMPT, vocab_size=VOCAB, temperature=0.0, **params)
+
+
+def first_pages(num_pages: int = 9) -> list[int]:
+    return list(range(num_pages))
+
+
+def test_all_steps_leave_their_logits_in_one_place(model_path, monkeypatch):
+    executor = make(model_path, "interpreted")
+    compute, places = executor._model.compute_base_logits, []
+
+    def noted(hidden, out=None):
+        places.append((out.data_ptr(), len(out)))
+        return compute(hidden, out)
+
+    monkeypatch.setattr(executor._model, "compute_base_logits", noted)
+    run = HandMadeRun(executor, greedy(), first_pages())
+    run.finish([len(PROMPT)], 2)
+    other = HandMadeRun(executor, greedy(), [20, 21, 22, 23, 24, 25], row=1)
+    plans = [other.plan(len(PROMPT)), run.plan(1)]
+    both = PlanStandIn(
+        plan_id=9,
+        rows=[row for plan in plans for row in plan.rows],
+        tokens=[token for plan in plans for token in plan.tokens],
+        deltas=[delta for plan in plans for delta in plan.deltas],
+    )
+    run_plan(executor, both, [other.state, run.state])
+
+    assert [num_rows for _, num_rows in places] == [1, 1, 2]
+    assert len({place for place, _ in places}) == 1
+    assert other.state.output_token_ids == run.state.output_token_ids[:1]
+    executor.close()
+
+
+def test_rows_that_sample_are_grouped_by_adapter_slot(model_path):
+    executor = make(model_path, "interpreted", max_loras=3)
+    plan = SimpleNamespace(adapter_slots=np.array([1, -1, 0, 1, -1], dtype=np.int32))
+    step = SimpleNamespace(host_sampled_rows=np.array([0, 2, 3, 4]))
+
+    found = vars(executor._lora_of_rows(plan, step))
+
+    expected = vars(build_lora_metadata(torch.tensor([1, 0, 1, -1]), 3))
+    assert not found.pop("no_adapter")
+    assert not expected.pop("no_adapter")
+    assert {name: array.tolist() for name, array in found.items()} == {
+        name: array.tolist() for name, array in expected.items()
+    }
+    executor.close()
+
+
+@pytest.mark.gpu
+def test_rows_that_grow_long_are_replayed_with_splits(model_path, monkeypatch):
+    monkeypatch.setattr(flashinfer_attention_split, "ALWAYS_UNSPLIT_TOKENS", len(PROMPT) + 5)
+    runs, ways = [], []
+    for options in ({"enforce_eager": True}, {"cuda_graph_sizes": [1, 8]}):
+        executor = make(model_path, **options)
+        if executor.graphs is not None:
+            for i, state in enumerate(executor.graphs._attention[1]):
+                plan = state.plan
+                monkeypatch.setattr(state, "plan", lambda step, i=i, plan=plan: (ways.append(i), plan(step)))
+        run = HandMadeRun(executor, greedy(logprobs=0), first_pages())
+        results = run.finish([len(PROMPT)], 12)
+        runs.append((run.state.output_token_ids, [result.logprobs[0].logprob for result in results]))
+        executor.close()
+
+    # Of 21 to 25 tokens the first way, then the second.
+    assert ways == [0] * 5 + [1] * 6
+    (eager, eager_logprobs), (graphs, logprobs) = runs
+    for place in range(12):
+        if eager[:place] != graphs[:place]:
+            break  # Two tokens were as good as equal.
+        if eager[place] == graphs[place]:
+            assert logprobs[place] == pytest.approx(eager_logprobs[place], abs=0.1)
+    assert eager[0] == graphs[0]
+
+
+@pytest.mark.gpu
+def test_graphs_and_buffers_stay_within_the_share_of_the_device(model_path):
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info()
+    share = total - free + 2 * GIB
+    executor = make(
+        model_path,
+        num_device_pages=None,
+        gpu_memory_utilization=share / total,
+        max_num_seqs=128,
+        max_num_batched_tokens=512,
+    )
+    HandMadeRun(executor, greedy(), first_pages()).finish([len(PROMPT)], 3)
+
+    free, _ = torch.cuda.mem_get_info()
+
+    assert executor.graphs is not None
+    assert share - GIB < total - free < share + 2**26
+    executor.close()
+
+
+@pytest.mark.gpu
+def test_steps_run_on_the_stream_of_the_executor_whatever_is_current(model_path):
+    executor = make(model_path, cuda_graph_sizes=[1])
+    HandMadeRun(executor, greedy(), first_pages(), row=1).finish([len(PROMPT)], 3)  # Compiles.
+    other = torch.cuda.Stream()
+    with torch.cuda.stream(other):
+        torch.cuda._sleep(5_000_000_000)
+        end = other.record_event()
+        HandMadeRun(executor, greedy(), first_pages()).finish([len(PROMPT)], 3)
+        executor.report()
+        is_over = end.query()
+
+    assert not is_over
+    torch.cuda.synchronize()
+    executor.close()
+
+
+@pytest.mark.gpu
+def test_submit_does_not_wait_for_logits_that_an_adapter_changes(model_path, tmp_path):
+    executor = make(model_path, cuda_graph_sizes=[1])
+    adapter = tmp_path / "adapter"
+    make_random_adapter(adapter, model_path, rank=3, target_modules=("lm_head", "embed_tokens"), seed=1)
+    with ThreadPoolExecutor(1) as thread, thread.submit(executor.lora.read, str(adapter)).result() as read:
+        executor.lora.add(1, read)
+    run_plan(executor, PlanStandIn(plan_id=90, loads=[(1, 0)]), [])
+    run = HandMadeRun(executor, greedy(), first_pages(), slot=0)
+    run.finish([len(PROMPT)], 5)
+    plan = run.plan(1)
+    torch.cuda.synchronize()
+
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        executor.submit(plan, [run.state])
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+    assert executor.collect().sampled_token_ids[0] >= 0
+    executor.close()
