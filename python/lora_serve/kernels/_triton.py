@@ -36,6 +36,8 @@ __all__ = [
     "tl",
 ]
 
+MOST_EARLY_ROWS = 128
+"""A bound of the LoRA kernels' classes of T, so that what is compiled at start-up has both kinds."""
 _is_early = True
 
 
@@ -101,8 +103,11 @@ def set_early_launches(is_early: bool) -> None:
 
 
 def launches_early(x: torch.Tensor) -> bool:
-    """Whether kernels on the tensor's device are launched before the kernel ahead of them has ended."""
-    return _is_early and x.is_cuda and _can_launch_early(x.device)
+    """Whether kernels over the rows of x [T, ...] are launched before the kernel ahead of them has ended.
+
+    With many rows there is no pause between kernels worth saving, and each of many programs pays for it.
+    """
+    return _is_early and x.is_cuda and len(x) <= MOST_EARLY_ROWS and _can_launch_early(x.device)
 
 
 def early_launch(x: torch.Tensor) -> dict[str, Any]:

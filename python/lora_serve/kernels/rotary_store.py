@@ -31,9 +31,11 @@ from torch import Tensor
 
 from lora_serve.kernels._triton import begin_early, ceil_div, early_launch, jit, next_power_of_2, tl
 
-# One warp a program: its shuffles need no barrier, and one token alone still spreads over many programs.
-_ELEMENTS_OF_A_PROGRAM = 512
-_NUM_WARPS = 1
+# One warp a program: its shuffles need no barrier, and one token alone still spreads over many programs. A
+# prefill has programs enough, and would wait for their launches.
+_ELEMENTS_OF_A_WARP = 512
+_MOST_DECODE_TOKENS = 512
+_WARPS_OF_A_PREFILL = 4
 
 
 @jit
@@ -219,7 +221,8 @@ def norm_rotary_store(
     if num_tokens == 0:
         return out
     half_block = next_power_of_2(head_dim // 2)
-    heads = min(max(1, _ELEMENTS_OF_A_PROGRAM // (2 * half_block)), next_power_of_2(num_heads))
+    num_warps = 1 if num_tokens <= _MOST_DECODE_TOKENS else _WARPS_OF_A_PREFILL
+    heads = min(max(1, num_warps * _ELEMENTS_OF_A_WARP // (2 * half_block)), next_power_of_2(num_heads))
     blocks = ceil_div(num_heads, heads) + 2 * ceil_div(num_kv_heads, heads)
     tensors = (qkv, positions, cos_sin, slot_mapping, k_pages, v_pages, out, q_weight, k_weight)
     strides = (qkv.stride(0), out.stride(0), k_pages.stride(0), v_pages.stride(0))
@@ -233,7 +236,7 @@ def norm_rotary_store(
         D=head_dim,
         HEADS=heads,
         HALF_BLOCK=half_block,
-        num_warps=_NUM_WARPS,
+        num_warps=num_warps,
         **early_launch(qkv),
     )
     return out

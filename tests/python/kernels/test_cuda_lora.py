@@ -68,7 +68,7 @@ class Layers:
             else:
                 cuda_lora.add_delta(y, delta)
                 x = silu_mul(y)
-            x = x / x.float().abs().amax(dim=1, keepdim=True).clamp(min=1).to(x.dtype)
+            x = x / x.float().std(dim=1, keepdim=True).to(x.dtype)  # Or it would vanish layer by layer.
         return x
 
 
@@ -102,7 +102,7 @@ def test_layers_that_run_beside_each_other_give_what_they_give_one_by_one(
         expected = layers.run(x, metadata, leaves_delta=leaves_delta)
         _triton.set_early_launches(True)
     assert expected.isfinite().all()
-    assert expected.float().std() > 0.01
+    assert expected.float().std() > 0.5
 
     with torch.cuda.stream(torch.cuda.Stream()):
         eager = layers.run(x, metadata, leaves_delta=leaves_delta)

@@ -12,6 +12,7 @@ pytest.importorskip("triton")
 
 from kernels.device_cases import DEVICE_DTYPES, DEVICES, signed
 from kernels.lora_cases import assert_within_bounds, has_same_bits
+from lora_serve.kernels import rotary_store
 from lora_serve.kernels.reference import ReferenceResult
 from lora_serve.kernels.reference_elementwise import norm_rotary_reference
 from lora_serve.kernels.rotary_store import norm_rotary_store
@@ -115,6 +116,13 @@ def check(case: RotaryCase, *, in_place: bool = True) -> None:
     case.k_pages[pages, offsets] = float("nan")
     case.v_pages[pages, offsets] = float("nan")
     assert case.pool.isnan().all()
+
+
+@pytest.mark.parametrize(("device", "dtype"), DEVICE_DTYPES)
+@pytest.mark.parametrize(("num_heads", "num_kv_heads", "head_dim"), [(4, 2, 16), (40, 3, 64), (33, 1, 128)])
+def test_programs_of_a_prefill_have_more_heads(monkeypatch, device, dtype, num_heads, num_kv_heads, head_dim):
+    monkeypatch.setattr(rotary_store, "_MOST_DECODE_TOKENS", 2)
+    check(make_case(device, dtype, num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim))
 
 
 @pytest.mark.parametrize(("device", "dtype"), DEVICE_DTYPES)

@@ -20,7 +20,7 @@ from kernels.triton_lora_cases import (
     random_case,
     tables_on_device,
 )
-from lora_serve.kernels import LoRALayerTable, build_lora_metadata
+from lora_serve.kernels import LoRALayerTable, _triton, build_lora_metadata
 from lora_serve.kernels import triton_lora_expand as triton_lora_expand_module
 from lora_serve.kernels import triton_lora_shrink as triton_lora_shrink_module
 from lora_serve.kernels.device_tables import DeviceTables
@@ -36,6 +36,7 @@ from lora_serve.kernels.triton_lora_linear import (
 )
 from lora_serve.kernels.triton_lora_shrink import triton_lora_shrink
 from lora_serve.kernels.triton_lora_tiles import (
+    TOKEN_CLASSES,
     choose_expand_tiles,
     choose_num_parts,
     choose_num_tile_programs,
@@ -133,6 +134,7 @@ def test_warm_up_compiles_what_any_step_uses():
             choose_num_parts(limit, 3, 4096, 64),
         )
 
+    assert _triton.MOST_EARLY_ROWS in TOKEN_CLASSES
     for largest in (1, 7, 200, 3000):
         warm = {variant(tokens) for tokens in warm_up_token_counts(largest)}
         assert {variant(tokens) for tokens in range(1, largest + 1)} <= warm
