@@ -1,7 +1,8 @@
 """Plant single-line faults in a copy of the sources, one at a time, and see the tests find each.
 
 A test suite that passes says little until it has been seen to fail. What faults, in which folder,
-and which tests must fail, is a Campaign; the scripts ``mutate_*.py`` hold one each.
+and which tests must fail, is a Campaign; the scripts ``mutate_*.py`` hold one each. That of the
+kernels, which are not built, has its own way to run tests and shares the rest.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ import os
 import shutil
 import subprocess
 import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -66,21 +69,60 @@ def run_tests(tree: Path, campaign: Campaign, timeout_s: float) -> str:
 
 def check_fault(tree: Path, campaign: Campaign, fault: Fault, arguments: argparse.Namespace) -> str:
     """Plant the fault, build, test, repair; return the name of the test that failed, or ''."""
-    path = tree / campaign.folder / fault.file
-    source = path.read_text()
-    if source.count(fault.line) != 1:
-        raise SystemExit(
-            f"{fault.file}: found {source.count(fault.line)} places that read {fault.line!r}, "
-            f"expected 1; bring the fault in {campaign.script} up to date"
-        )
-    path.write_text(source.replace(fault.line, fault.replacement))
-    try:
+    with planted(tree / campaign.folder, fault, campaign.script):
         built = build(tree, arguments.cmake, campaign.target)
         if built.returncode != 0:
             raise SystemExit(f"{fault.file}: {fault.replacement!r} does not compile:\n{built.stdout[-3000:]}")
         return run_tests(tree, campaign, arguments.timeout)
+
+
+@contextmanager
+def planted(folder: Path, fault: Fault, script: str) -> Iterator[None]:
+    """Have the fault in its file, which must hold the line once."""
+    path = folder / fault.file
+    source = path.read_text()
+    if source.count(fault.line) != 1:
+        raise SystemExit(
+            f"{fault.file}: found {source.count(fault.line)} places that read {fault.line!r}, "
+            f"expected 1; bring the fault in {script} up to date"
+        )
+    path.write_text(source.replace(fault.line, fault.replacement))
+    try:
+        yield
     finally:
         path.write_text(source)
+
+
+def make_parser(description: str, timeout_s: float) -> argparse.ArgumentParser:
+    """What all campaigns can be asked for."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--list", action="store_true", help="print the faults and stop")
+    parser.add_argument("--only", type=int, nargs="+", help="numbers of the faults to check")
+    parser.add_argument("--timeout", type=float, default=timeout_s, help="seconds for one run of the tests")
+    return parser
+
+
+def list_faults(faults: Sequence[Fault], numbers: Sequence[int]) -> int:
+    """Print the faults; 0, the exit status."""
+    for number in numbers:
+        fault = faults[number - 1]
+        print(f"{number:3} {fault.file}: {fault.line} -> {fault.replacement or 'nothing'}")
+    return 0
+
+
+def check_faults(faults: Sequence[Fault], numbers: Sequence[int], check: Callable[[int], str]) -> int:
+    """Check each and print a line for it; 1 when one survives. `check` gives the test that failed, or ''."""
+    survivors = []
+    for number in numbers:
+        start = time.monotonic()
+        killer = check(number)
+        verdict = f"killed by {killer}" if killer else "SURVIVED"
+        seconds = time.monotonic() - start
+        print(f"{number:3} {faults[number - 1].file}: {verdict} ({seconds:.0f} s)", flush=True)
+        if not killer:
+            survivors.append(number)
+    print(f"{len(numbers) - len(survivors)} of {len(numbers)} faults killed")
+    return 1 if survivors else 0
 
 
 def copy_sources(tree: Path) -> None:
@@ -101,19 +143,13 @@ def copy_sources(tree: Path) -> None:
 
 def main(campaign: Campaign, description: str) -> int:
     """Check all faults and print one line for each; 1 when one survives."""
-    parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--list", action="store_true", help="print the faults and stop")
-    parser.add_argument("--only", type=int, nargs="+", help="numbers of the faults to check")
-    parser.add_argument("--timeout", type=float, default=300.0, help="seconds for one run of the tests")
+    parser = make_parser(description, 300.0)
     parser.add_argument("--tree", type=Path, default=ROOT / "build/mutants", help="where to build")
     parser.add_argument("--cmake", default=shutil.which("cmake") or str(ROOT / ".venv/bin/cmake"))
     arguments = parser.parse_args()
     numbers = arguments.only or range(1, len(campaign.faults) + 1)
     if arguments.list:
-        for number in numbers:
-            fault = campaign.faults[number - 1]
-            print(f"{number:3} {fault.file}: {fault.line} -> {fault.replacement or 'nothing'}")
-        return 0
+        return list_faults(campaign.faults, numbers)
 
     tree: Path = arguments.tree
     copy_sources(tree)
@@ -127,14 +163,7 @@ def main(campaign: Campaign, description: str) -> int:
     if not is_built or run_tests(tree, campaign, arguments.timeout):
         raise SystemExit("the tests do not build and pass without a fault; nothing can be learned")
 
-    survivors = []
-    for number in numbers:
-        start = time.monotonic()
-        fault = campaign.faults[number - 1]
-        killer = check_fault(tree, campaign, fault, arguments)
-        verdict = f"killed by {killer}" if killer else "SURVIVED"
-        print(f"{number:3} {fault.file}: {verdict} ({time.monotonic() - start:.0f} s)", flush=True)
-        if not killer:
-            survivors.append(number)
-    print(f"{len(numbers) - len(survivors)} of {len(numbers)} faults killed")
-    return 1 if survivors else 0
+    def check(number: int) -> str:
+        return check_fault(tree, campaign, campaign.faults[number - 1], arguments)
+
+    return check_faults(campaign.faults, numbers, check)
