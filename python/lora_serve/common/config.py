@@ -37,8 +37,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
         Memory of the KV pages in GiB, above 0; ignored when `num_device_pages` is given. None = on CUDA what
         `gpu_memory_utilization` leaves, elsewhere 1 GiB.
     gpu_memory_utilization : float
-        Part of a CUDA device's memory that may be in use, by weights, adapters, steps, KV pages and other
-        processes together, above 0 and at most 1; ignored when one of the two above is given.
+        Part of a CUDA device's memory that may be in use, by weights, adapters, steps, decode graphs, KV
+        pages and other processes together, above 0 and at most 1; ignored when one of the two above is given.
     kv_host_memory_gb : float
         Memory of the host tier of KV pages in GiB, taken at the start; 0 = there is no host tier.
     kv_write_policy : {'write_through', 'write_back', 'off'}

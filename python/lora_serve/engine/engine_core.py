@@ -50,8 +50,13 @@ def _make_model_executor(config: EngineConfig) -> Executor:
         from lora_serve.executor.cuda_setup import set_up_cuda
         from lora_serve.executor.warm_up import warm_up
 
-        executor = CudaExecutor(config, set_up_cuda(config))
-        warm_up(executor, config)
+        setup = set_up_cuda(config)
+        try:
+            executor = CudaExecutor(config, setup)
+            warm_up(executor, config)
+        except BaseException:
+            setup.close()
+            raise
         return executor
     from lora_serve.executor.model_executor import ModelExecutor
 

@@ -51,6 +51,10 @@ class _BestTokens:
     row_failed: Tensor
 
 
+def _awaits_prompt_logprobs(state: SamplingState) -> bool:
+    return state.prompt_logprobs is not None and not state.output_token_ids
+
+
 class CudaExecutor(ExecutorBase):
     """Implements `Executor` on one CUDA device.
 
@@ -163,7 +167,10 @@ class CudaExecutor(ExecutorBase):
             return super().report()
 
     def close(self) -> None:
-        """Wait for the device, drop plans that nobody has collected, free what the executor holds."""
+        """Wait for the device, drop plans that nobody has collected, free KV pages, adapters and graphs.
+
+        Weights, inputs and logits go with the executor.
+        """
         if self._is_closed:
             return
         self._is_closed = True
@@ -207,7 +214,9 @@ class CudaExecutor(ExecutorBase):
         adapts_more = self.lora.adapts_more_than_layers(plan.adapter_slots)
         step = self._inputs.load(plan, adapts_embedding=adapts_more)
         graphs = self.graphs
-        if step.is_decode and not adapts_more and graphs is not None and graphs.has(len(step.row_failed)):
+        # A chunk of a prompt may be a single token, too; only an eager step gives its log probability.
+        may_replay = step.is_decode and not adapts_more and not any(map(_awaits_prompt_logprobs, states))
+        if may_replay and graphs is not None and graphs.has(len(step.row_failed)):
             self._run_graph(graphs, step, pending)
         else:
             self._run_eagerly(step, pending)

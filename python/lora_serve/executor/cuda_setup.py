@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import numpy as np
@@ -71,9 +72,10 @@ class CudaSetup:
 
     def close(self) -> None:
         """Free the adapter memory and the KV pages of both tiers; no step may run."""
-        self.lora.close()
-        self.transfers.close()
-        self.kv_layers = []
+        with ExitStack() as rest:  # All of it, whatever one of them raises.
+            rest.callback(self.transfers.close)
+            rest.callback(self.lora.close)
+            self.kv_layers = []
 
 
 def set_up_cuda(config: EngineConfig) -> CudaSetup:
@@ -89,20 +91,23 @@ def set_up_cuda(config: EngineConfig) -> CudaSetup:
     with log_stage(logger, "model"):
         model = load_configured_model(config)
         torch.cuda.synchronize(device)
-    with log_stage(logger, "adapter memory"):
-        lora = make_adapter_memory(config, model)
-    with log_stage(logger, "profiling run"):
-        free_bytes = _measure_free_bytes(config, model)
-    graph_sizes = config.chosen_cuda_graph_sizes if model.attention_backend.supports_graphs else ()
-    if config.num_device_pages is None and config.kv_memory_gb is None:
-        with log_stage(logger, "trial of the executor"):
-            free_bytes -= _measure_executor_bytes(config, model, lora, graph_sizes)
-    num_device_pages = choose_num_device_pages(config, model.config, free_bytes)
-    num_host_pages = choose_num_host_pages(config, model.config)
-    max_model_len = choose_max_model_len(config, model.config, num_device_pages)
-    with log_stage(logger, "KV pages"):
-        pool = allocate_kv_pool(model.config, num_device_pages, config.page_size, device)
-        transfers = make_page_transfers(pool, num_host_pages)
+    with ExitStack() as made:  # What has threads or locked memory, for the case that it does not fit.
+        with log_stage(logger, "adapter memory"):
+            lora = make_adapter_memory(config, model)
+        made.callback(lora.close)
+        with log_stage(logger, "profiling run"):
+            free_bytes = _measure_free_bytes(config, model)
+        graph_sizes = config.chosen_cuda_graph_sizes if model.attention_backend.supports_graphs else ()
+        if config.num_device_pages is None and config.kv_memory_gb is None and free_bytes > 0:
+            with log_stage(logger, "trial of the executor"):
+                free_bytes -= _measure_executor_bytes(config, model, lora, graph_sizes)
+        num_device_pages = choose_num_device_pages(config, model.config, free_bytes)
+        num_host_pages = choose_num_host_pages(config, model.config)
+        max_model_len = choose_max_model_len(config, model.config, num_device_pages)
+        with log_stage(logger, "KV pages"):
+            pool = allocate_kv_pool(model.config, num_device_pages, config.page_size, device)
+            transfers = make_page_transfers(pool, num_host_pages)
+        made.pop_all()
     logger.info(
         "%d KV pages of %d tokens on the device, %d on the host; requests of up to %d tokens",
         num_device_pages,
@@ -175,13 +180,21 @@ def _measure_executor_bytes(
         decode_graph_sizes=graph_sizes[-_NUM_TRIAL_SIZES:],
     )
     before = _free_bytes(device)
-    executor = CudaExecutor(config, trial)
-    num_bytes = before - _free_bytes(device)
-    if executor.graphs is not None:
-        num_more = len(graph_sizes) - len(trial.decode_graph_sizes)
-        num_bytes += bytes_of_more_sizes(executor.graphs.num_bytes, num_more)
-    del executor
-    transfers.close()
+    try:
+        executor = CudaExecutor(config, trial)
+        num_bytes = before - _free_bytes(device)
+        if executor.graphs is not None:
+            num_more = len(graph_sizes) - len(trial.decode_graph_sizes)
+            num_bytes += bytes_of_more_sizes(executor.graphs.num_bytes, num_more)
+        del executor
+    except torch.OutOfMemoryError as error:
+        raise InvalidArgumentError(
+            f"the buffers of {config.max_num_seqs} requests and the decode graphs do not fit beside the "
+            f"model, {before / 2**30:.2f} GiB are free; lower --max-num-seqs or --cuda-graph-sizes, or use "
+            "--enforce-eager"
+        ) from error
+    finally:
+        transfers.close()
     gc.collect()
     torch.cuda.empty_cache()
     return max(0, num_bytes)

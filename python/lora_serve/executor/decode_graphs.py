@@ -32,7 +32,7 @@ class DecodeGraphs:
     """Captured decode steps, found by padded batch size, by whether any row has an adapter, and by lengths.
 
     A graph reads its inputs from the addresses that `make_step` gave and leaves its logits, and whatever
-    `run_step` writes beside them, where the capture left them: the next replay may overwrite both.
+    `run_step` writes beside them, where the capture left them: the next step may overwrite both.
 
     Parameters
     ----------
@@ -104,7 +104,7 @@ class DecodeGraphs:
         Returns
         -------
         Tensor
-            [P, V] logits of the model's dtype, valid until the next replay.
+            [P, V] logits of the model's dtype, valid until the next step.
         """
         num_rows = len(step.page_table_rows)
         ways = self._attention[num_rows]

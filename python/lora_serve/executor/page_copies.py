@@ -135,8 +135,9 @@ class CudaPageCopies:
 
     def close(self) -> None:
         """See `PageCopies`."""
-        self._write_backs.synchronize()
-        self._load_backs.synchronize()
+        for stream in (self._write_backs, self._load_backs):
+            with suppress(RuntimeError):  # A device that has failed copies nothing any more.
+                stream.synchronize()
         self._tiers = _NO_TIERS
 
     def _start(self, transfer: Transfer) -> PageCopy:

@@ -105,6 +105,23 @@ def test_rows_that_grow_long_are_replayed_with_splits(model_path, graphs, monkey
     assert outputs[0] == outputs[1]
 
 
+@pytest.mark.parametrize("chunks", [[5, 1, 3], [5, 1, 2, 1]])
+def test_chunk_of_one_prompt_token_gives_its_log_probability(model_path, graphs, chunks):
+    config = make_config(model_path)
+    found = []
+    for sizes in ((), (1, 4)):
+        executor = CudaExecutor(config, dataclasses.replace(set_up_cpu(config), decode_graph_sizes=sizes))
+        state = make_state(PROMPT, vocab_size=VOCAB, temperature=0.0, prompt_logprobs=0)
+        run = HandMadeRun(executor, state, [0, 1, 2, 3, 4])
+        run.finish(chunks, 3)
+        found.append(([entry and entry.logprob for entry in state.prompt_logprobs], state.output_token_ids))
+        executor.close()
+
+    assert found[0] == found[1]
+    assert None not in found[1][0][1:]
+    assert sum(graph.num_replays for graph in graphs) == 2, "the decodes behind the prompt are replayed"
+
+
 def test_memory_of_all_graphs_is_foretold_from_a_few(model_path, graphs, monkeypatch):
     monkeypatch.setattr(cuda_setup, "_NUM_TRIAL_SIZES", 2)
     config = make_config(model_path)
