@@ -6,6 +6,9 @@ holds for a class of T, whatever the adapters: the pair of shrink and expand is 
 the best one at each number of adapters, half on average and half at worst. The number of parts belongs to
 both halves, so that they are chosen together.
 
+For the projections whose expand is a kernel of its own (o and down), and from 33 tokens on: up to 32 the
+shrink runs beside the base product, and what is best for it alone would be in the way there.
+
 What matters most comes first, and the table is written after each layer, so that a time limit loses little.
 Workers compile ahead of the measurements. The tables of this GPU that the package has are carried over.
 
@@ -48,7 +51,7 @@ MODELS: dict[str, list[Shape]] = {
     "smallest": [(40, (24, 8))],
 }
 RANKS = (64, 16)
-FIRST_TOKENS, MORE_TOKENS = (128, 32, 1, 4096), (8, 512, 2048)
+FIRST_TOKENS, MORE_TOKENS = (128, 4096), (512, 2048)
 ADAPTERS = (8, 32, 1)
 HOPELESS = 3.0  # times the best of a point: not measured at the others
 PATIENCE_S = 45.0  # without any answer: whatever is waited for is given up

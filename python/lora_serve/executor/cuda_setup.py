@@ -147,11 +147,12 @@ def _measure_free_bytes(config: EngineConfig, model: DecoderModel) -> int:
     """What the device's share has left once the largest step has run; below 0 = it takes more.
 
     The allocator keeps what that step took, so whatever else uses the device counts, too. Smaller steps run
-    first: together they compile every kernel that a step with adapters may need.
+    first: together they compile every kernel that a step may need, with adapters or without.
     """
     with torch.inference_mode():
         for num_tokens in warm_up_token_counts(config.max_num_batched_tokens):
-            _run_step(config, model, num_tokens)
+            for has_adapter in (False, True):  # The largest memory last.
+                _run_step(config, model, num_tokens, has_adapter=has_adapter)
     torch.cuda.synchronize(model.device)
     free_bytes, total_bytes = torch.cuda.mem_get_info(model.device)
     return free_bytes - int(total_bytes * (1 - config.gpu_memory_utilization))
@@ -207,8 +208,8 @@ def _free_bytes(device: torch.device) -> int:
     return torch.cuda.mem_get_info(device)[0]
 
 
-def _run_step(config: EngineConfig, model: DecoderModel, num_tokens: int) -> None:
-    """One prefill with adapters, on one page that is read again and again. What it computes means nothing."""
+def _run_step(config: EngineConfig, model: DecoderModel, num_tokens: int, *, has_adapter: bool) -> None:
+    """One prefill, on one page that is read again and again. What it computes means nothing."""
     device, page_size = model.device, config.page_size
     num_pages = -(-num_tokens // page_size)
     kv_layers = kv_layers_of(allocate_kv_pool(model.config, 1, page_size, device))
@@ -216,7 +217,9 @@ def _run_step(config: EngineConfig, model: DecoderModel, num_tokens: int) -> Non
     def filled(value: int, *shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
         return torch.full(shape, value, dtype=dtype, device=device)
 
-    def all_of_one_adapter(num_rows: int) -> LoRAMetadata:
+    def all_of_one_adapter(num_rows: int) -> LoRAMetadata | None:
+        if not has_adapter:
+            return None
         return build_lora_metadata(torch.zeros(num_rows, dtype=torch.int32), config.max_loras, device=device)
 
     attention = AttentionMetadata(

@@ -32,8 +32,8 @@ def choose_num_device_pages(config: EngineConfig, model: ModelConfig, free_bytes
         For the size of a page.
     free_bytes : int or None
         On a CUDA device: what `gpu_memory_utilization` leaves beside the weights, the adapters, the largest
-        step, decode graphs and other users of the device; below 0 if they take more. None = another device, where a GiB is
-        taken.
+        step, decode graphs and other users of the device; below 0 if they take more. None = another
+        device, where a GiB is taken.
 
     Raises
     ------
@@ -50,8 +50,8 @@ def choose_num_device_pages(config: EngineConfig, model: ModelConfig, free_bytes
             raise InvalidArgumentError(
                 f"gpu_memory_utilization is {config.gpu_memory_utilization}, which {lacks} "
                 f"{abs(free_bytes) / _GIB:.3f} GiB, but {page}; raise --gpu-memory-utilization, or lower "
-                "--lora-memory-gb, --max-num-batched-tokens, --max-num-seqs or --cuda-graph-sizes, or end what "
-                "else uses it"
+                "--lora-memory-gb, --max-num-batched-tokens, --max-num-seqs or --cuda-graph-sizes, or end "
+                "what else uses it"
             )
         return free_bytes // num_bytes
     memory_gb = config.kv_memory_gb if config.kv_memory_gb is not None else _CPU_MEMORY_GB

@@ -12,7 +12,8 @@ from lora_serve.kernels.lora_weights import LoRALayerTable
 FEW_TOKENS = 32
 """Up to so many the base product is a kernel of ours, beside which the shrink runs.
 
-The expand is a kernel of its own then: nothing is gained by leaving it to the next one.
+The expand is a kernel of its own then: nothing is gained by leaving it to the next one. Where kernels cannot
+be launched early (before Hopper), and in fp32, the shrink runs ahead of the product instead.
 """
 
 

@@ -13,7 +13,7 @@ give rows of zeros in ``v`` and keep their rows of ``y`` bit for bit. A slice on
 module counts as rank 0. Columns outside the slices are not touched. An empty step is fine. Nothing is summed
 in an order that depends on chance, so the same inputs give the same bits.
 
-With ``lora_embedding`` and ``lora_logits`` this file is the seam that layers call: `add_lora_linear` runs the
+With ``lora_embedding`` and ``lora_logits`` this file is the seam that layers call: `lora_linear` runs the
 implementation that ``lora_dispatch`` has for the device. `lora_shrink` and `lora_expand` are the halves in
 torch, on any device.
 

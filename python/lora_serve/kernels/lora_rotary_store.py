@@ -81,6 +81,8 @@ def choose_rotary_store_launch(
     block_r = min(block_r, 128)
     if tokens <= _DECODE_TOKENS:
         return LoRARotaryStoreLaunch(16, block_r, heads=1, num_warps=4, num_stages=1)
+    if head_dim > 128 and block_r > 64:  # Two stages would not fit a GPU with 99 KB of shared memory.
+        return LoRARotaryStoreLaunch(64, block_r, heads=4, num_warps=8, num_stages=1)
     registers = 128 if head_dim <= 128 and block_r <= 64 else None
     return LoRARotaryStoreLaunch(64, block_r, heads=4, num_warps=8, num_stages=2, max_registers=registers)
 

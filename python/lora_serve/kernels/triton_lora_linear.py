@@ -22,18 +22,22 @@ from lora_serve.kernels.triton_lora_tiles import (
 )
 
 
-def lora_scratch_elements(max_tokens: int, num_slices: int, in_features: int, max_rank: int) -> int:
+def lora_scratch_elements(
+    max_tokens: int, num_slices: int, in_features: int, max_rank: int, element_size: int = 2
+) -> int:
     """fp32 elements of scratch memory that a layer needs for any step of at most `max_tokens` tokens.
 
     Parameters
     ----------
     max_tokens, num_slices, in_features, max_rank
         T, S, H and R, at their largest. An embedding has H = 1.
+    element_size
+        Bytes of a number of the model.
     """
     largest = 0
     for limit in TOKEN_CLASSES:
         tokens = min(limit, max_tokens)
-        parts = choose_num_parts(limit, num_slices, in_features, max_rank)
+        parts = choose_num_parts(limit, num_slices, in_features, max_rank, element_size)
         largest = max(largest, parts * num_slices * tokens * max_rank)
         if limit >= max_tokens:
             break
@@ -77,7 +81,7 @@ def make_shrunk(
     ValueError
         ``scratch`` is too small or not fp32.
     """
-    num_parts = choose_num_parts(token_class(len(x)), num_slices, x.shape[1], max_rank)
+    num_parts = choose_num_parts(token_class(len(x)), num_slices, x.shape[1], max_rank, x.element_size())
     shape = (num_parts, num_slices, len(x), max_rank)
     return _take_scratch(scratch, shape, x.dtype if dtype is None else dtype, x.device)
 

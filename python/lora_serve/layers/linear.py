@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lora_serve.kernels import LoRADelta, LoRALayerTable, add_lora_delta, lora_linear
+from lora_serve.kernels import LoRADelta, LoRALayerTable, add_lora_delta
 from lora_serve.layers import ops
 from lora_serve.layers.step_context import StepContext
 
@@ -155,7 +155,7 @@ class PackedLinear(nn.Module):
         """
         if ctx.lora is None or ctx.lora.no_adapter:
             return ops.linear(x, self.weight, self.bias), None
-        return lora_linear(x, self.weight, self.bias, self.lora_table, ctx.lora)
+        return ops.lora_linear(x, self.weight, self.bias, self.lora_table, ctx.lora)
 
     def checkpoint_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Yield each slice's checkpoint names with the part of the fused parameter that it fills."""

@@ -2,8 +2,8 @@
 
 This is the only place that chooses. Tensors on the CPU go to :mod:`lora_serve.layers.torch_ops`, tensors on
 CUDA to Triton kernels, which are imported with the first of them. The kernels round less often than torch in
-16-bit types, so the two agree up to rounding. Inside :func:`torch_ops_only` everything goes to torch: to
-debug a kernel, or to test it.
+16-bit types, so the two agree up to rounding. Inside :func:`torch_ops_only` everything goes to torch, but for
+the deltas of adapters: to debug a kernel, or to test it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from lora_serve.kernels import LoRADelta, add_lora_delta
+from lora_serve import kernels
+from lora_serve.kernels import LoRADelta, LoRALayerTable, LoRAMetadata, add_lora_delta
 from lora_serve.kernels.lora_delta import FEW_TOKENS
 from lora_serve.layers import torch_ops
 from lora_serve.layers.attention import KVLayer
@@ -233,6 +234,34 @@ def _left_of(delta: LoRADelta | None, y: Tensor) -> LoRADelta | None:
         return delta
     add_lora_delta(y, delta)
     return None
+
+
+def lora_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, table: LoRALayerTable, lora: LoRAMetadata
+) -> tuple[Tensor, LoRADelta | None]:
+    """Give ``x W^T + b`` with what the step's adapters add, or without it and with what is left to add.
+
+    Parameters
+    ----------
+    x, weight, bias
+        As for :func:`linear`.
+    table
+        The layer's weights by adapter slot.
+    lora
+        Grouping of the T tokens; the step has adapters.
+
+    Returns
+    -------
+    y : Tensor
+        [T, O].
+    delta : LoRADelta or None
+        For :func:`silu_mul`, :func:`norm_rotary_store` or ``add_lora_delta``; None = ``y`` is complete.
+    """
+    if not _torch_only:
+        return kernels.lora_linear(x, weight, bias, table, lora)
+    y = torch_ops.linear(x, weight, bias, None)
+    kernels.add_lora_linear(y, x, table, lora)
+    return y, None
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:

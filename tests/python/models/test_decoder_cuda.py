@@ -86,7 +86,7 @@ def kernel_calls(device: str, monkeypatch: pytest.MonkeyPatch) -> list[torch.dev
     choose = ops._ops_of
 
     def ops_of(x: torch.Tensor) -> ops._Ops:
-        chosen = ops._triton_ops() if device == "cpu" and not ops._torch_only else choose(x)
+        chosen = ops._triton_ops().plain if device == "cpu" and not ops._torch_only else choose(x)
         if chosen is not ops._TORCH_OPS:
             calls.append(x.device)
         return chosen

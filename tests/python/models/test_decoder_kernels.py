@@ -9,7 +9,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lora_serve.layers import StepContext, attention, ops
+from lora_serve.layers import StepContext, attention, ops, torch_ops
 from lora_serve.models import DecoderModel, read_model_config
 from lora_serve.testing.models import make_random_model
 from support.paged_sequences import PagedSequences
@@ -48,18 +48,20 @@ class Backend:
         self.attend = log.kernel("attend", lambda query, *_: torch.empty(query.shape, device="cuda"))
 
 
-def fake_kernels(log: KernelLog) -> ops._Ops:
+def fake_kernels(log: KernelLog) -> ops._TritonOps:
     def query_part(qkv, positions, cos_sin, slot_mapping, kv_layer, *_):
         num_kv_heads, head_dim = kv_layer.k.shape[2:]
         heads = qkv.view(len(qkv), -1, head_dim)
         return heads.narrow(1, 0, heads.shape[1] - 2 * num_kv_heads)
 
-    return ops._Ops(
+    plain = ops._Ops(
         log.kernel("rms_norm", lambda x, *_: torch.empty_like(x)),
         log.kernel("add_rms_norm", lambda x, *_: torch.empty_like(x)),
         log.kernel("norm_rotary_store", query_part),
         log.kernel("silu_mul", lambda x: x.new_empty(len(x), x.shape[1] // 2)),
+        torch_ops.linear,
     )
+    return ops._TritonOps(plain, *2 * [log.kernel("with adapters", lambda x, *_: x)])
 
 
 @pytest.mark.parametrize(
