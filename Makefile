@@ -81,6 +81,7 @@ soak: setup soak-fuzz $(VENV)/.packages
 	  $(BIN)/ctest --preset asan -j $(JOBS) -R Random --timeout 7200
 	$(BIN)/python scripts/mutate_cache.py
 	$(BIN)/python scripts/mutate_scheduler.py
+	$(BIN)/python scripts/mutate_lora_kernels.py
 	$(BIN)/python -m pytest -m slow --timeout 3600
 
 # libFuzzer comes with Clang (Debian, Ubuntu: apt-get install clang). It goes on from the inputs that the last

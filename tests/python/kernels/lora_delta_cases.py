@@ -110,6 +110,11 @@ def make_bad(delta: LoRADelta, how: str) -> None:
         table.b_offset, table.lora_rank = shortened.b_offset, shortened.lora_rank
     else:
         table.lora_rank[LAST_SLOT] = delta.v.shape[-1] + 1
+        for numbers in (
+            table.arena,
+            delta.v,
+        ):  # It must not be what lies behind them that makes the rows NaN.
+            numbers.nan_to_num_(nan=1.0)
 
 
 def padded(delta: LoRADelta, num_padded: int) -> LoRADelta:

@@ -95,6 +95,18 @@ def test_slot_without_adapter_gives_nan(device, slot):
 
 
 @pytest.mark.parametrize("device", DEVICES)
+def test_rank_above_that_of_v_gives_nan_in_its_rows_only(device):
+    arena, tables = tables_on_device(make_table(RANK_OF_SLOT), device)
+    arena.nan_to_num_(nan=1.0)  # It must not be what lies behind A that makes them NaN.
+    tables.layers[0].lora_rank[LAST_SLOT] = 153
+    v = torch.zeros(1, 1, 2, 152, device=device)
+    mapping = torch.tensor([LAST_SLOT, 0], dtype=torch.int32, device=device)
+    look_up(v, torch.tensor([1, 2], device=device), arena, tables, mapping, True)
+    assert v[0, 0, 0].isnan().all()
+    assert v[0, 0, 1].isfinite().all()
+
+
+@pytest.mark.parametrize("device", DEVICES)
 def test_operator_gives_what_the_function_gives_and_has_a_fake(device):
     arena, tables = tables_on_device(make_table(RANK_OF_SLOT), device)
     table = tables.layers[0]

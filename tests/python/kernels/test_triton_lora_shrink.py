@@ -66,6 +66,11 @@ def test_parts_of_the_input_features_add_up(device, dtype, in_features, num_part
 
 
 @pytest.mark.parametrize(("device", "dtype"), DEVICE_DTYPES)
+def test_each_part_holds_all_slices(device, dtype):
+    check(mixed_case(dtype, in_features=601), device, num_parts=3)
+
+
+@pytest.mark.parametrize(("device", "dtype"), DEVICE_DTYPES)
 @pytest.mark.parametrize("num_tokens", [1, 17, 75, 300])
 def test_shrink_finds_every_row_of_every_group(device, dtype, num_tokens):
     check(random_case(num_tokens, dtype), device)

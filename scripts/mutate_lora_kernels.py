@@ -1,0 +1,205 @@
+#!/usr/bin/env python3
+"""Plant single-line faults in the LoRA kernels, one at a time, and see the tests find each.
+
+Every fault below is planted in a copy of the package and must make the tests that are named beside
+it fail in Triton's interpreter, so no GPU is needed. Exit status 1 when one survives. Faults that
+only a GPU could show, such as a wait that is left out, are not here.
+
+    scripts/mutate_lora_kernels.py                # all faults; several minutes
+    scripts/mutate_lora_kernels.py --only 3 17    # some of them
+    scripts/mutate_lora_kernels.py --list
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from planted_faults import ROOT, Fault, check_faults, list_faults, make_parser, planted
+
+SCRIPT = "scripts/mutate_lora_kernels.py"
+KERNELS = "python/lora_serve/kernels"
+TESTS = "tests/python/kernels"
+
+
+@dataclass(frozen=True)
+class KernelFault(Fault):
+    """A fault, and the file of tests that must find it."""
+
+    tests: str
+
+
+TILES, SHRINK, EXPAND, LOOK_UP = (
+    f"triton_lora_{name}.py" for name in ("tiles", "shrink", "expand", "embedding")
+)
+OF_SHRINK, OF_EXPAND, OF_LOOK_UP = (f"test_{file}" for file in (SHRINK, EXPAND, LOOK_UP))
+OF_GRID, OF_SILU, OF_ROTARY = "test_lora_grid.py", "test_lora_silu_mul.py", "test_lora_rotary_store.py"
+
+FAULTS = (
+    # how a program finds its rows
+    KernelFault(TILES, "first_tile = start // BLOCK_T + group", "first_tile = start // BLOCK_T", OF_SHRINK),
+    KernelFault(
+        TILES, "first_tile + (count + BLOCK_T - 1) // BLOCK_T", "first_tile + count // BLOCK_T", OF_SHRINK
+    ),
+    KernelFault(
+        TILES, "has_work & (tl.load(slots_ptr + group, mask=inside, other=-1) >= 0)", "has_work", OF_EXPAND
+    ),
+    KernelFault(TILES, "inside = group < num_groups", "inside = group < num_groups - 1", OF_EXPAND),
+    KernelFault(
+        TILES,
+        "    has_row = (slot >= 0) & (slot < num_slots)\n    row = tl.where(has_row, slot, 0)",
+        "    has_row = slot < num_slots\n    row = tl.where(slot < 0, num_slots - 1, slot)",
+        OF_SHRINK,
+    ),
+    KernelFault(TILES, "(slot >= 0) & (slot < num_slots)", "(slot >= 0)", OF_EXPAND),
+    KernelFault(TILES, "has_row & (rank <= MAX_RANK)", "has_row", OF_EXPAND),
+    KernelFault(
+        SHRINK,
+        "for tile in range(tl.program_id(1), end, tl.num_programs(1)):",
+        "for tile in range(tl.program_id(1), tl.minimum(end, tl.num_programs(1))):",
+        OF_GRID,
+    ),
+    # shrink
+    KernelFault(SHRINK, "is_k = k < IN_FEATURES", "is_k = k < IN_FEATURES // BLOCK_K * BLOCK_K", OF_SHRINK),
+    KernelFault(SHRINK, "is_k = k < IN_FEATURES", "is_k = k < IN_FEATURES + 1", OF_SHRINK),
+    KernelFault(SHRINK, "range(0, K_PER_PART, BLOCK_K)", "range(BLOCK_K, K_PER_PART, BLOCK_K)", OF_SHRINK),
+    KernelFault(SHRINK, "k = part * K_PER_PART + k_step", "k = k_step", OF_SHRINK),
+    KernelFault(SHRINK, "(part * NUM_SLICES + slice_index)", "(part + slice_index)", OF_SHRINK),
+    KernelFault(SHRINK, "                    acc *= scaling\n", "", OF_SHRINK),
+    KernelFault(SHRINK, " + slice_index * scaling_stride_s", "", OF_SHRINK),
+    KernelFault(SHRINK, " + slice_index * a_offset_stride_s", "", OF_SHRINK),
+    KernelFault(SHRINK, "is_rank = r_index < rank", "is_rank = r_index < MAX_RANK", OF_SHRINK),
+    KernelFault(
+        SHRINK,
+        "num_r_blocks = ceil_div(max_rank, tiles.block_r)",
+        "num_r_blocks = max(max_rank // tiles.block_r, 1)",
+        OF_SHRINK,
+    ),
+    KernelFault(SHRINK, "is_row = index < count", "is_row = index < count + 1", OF_SHRINK),
+    KernelFault(SHRINK, "tl.load(order_ptr + start + index,", "tl.load(order_ptr + index,", OF_SHRINK),
+    KernelFault(SHRINK, "acc = tl.where(is_rank[None, :], acc, 0.0)", "acc = acc", OF_SHRINK),
+    KernelFault(SHRINK, 'tl.where((rank < 0) & (slot >= 0), float("nan"), acc)', "acc", OF_SHRINK),
+    # expand
+    KernelFault(
+        EXPAND, "                acc += y.to(tl.float32)\n", "                acc += 0.0\n", OF_EXPAND
+    ),
+    KernelFault(EXPAND, "column + WIDTHS[s - 1]", "column + WIDTHS[s]", OF_EXPAND),
+    KernelFault(EXPAND, "n_tile * 0 + OFFSET_START", "n_tile * 0", OF_EXPAND),
+    KernelFault(EXPAND, "is_n = n < width", "is_n = n < width + 1", OF_EXPAND),
+    KernelFault(EXPAND, "(NUM_SLICES * MAX_RANK)", "MAX_RANK", OF_EXPAND),
+    KernelFault(EXPAND, "tl.static_range(1, NUM_PARTS)", "tl.static_range(1, NUM_PARTS - 1)", OF_EXPAND),
+    KernelFault(EXPAND, "return tl.where((r < rank)[None, :], v, 0.0)", "return v", OF_EXPAND),
+    KernelFault(
+        EXPAND,
+        "mask = (r < rank)[:, None] & is_n[None, :]",
+        "mask = (r <= rank)[:, None] & is_n[None, :]",
+        OF_EXPAND,
+    ),
+    KernelFault(EXPAND, "range(0, rank, BLOCK_R)", "range(0, rank // BLOCK_R * BLOCK_R, BLOCK_R)", OF_EXPAND),
+    KernelFault(EXPAND, " + slice_index * b_offset_stride_s", "", OF_EXPAND),
+    KernelFault(
+        EXPAND, "slice_index.to(tl.int64) * num_tokens + rows", "slice_index.to(tl.int64) + rows", OF_EXPAND
+    ),
+    KernelFault(
+        EXPAND,
+        "(tile - start // BLOCK_T - group) * BLOCK_T",
+        "(tile - start // BLOCK_T) * BLOCK_T",
+        OF_EXPAND,
+    ),
+    KernelFault(EXPAND, 'acc = tl.where(rank < 0, float("nan"), acc)', "acc = acc", OF_EXPAND),
+    KernelFault(EXPAND, "((rank != 0) | (not ADD_INPUTS))", "(rank != 0)", OF_EXPAND),
+    KernelFault(EXPAND, "return tl.where(rank == 0, y, total)", "return total", OF_SILU),
+    # look-up
+    KernelFault(LOOK_UP, "ids[:, None] * rank[:, None]", "ids[:, None] * MAX_RANK", OF_LOOK_UP),
+    KernelFault(LOOK_UP, "v = a.to(tl.float32) * scaling[:, None]", "v = a.to(tl.float32)", OF_LOOK_UP),
+    KernelFault(LOOK_UP, "rank = tl.where(rank > MAX_RANK, -1, rank)", "rank = rank", OF_LOOK_UP),
+    # expand in front of what reads its result
+    KernelFault("lora_silu_mul.py", "v1_rows = v0_rows + v_slice", "v1_rows = v0_rows", OF_SILU),
+    KernelFault("lora_silu_mul.py", "tl.load(b_offset + b_offset_stride_s)", "tl.load(b_offset)", OF_SILU),
+    KernelFault("lora_silu_mul.py", "v_part = 2 * v_slice", "v_part = v_slice", OF_SILU),
+    KernelFault("lora_rotary_store.py", "v_ptr + slice_index * v_slice", "v_ptr", OF_ROTARY),
+    KernelFault(
+        "lora_rotary_store.py", "            rank = tl.where(adapter_slot < 0, 0, rank)\n", "", OF_ROTARY
+    ),
+)
+
+# The package is installed in a way that comes before the path; here the copy must.
+RUN = """
+import sys
+sys.meta_path = [each for each in sys.meta_path if "editable" not in type(each).__module__]
+sys.path.insert(0, "python")
+import pytest
+sys.exit(pytest.main(sys.argv[1:]))
+"""
+
+
+def copy_package(tree: Path) -> None:
+    """Bring the package with its extension, and the tests, into ``tree``."""
+    shutil.rmtree(tree, ignore_errors=True)
+    leave_out = shutil.ignore_patterns("__pycache__")
+    for name in ("python/lora_serve", "tests/python"):
+        shutil.copytree(ROOT / name, tree / name, ignore=leave_out)
+    shutil.copy(ROOT / "pyproject.toml", tree)
+    extension = importlib.util.find_spec("lora_serve._core")
+    if extension is None or extension.origin is None:
+        raise SystemExit("the extension of lora_serve is not installed: run make setup")
+    shutil.copy(extension.origin, tree / "python/lora_serve")
+
+
+def run_tests(tree: Path, files: list[str], timeout_s: float) -> str:
+    """Return the test that failed first; empty when all passed."""
+    options = ["-x", "-q", "-p", "no:cacheprovider", "-m", "not gpu and not slow"]
+    paths = [f"{TESTS}/{file}" for file in files]
+    # A fault and its repair may fall into one second: bytecode on disk could pass for the other's.
+    environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1", "TRITON_INTERPRET": "1"}
+    try:
+        result = subprocess.run(
+            [sys.executable, "-c", RUN, *options, *paths],
+            cwd=tree,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=timeout_s,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        return f"did not end within {timeout_s:.0f} s"
+    if result.returncode == 0:
+        return ""
+    lines = [line for line in result.stdout.splitlines() if line.startswith("FAILED ")]
+    if not lines:
+        return f"exit status {result.returncode}"
+    return lines[0].removeprefix(f"FAILED {TESTS}/").split(" - ")[0]
+
+
+def main() -> int:
+    """Check all faults and print one line for each; 1 when one survives."""
+    parser = make_parser((__doc__ or "").splitlines()[0], 300.0)
+    parser.add_argument("--tree", type=Path, default=ROOT / "build/kernel_mutants", help="where to copy to")
+    arguments = parser.parse_args()
+    numbers = arguments.only or range(1, len(FAULTS) + 1)
+    if arguments.list:
+        return list_faults(FAULTS, numbers)
+
+    tree: Path = arguments.tree
+    copy_package(tree)
+    files = sorted({FAULTS[number - 1].tests for number in numbers})
+    found = run_tests(tree, files, 10 * arguments.timeout)
+    if found:
+        raise SystemExit(f"the tests do not pass without a fault ({found}); nothing can be learned")
+
+    def check(number: int) -> str:
+        fault = FAULTS[number - 1]
+        with planted(tree / KERNELS, fault, SCRIPT):
+            return run_tests(tree, [fault.tests], arguments.timeout)
+
+    return check_faults(FAULTS, numbers, check)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
