@@ -14,7 +14,6 @@ from __future__ import annotations
 import ctypes
 import time
 from concurrent import futures
-from contextlib import suppress
 from typing import Protocol
 
 import torch
@@ -221,8 +220,7 @@ class CudaCopies:
     def close(self) -> None:
         """See `AdapterCopies`."""
         self._is_closed = True
-        with suppress(RuntimeError):  # A device that has failed copies nothing any more.
-            self._loads.synchronize()
+        self._loads.synchronize()
 
 
 class _CudaCopy:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import threading
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -277,15 +278,17 @@ class LoRAManager:
 
     def close(self) -> None:
         """Wait for the copies that run, end the reads, free the host memory; after the last step."""
-        self._device.close()
+        with ExitStack() as rest:  # All of it, also where a device has failed and cannot be waited for.
+            for close in (self._pool.close, self._reader.close, self._host.close, self._release_staged):
+                rest.callback(close)
+            self._device.close()
+
+    def _release_staged(self) -> None:
         with self._lock:
             staged, self._staged = self._staged, {}
         for one in staged.values():
             if isinstance(one, _Staged):
                 one.block.release()
-        self._host.close()
-        self._reader.close()
-        self._pool.close()
 
     def _hand_over(self, adapter_id: int) -> None:
         block = self._host.lease(adapter_id)

@@ -565,3 +565,23 @@ def test_close_ends_reads_that_wait_for_room(make_memory, tmp_path):
             read.result(TIMEOUT_S)
     wait_until(lambda: memory.pool.snapshot().num_waiters == 0)
     assert memory.pool.snapshot().num_free_bytes == memory.pool.snapshot().num_bytes
+
+
+def test_close_frees_the_host_also_where_the_device_cannot_be_waited_for(make_memory, tmp_path, monkeypatch):
+    memory = make_two_tier(make_memory, tmp_path, num_host=1)
+    memory.add(1)
+    memory.add(2)
+    memory.manager.prepare_loads([2, 1])
+
+    def fail():
+        raise RuntimeError("CUDA error: unspecified launch failure")
+
+    with ThreadPoolExecutor(1) as thread, monkeypatch.context() as patch:
+        read = thread.submit(memory.manager.read, str(tmp_path / "1"))
+        wait_until(lambda: memory.pool.snapshot().num_waiters == 2)
+        patch.setattr(memory.manager._device, "close", fail)
+        with pytest.raises(RuntimeError, match="launch failure"):
+            memory.manager.close()
+        with pytest.raises(LoadCancelledError):
+            read.result(TIMEOUT_S)
+    wait_until(lambda: memory.pool.snapshot().num_free_bytes == memory.pool.snapshot().num_bytes)
