@@ -11,6 +11,7 @@ import torch
 
 from lora_serve.common.config import EngineConfig
 from lora_serve.executor.cuda_executor import CudaExecutor
+from lora_serve.executor.logprobs import TokenLogprobs
 from lora_serve.kernels import build_lora_metadata
 from lora_serve.layers import flashinfer_attention_split
 from lora_serve.testing.adapters import make_random_adapter
@@ -96,6 +97,10 @@ def test_rows_that_sample_are_grouped_by_adapter_slot(model_path):
     executor.close()
 
 
+def top_of(entry: TokenLogprobs) -> dict[int, float]:
+    return dict(zip(entry.top_token_ids.tolist(), entry.top_logprobs.tolist(), strict=True))
+
+
 @pytest.mark.gpu
 def test_rows_that_grow_long_are_replayed_with_splits(model_path, monkeypatch):
     monkeypatch.setattr(flashinfer_attention_split, "ALWAYS_UNSPLIT_TOKENS", len(PROMPT) + 5)
@@ -106,20 +111,20 @@ def test_rows_that_grow_long_are_replayed_with_splits(model_path, monkeypatch):
             for i, state in enumerate(executor.graphs._attention[1]):
                 plan = state.plan
                 monkeypatch.setattr(state, "plan", lambda step, i=i, plan=plan: (ways.append(i), plan(step)))
-        run = HandMadeRun(executor, greedy(logprobs=0), first_pages())
+        run = HandMadeRun(executor, greedy(logprobs=5), first_pages())
         results = run.finish([len(PROMPT)], 12)
-        runs.append((run.state.output_token_ids, [result.logprobs[0].logprob for result in results]))
+        runs.append((run.state.output_token_ids, [result.logprobs[0] for result in results]))
         executor.close()
 
     # Of 21 to 25 tokens the first way, then the second.
     assert ways == [0] * 5 + [1] * 6
-    (eager, eager_logprobs), (graphs, logprobs) = runs
-    for place in range(12):
-        if eager[:place] != graphs[:place]:
-            break  # Two tokens were as good as equal.
-        if eager[place] == graphs[place]:
-            assert logprobs[place] == pytest.approx(eager_logprobs[place], abs=0.1)
-    assert eager[0] == graphs[0]
+    (eager, eager_entries), (graphs, entries) = runs
+    for token, other, entry, other_entry in zip(graphs, eager, entries, eager_entries, strict=True):
+        # Up to here both have read the same tokens. Another token may only be one that is as good as equal.
+        assert top_of(entry)[other] == pytest.approx(other_entry.logprob, abs=0.1)
+        assert top_of(other_entry)[token] == pytest.approx(entry.logprob, abs=0.1)
+        if token != other:
+            break
 
 
 @pytest.mark.gpu
