@@ -47,7 +47,9 @@ def linear(
 
 def add_delta(y: Tensor, delta: LoRADelta) -> None:
     """See `add_lora_delta`; `linear` never leaves one."""
-    raise NotImplementedError(f"the torch operators leave no delta to add to y {tuple(y.shape)}: {delta}")
+    raise RuntimeError(
+        f"a delta was left for y {tuple(y.shape)} on {y.device}, where `linear` adds all of it: {delta}"
+    )
 
 
 def add_linear(y: Tensor, x: Tensor, table: LoRALayerTable, metadata: LoRAMetadata) -> None:
