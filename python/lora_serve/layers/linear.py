@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lora_serve.kernels import LoRADelta, LoRALayerTable, add_lora_delta
+from lora_serve.kernels import LoRADelta, LoRALayerTable, add_lora_delta, add_lora_linear
 from lora_serve.layers import ops
 from lora_serve.layers.step_context import StepContext
 
@@ -156,6 +156,27 @@ class PackedLinear(nn.Module):
         if ctx.lora is None or ctx.lora.no_adapter:
             return ops.linear(x, self.weight, self.bias), None
         return ops.lora_linear(x, self.weight, self.bias, self.lora_table, ctx.lora)
+
+    def forward_into(self, residual: Tensor, x: Tensor, ctx: StepContext) -> Tensor | None:
+        """Add :meth:`forward` to the residual stream, or give it to be added by the next norm.
+
+        Parameters
+        ----------
+        residual
+            [T, sum(O_s)], contiguous, of the layer's dtype.
+        x, ctx
+            As for :meth:`forward`.
+
+        Returns
+        -------
+        Tensor or None
+            [T, sum(O_s)]: what is still to be added. None = ``residual`` is complete.
+        """
+        if not ops.add_linear(residual, x, self.weight, self.bias):
+            return self.forward(x, ctx)
+        if ctx.lora is not None and not ctx.lora.no_adapter:
+            add_lora_linear(residual, x, self.lora_table, ctx.lora)
+        return None
 
     def checkpoint_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Yield each slice's checkpoint names with the part of the fused parameter that it fills."""

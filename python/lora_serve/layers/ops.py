@@ -66,6 +66,9 @@ _TORCH_OPS = _Ops(
 )
 _torch_only = False
 
+MANY_TOKENS = 2048
+"""With more, activations do not stay in a GPU's L2 cache, and each pass over them costs."""
+
 
 @functools.cache
 def _triton_ops() -> _TritonOps:
@@ -262,6 +265,30 @@ def lora_linear(
     y = torch_ops.linear(x, weight, bias, None)
     kernels.add_lora_linear(y, x, table, lora)
     return y, None
+
+
+def add_linear(residual: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Add ``x W^T`` to the residual stream in place, where that saves a pass over it.
+
+    The vendor's library adds a matrix to a product at no cost. The sum is rounded once; the product alone and
+    then the sum would be rounded twice.
+
+    Parameters
+    ----------
+    residual
+        [T, O], contiguous, of the dtype of ``x``.
+    x, weight, bias
+        As for :func:`linear`.
+
+    Returns
+    -------
+    bool
+        False = nothing was done: few tokens, a bias, or no CUDA device.
+    """
+    if bias is not None or len(x) <= MANY_TOKENS or _ops_of(x) is _TORCH_OPS:
+        return False
+    residual.addmm_(x, weight.t())
+    return True
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:

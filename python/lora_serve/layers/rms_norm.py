@@ -53,3 +53,7 @@ class RMSNorm(nn.Module):
         if residual is None:
             return ops.rms_norm(x, self.weight, self.eps)
         return ops.add_rms_norm(x, residual, self.weight, self.eps)
+
+    def add_and_normalise(self, added: Tensor | None, residual: Tensor) -> Tensor:
+        """Normalise the residual stream after adding what a part of the model left to add; None = nothing."""
+        return self.forward(residual) if added is None else self.forward(added, residual)

@@ -147,13 +147,12 @@ class DecoderModel(nn.Module):
             )
         if len(kv_layers) != len(self.layers):
             raise ValueError(f"there are {len(kv_layers)} KV layers, expected {len(self.layers)}")
-        # The stream of hidden states is `residual + added`; each norm does the sum, so that it is no kernel.
+        # The stream of hidden states is `residual + added`; the sum is part of a norm or of a product.
         residual = self.embed_tokens.forward(token_ids, ctx)
         added: Tensor | None = None
         for layer, kv_layer in zip(self._typed_layers, kv_layers, strict=True):
             added = layer.forward(added, residual, self._cos_sin, ctx, kv_layer, attention_plan)
-        assert added is not None, "a model has layers"
-        return self.norm.forward(added, residual)
+        return self.norm.add_and_normalise(added, residual)
 
     @torch.no_grad()
     def compute_logits(self, hidden: Tensor, lora: LoRAMetadata | None) -> Tensor:

@@ -82,14 +82,22 @@ class DecoderAttention(nn.Module):
         )
 
     def forward(
-        self, hidden: Tensor, cos_sin: Tensor, ctx: StepContext, kv_layer: KVLayer, plan: Any
-    ) -> Tensor:
+        self,
+        hidden: Tensor,
+        residual: Tensor,
+        cos_sin: Tensor,
+        ctx: StepContext,
+        kv_layer: KVLayer,
+        plan: Any,
+    ) -> Tensor | None:
         """Attend.
 
         Parameters
         ----------
         hidden
             [T, H], normalised.
+        residual
+            [T, H], contiguous: the residual stream, which may be added to.
         cos_sin
             [max_positions, D] float32: the model's table of cosines and sines.
         ctx
@@ -101,13 +109,13 @@ class DecoderAttention(nn.Module):
 
         Returns
         -------
-        Tensor
-            [T, H].
+        Tensor or None
+            [T, H]: what is still to be added to the stream. None = nothing.
         """
         qkv, delta = self.qkv_proj.forward_deferred(hidden, ctx)
         query = ops.norm_rotary_store(qkv, ctx, cos_sin, kv_layer, self._head_norms(), delta)
         attended = self._backend.attend(query, kv_layer, self.spec, plan)
-        return self.o_proj.forward(attended.flatten(1), ctx)
+        return self.o_proj.forward_into(residual, attended.flatten(1), ctx)
 
     def _head_norms(self) -> HeadNorms | None:
         if self.q_norm is None or self.k_norm is None:
@@ -157,10 +165,10 @@ class DecoderMLP(nn.Module):
             device=device,
         )
 
-    def forward(self, hidden: Tensor, ctx: StepContext) -> Tensor:
-        """Transform [T, H], normalised, to [T, H]."""
+    def forward(self, hidden: Tensor, residual: Tensor, ctx: StepContext) -> Tensor | None:
+        """Transform [T, H], normalised, as :class:`DecoderAttention` does."""
         gate_up, delta = self.gate_up_proj.forward_deferred(hidden, ctx)
-        return self.down_proj.forward(ops.silu_mul(gate_up, delta), ctx)
+        return self.down_proj.forward_into(residual, ops.silu_mul(gate_up, delta), ctx)
 
 
 class DecoderLayer(nn.Module):
@@ -197,13 +205,13 @@ class DecoderLayer(nn.Module):
         ctx: StepContext,
         kv_layer: KVLayer,
         plan: Any,
-    ) -> Tensor:
+    ) -> Tensor | None:
         """Run the layer on ``added + residual``.
 
         Parameters
         ----------
         added
-            [T, H]: what the layer before adds to the residual stream; None = nothing, in the first layer.
+            [T, H]: what the layer before left to add to the residual stream; None = nothing.
         residual
             [T, H], contiguous: the residual stream, changed in place.
         cos_sin, ctx, kv_layer, plan
@@ -211,15 +219,14 @@ class DecoderLayer(nn.Module):
 
         Returns
         -------
-        Tensor
-            [T, H]: what this layer still has to add to the stream. The next norm does it, in one kernel.
+        Tensor or None
+            [T, H]: what is still to be added to the stream. The next norm does it, in one kernel. None =
+            nothing.
         """
-        if added is None:
-            normed = self.input_layernorm.forward(residual)
-        else:
-            normed = self.input_layernorm.forward(added, residual)
-        attended = self.self_attn.forward(normed, cos_sin, ctx, kv_layer, plan)
-        return self.mlp.forward(self.post_attention_layernorm.forward(attended, residual), ctx)
+        normed = self.input_layernorm.add_and_normalise(added, residual)
+        attended = self.self_attn.forward(normed, residual, cos_sin, ctx, kv_layer, plan)
+        normed = self.post_attention_layernorm.add_and_normalise(attended, residual)
+        return self.mlp.forward(normed, residual, ctx)
 
     def packed_linears(self) -> tuple[PackedLinear, ...]:
         """Give the layer's linear projections."""

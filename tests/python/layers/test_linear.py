@@ -7,7 +7,7 @@ import torch
 
 from lora_serve.kernels import LoRASliceWeights
 from lora_serve.kernels.lora_builder import install_weights
-from lora_serve.layers import LoRAKind, PackedLinear
+from lora_serve.layers import LoRAKind, PackedLinear, ops
 from support.paged_sequences import PagedSequences
 
 IN_FEATURES = 24
@@ -67,6 +67,46 @@ def test_two_adapters_and_base_rows_in_one_step_equal_the_products_by_hand(bias:
             start += width
     torch.testing.assert_close(y.double(), expected, atol=1e-4, rtol=0)
     assert torch.equal(y[4], torch.nn.functional.linear(x, linear.weight, linear.bias)[4])
+
+
+@pytest.mark.parametrize("slots", [[2, -1, 2, -1], [-1, -1, -1, -1]])
+def test_the_product_and_deltas_are_added_to_the_residual_stream(
+    slots: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    linear = make_linear(bias=False)
+    install_weights({linear.lora_table: {2: (make_module(5, 40, 0.5, 1), None, make_module(3, 16, -2.0, 2))}})
+    context = PagedSequences(4).step([(name, 1) for name in "abcd"], slots)
+    x = torch.randn(4, IN_FEATURES, generator=torch.Generator().manual_seed(9))
+    before = torch.randn(4, sum(SLICES.values()), generator=torch.Generator().manual_seed(8))
+    output, residual = linear.forward(x, context), before.clone()
+    monkeypatch.setattr(ops, "MANY_TOKENS", 3)
+    monkeypatch.setattr(ops, "_ops_of", lambda _: "as on CUDA")
+
+    assert linear.forward_into(residual, x, context) is None
+
+    torch.testing.assert_close(residual, before + output, atol=1e-5, rtol=0)
+    base_rows = [row for row, slot in enumerate(slots) if slot < 0]
+    assert torch.equal(residual[base_rows], before.addmm(x, linear.weight.t())[base_rows])
+
+
+@pytest.mark.parametrize(
+    ("bias", "many_tokens", "is_cuda"), [(True, 3, True), (False, 4, True), (False, 3, False)]
+)
+def test_the_residual_stream_is_left_to_the_next_norm_where_the_product_cannot_add_to_it(
+    bias: bool, many_tokens: int, is_cuda: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    linear, context = make_linear(bias), PagedSequences(4).step([("a", 4)])
+    x = torch.randn(4, IN_FEATURES, generator=torch.Generator().manual_seed(9))
+    residual, output = torch.full((4, sum(SLICES.values())), torch.nan), linear.forward(x, context)
+    monkeypatch.setattr(ops, "MANY_TOKENS", many_tokens)
+    if is_cuda:
+        monkeypatch.setattr(ops, "_ops_of", lambda _: ops._TORCH_OPS._replace())
+
+    added = linear.forward_into(residual, x, context)
+
+    assert added is not None
+    assert torch.equal(added, output)
+    assert residual.isnan().all()
 
 
 def test_a_step_without_adapters_is_the_base_product_alone() -> None:

@@ -95,10 +95,17 @@ def kernel_calls(device: str, monkeypatch: pytest.MonkeyPatch) -> list[torch.dev
     return calls
 
 
+@pytest.mark.parametrize("many_tokens", [ops.MANY_TOKENS, 0], ids=["sum_in_norms", "sum_in_products"])
 @pytest.mark.parametrize(("case", "device", "dtype"), cases_of_devices())
 def test_kernels_are_as_exact_as_torch(
-    path: Path, device: str, dtype: torch.dtype, kernel_calls: list[torch.device]
+    path: Path,
+    device: str,
+    dtype: torch.dtype,
+    many_tokens: int,
+    kernel_calls: list[torch.device],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(ops, "MANY_TOKENS", many_tokens)
     model = load(path, dtype, device)
     with ops.torch_ops_only():
         exact = run_steps(load(path, torch.float32, "cpu"))

@@ -30,7 +30,7 @@ class KernelLog(TorchDispatchMode):
         returned = func._schema.returns[0].alias_info if func._schema.returns else None
         is_view = returned is not None and not returned.is_write
         if func.namespace == "aten" and not is_view and name not in NOT_KERNELS:
-            self.names.append("gemm" if name in ("linear", "mm", "addmm") else name)
+            self.names.append("gemm" if name in ("linear", "mm", "addmm", "addmm_") else name)
         return func(*args, **(kwargs or {}))
 
     def kernel(self, name: str, result: Callable[..., torch.Tensor]):
@@ -73,8 +73,9 @@ def fake_kernels(log: KernelLog) -> ops._TritonOps:
         ("Qwen3ForCausalLM", {}),
     ],
 )
+@pytest.mark.parametrize("num_tokens", [5, ops.MANY_TOKENS + 1])
 def test_a_step_on_cuda_runs_nine_kernels_a_layer_and_waits_for_none(
-    architecture: str, extra: dict, tmp_path, monkeypatch: pytest.MonkeyPatch
+    num_tokens: int, architecture: str, extra: dict, tmp_path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make_random_model(tmp_path, architecture, num_layers=3, extra_config=extra)
     log = KernelLog()
@@ -84,12 +85,15 @@ def test_a_step_on_cuda_runs_nine_kernels_a_layer_and_waits_for_none(
     with FakeTensorMode():
         model = DecoderModel(read_model_config(tmp_path), device=device, attention_backend="logged")
         kv_layers = PagedSequences(4, device=device).make_kv_layers(model.config)
-        index = torch.empty(5, dtype=torch.int64, device=device)
+        index = torch.empty(num_tokens, dtype=torch.int64, device=device)
         context = StepContext(positions=index, slot_mapping=index, lora=None)
         with log:
             hidden = model.forward(index, context, kv_layers, None)
             of_step, log.names = log.names, []
             model.compute_base_logits(hidden)
 
-    assert of_step == ["embedding", "rms_norm", *LAYER, *2 * ["add_rms_norm", *LAYER], "add_rms_norm"]
+    adds_in_product = num_tokens > ops.MANY_TOKENS and not extra.get("attention_bias")
+    norm = "rms_norm" if adds_in_product else "add_rms_norm"
+    layer = [norm if name == "add_rms_norm" else name for name in LAYER]
+    assert of_step == ["embedding", "rms_norm", *layer, *2 * [norm, *layer], norm]
     assert log.names == ["gemm"]
