@@ -38,6 +38,7 @@ TILES, SHRINK, EXPAND, LOOK_UP = (
     f"triton_lora_{name}.py" for name in ("tiles", "shrink", "expand", "embedding")
 )
 OF_SHRINK, OF_EXPAND, OF_LOOK_UP = (f"test_{file}" for file in (SHRINK, EXPAND, LOOK_UP))
+OF_TILES = "test_tuned_lora_tiles.py"
 OF_GRID, OF_SILU, OF_ROTARY = "test_lora_grid.py", "test_lora_silu_mul.py", "test_lora_rotary_store.py"
 
 FAULTS = (
@@ -70,7 +71,7 @@ FAULTS = (
     KernelFault(SHRINK, "range(0, K_PER_PART, BLOCK_K)", "range(BLOCK_K, K_PER_PART, BLOCK_K)", OF_SHRINK),
     KernelFault(SHRINK, "k = part * K_PER_PART + k_step", "k = k_step", OF_SHRINK),
     KernelFault(SHRINK, "(part * NUM_SLICES + slice_index)", "(part + slice_index)", OF_SHRINK),
-    KernelFault(SHRINK, "                    acc *= scaling\n", "", OF_SHRINK),
+    KernelFault(SHRINK, "        acc *= scaling\n", "", OF_SHRINK),
     KernelFault(SHRINK, " + slice_index * scaling_stride_s", "", OF_SHRINK),
     KernelFault(SHRINK, " + slice_index * a_offset_stride_s", "", OF_SHRINK),
     KernelFault(SHRINK, "is_rank = r_index < rank", "is_rank = r_index < MAX_RANK", OF_SHRINK),
@@ -80,8 +81,10 @@ FAULTS = (
         "num_r_blocks = max(max_rank // tiles.block_r, 1)",
         OF_SHRINK,
     ),
-    KernelFault(SHRINK, "is_row = index < count", "is_row = index < count + 1", OF_SHRINK),
-    KernelFault(SHRINK, "tl.load(order_ptr + start + index,", "tl.load(order_ptr + index,", OF_SHRINK),
+    KernelFault(SHRINK, "is_row = index < num_rows", "is_row = index < num_rows + 1", OF_SHRINK),
+    KernelFault(SHRINK, "order_ptr + start + first_index,", "order_ptr + first_index,", OF_SHRINK),
+    KernelFault(SHRINK, "if count <= MOST_FEW:", "if count < MOST_FEW:", OF_TILES),
+    KernelFault(SHRINK, "first_index % BLOCK_T_MANY == 0", "first_index == 0", OF_TILES),
     KernelFault(SHRINK, "acc = tl.where(is_rank[None, :], acc, 0.0)", "acc = acc", OF_SHRINK),
     KernelFault(SHRINK, 'tl.where((rank < 0) & (slot >= 0), float("nan"), acc)', "acc", OF_SHRINK),
     # expand

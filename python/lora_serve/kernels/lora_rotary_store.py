@@ -51,7 +51,7 @@ from lora_serve.kernels.triton_lora_tiles import (
     token_class,
 )
 
-_DECODE_TOKENS = 256
+_DECODE_TOKENS = 128
 
 
 @dataclass(frozen=True)

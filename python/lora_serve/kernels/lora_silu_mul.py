@@ -50,7 +50,7 @@ from lora_serve.kernels.triton_lora_tiles import (
     token_class,
 )
 
-_DECODE_TOKENS = 256
+_DECODE_TOKENS = 128
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,9 @@ def choose_silu_mul_launch(tokens: int, max_rank: int, element_size: int) -> LoR
         return LoRASiluMulLaunch(16, 64, min(block_r, 32), n_tiles=1, num_warps=4, num_stages=1)
     block_r = min(block_r, 128)
     if tokens <= _DECODE_TOKENS:
-        return LoRASiluMulLaunch(16, 64, block_r, n_tiles=2, num_warps=4, num_stages=1)
+        if block_r > 32:
+            return LoRASiluMulLaunch(16, 128, block_r, n_tiles=2, num_warps=4, num_stages=1)
+        return LoRASiluMulLaunch(16, 64, block_r, n_tiles=4, num_warps=4, num_stages=2)
     registers = 168 if block_r <= 64 else None
     return LoRASiluMulLaunch(64, 64, block_r, n_tiles=4, num_warps=4, num_stages=2, max_registers=registers)
 

@@ -16,8 +16,10 @@ memory has to be zero before. Accumulation and scaling are in fp32; v is fp32, o
 Layouts: x [T, H] of any strides; A [R, H] in the arena, at a multiple of 16 bytes; v [P, S, T, R] contiguous.
 
 Grid: (P x S x blocks of rank, programs that share the tiles of tokens), see `triton_lora_tiles`. A program
-multiplies a tile of x with a block of rows of A; blocks at or above the adapter's rank end at once. Where
-kernels are launched early, the next one may begin when x is complete: see `begin_after_wait`.
+multiplies a tile of x with a block of rows of A; blocks at or above the adapter's rank end at once. An
+adapter with many of a decode step's rows gets larger tiles and so fewer programs: each keeps a multiprocessor
+from the base product that runs beside it. Where kernels are launched early, the next one may begin when x is
+complete: see `begin_after_wait`.
 
 Source: Punica's and vLLM's SGMV shrink (Chen et al., 2023), split along the input features. Different here:
 weights through offsets into one arena at each adapter's own rank, no atomics, no zero-fill.
@@ -45,6 +47,61 @@ from lora_serve.kernels.triton_lora_tiles import (
     num_groups_of,
     token_class,
 )
+
+
+@jit
+def _shrink_tile(
+    v_part: tl.tensor,
+    x_ptr: tl.tensor,
+    a_ptr: tl.tensor,
+    order_ptr: tl.tensor,
+    num_rows: tl.tensor,
+    r_index: tl.tensor,
+    part: tl.tensor,
+    slot: tl.tensor,
+    rank: tl.tensor,
+    scaling: tl.tensor,
+    x_stride_t: tl.tensor,
+    x_stride_h: tl.tensor,
+    IN_FEATURES: tl.constexpr,
+    K_PER_PART: tl.constexpr,
+    MAX_RANK: tl.constexpr,
+    FILL_ZEROS: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+) -> None:
+    """One tile: the first `num_rows` of BLOCK_T rows of an adapter by the columns `r_index` of v."""
+    index = tl.arange(0, BLOCK_T)
+    is_row = index < num_rows
+    rows = tl.load(order_ptr + index, mask=is_row, other=0).to(tl.int64)
+    acc = tl.zeros((BLOCK_T, BLOCK_R), dtype=tl.float32)
+    is_rank = r_index < rank
+    if tl.min(r_index) < rank:
+        a_rows = a_ptr + r_index.to(tl.int64)[None, :] * IN_FEATURES
+        x_rows = x_ptr + rows[:, None] * x_stride_t
+        for k_step in range(0, K_PER_PART, BLOCK_K):
+            k = part * K_PER_PART + k_step + tl.arange(0, BLOCK_K)
+            is_k = k < IN_FEATURES
+            a = tl.load(a_rows + k[:, None], mask=is_k[:, None] & is_rank[None, :], other=0.0)
+            x = tl.load(
+                x_rows + k[None, :].to(tl.int64) * x_stride_h,
+                mask=is_row[:, None] & is_k[None, :],
+                other=0.0,
+            )
+            acc = tl.dot(x, a, acc, input_precision="ieee")
+        acc *= scaling
+    is_column = is_rank
+    if FILL_ZEROS:
+        # NaN in x must not reach columns that A does not have; a slot without an adapter shows.
+        acc = tl.where(is_rank[None, :], acc, 0.0)
+        acc = tl.where((rank < 0) & (slot >= 0), float("nan"), acc)
+        is_column = r_index < MAX_RANK
+    tl.store(
+        v_part + rows[:, None] * MAX_RANK + r_index[None, :],
+        acc.to(v_part.dtype.element_ty),
+        mask=is_row[:, None] & is_column[None, :],
+    )
 
 
 @jit(do_not_specialize=NOT_SPECIALIZED)
@@ -79,6 +136,8 @@ def _lora_shrink_kernel(
     GROUPS_BLOCK: tl.constexpr,
     A_ALIGNMENT: tl.constexpr,
     BLOCK_T: tl.constexpr,
+    BLOCK_T_MANY: tl.constexpr,
+    MOST_FEW: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_K: tl.constexpr,
     EARLY: tl.constexpr,
@@ -105,37 +164,23 @@ def _lora_shrink_kernel(
             scaling = tl.load(scaling_ptr + table_row * scaling_stride_l + slice_index * scaling_stride_s)
             first_index = (tile - start // BLOCK_T - group) * BLOCK_T
             if ((first_r < rank) | FILL_ZEROS) & (first_index < count):
-                index = first_index + tl.arange(0, BLOCK_T)
-                is_row = index < count
-                rows = tl.load(order_ptr + start + index, mask=is_row, other=0).to(tl.int64)
-                acc = tl.zeros((BLOCK_T, BLOCK_R), dtype=tl.float32)
-                is_rank = r_index < rank
-                if first_r < rank:
-                    a_start = tl.multiple_of(a_start, A_ALIGNMENT)
-                    a_rows = arena_ptr + a_start + r_index.to(tl.int64)[None, :] * IN_FEATURES
-                    x_rows = x_ptr + rows[:, None] * x_stride_t
-                    for k_step in range(0, K_PER_PART, BLOCK_K):
-                        k = part * K_PER_PART + k_step + tl.arange(0, BLOCK_K)
-                        is_k = k < IN_FEATURES
-                        a = tl.load(a_rows + k[:, None], mask=is_k[:, None] & is_rank[None, :], other=0.0)
-                        x = tl.load(
-                            x_rows + k[None, :].to(tl.int64) * x_stride_h,
-                            mask=is_row[:, None] & is_k[None, :],
-                            other=0.0,
+                v_part = v_ptr + v_row * MAX_RANK
+                a_ptr = arena_ptr + tl.multiple_of(a_start, A_ALIGNMENT)
+                first_row, num_rows = order_ptr + start + first_index, count - first_index
+                if count <= MOST_FEW:
+                    _shrink_tile(
+                        *(v_part, x_ptr, a_ptr, first_row, num_rows, r_index, part, slot, rank, scaling),
+                        *(x_stride_t, x_stride_h),
+                        *(IN_FEATURES, K_PER_PART, MAX_RANK, FILL_ZEROS, BLOCK_T, BLOCK_R, BLOCK_K),
+                    )
+                if BLOCK_T_MANY > 0:  # noqa: SIM102 - alone, so that without it nothing more is compiled
+                    if (count > MOST_FEW) & (first_index % BLOCK_T_MANY == 0):
+                        _shrink_tile(
+                            *(v_part, x_ptr, a_ptr, first_row, num_rows, r_index, part, slot, rank, scaling),
+                            *(x_stride_t, x_stride_h),
+                            *(IN_FEATURES, K_PER_PART, MAX_RANK, FILL_ZEROS),
+                            *(BLOCK_T_MANY, BLOCK_R, BLOCK_K // 2),
                         )
-                        acc = tl.dot(x, a, acc, input_precision="ieee")
-                    acc *= scaling
-                is_column = is_rank
-                if FILL_ZEROS:
-                    # NaN in x must not reach columns that A does not have; a slot without an adapter shows.
-                    acc = tl.where(is_rank[None, :], acc, 0.0)
-                    acc = tl.where((rank < 0) & (slot >= 0), float("nan"), acc)
-                    is_column = r_index < MAX_RANK
-                tl.store(
-                    v_ptr + (v_row + rows)[:, None] * MAX_RANK + r_index[None, :],
-                    acc.to(v_ptr.dtype.element_ty),
-                    mask=is_row[:, None] & is_column[None, :],
-                )
 
 
 def triton_lora_shrink(
@@ -212,6 +257,8 @@ def triton_lora_shrink(
         GROUPS_BLOCK=choose_groups_block(metadata),
         A_ALIGNMENT=16 // arena.element_size(),
         BLOCK_T=tiles.block_t,
+        BLOCK_T_MANY=tiles.block_t_many,
+        MOST_FEW=tiles.block_t_many // 2 or 1 << 30,
         BLOCK_R=tiles.block_r,
         BLOCK_K=tiles.block_k,
         num_warps=tiles.num_warps,

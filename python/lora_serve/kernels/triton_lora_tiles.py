@@ -138,14 +138,17 @@ def _block(size: int, largest: int) -> int:
 
 def default_shrink_tiles(tokens: int, in_features: int, max_rank: int, element_size: int) -> ShrinkTiles:
     """Tiles of the shrink where none were measured."""
-    if 1 < tokens <= FEW_TOKENS:
+    if tokens == 1:
+        block_r = 16 if max_rank <= 64 else _block(max_rank // 4, 64)
+        block_k = _block(in_features, 8192 // block_r // element_size)
+        return ShrinkTiles(16, block_r, block_k, num_warps=4, num_stages=3)
+    if tokens <= FEW_TOKENS:
         # It runs beside the base product: programs so few that all find room at once, each of the whole rank.
         return ShrinkTiles(16, _block(max_rank, 64), _block(in_features, 256 // element_size), 4, 4)
     if tokens <= _DECODE_TOKENS:
-        block_t = 16 if tokens <= 128 else 32
-        block_r = 16 if max_rank <= 64 else _block(max_rank // 4, 64)
-        block_k = _block(in_features, 8192 // block_r // element_size)
-        return ShrinkTiles(block_t, block_r, block_k, num_warps=4, num_stages=3)
+        block_t, block_k = 16 if tokens <= 128 else 32, _block(in_features, 256 // element_size)
+        many = 128 if element_size == 2 and block_k > SMALLEST_BLOCK else 0
+        return ShrinkTiles(block_t, _block(max_rank, 64), block_k, 4, num_stages=4, block_t_many=many)
     block_k = _block(in_features, 128 // element_size)
     return ShrinkTiles(64, _block(max_rank, 64), block_k, num_warps=4, num_stages=4)
 
@@ -156,7 +159,7 @@ def default_num_parts(tokens: int, num_slices: int, in_features: int, max_rank: 
         return 1
     tiles = default_shrink_tiles(tokens, in_features, max_rank, 2)
     programs = ceil_div(tokens, tiles.block_t) * num_slices * ceil_div(max_rank, tiles.block_r)
-    most, wanted = (8, 256) if tokens <= _DECODE_TOKENS else (4, 128)
+    most, wanted = (8 if max_rank <= 32 else 4, 256) if tokens <= _DECODE_TOKENS else (4, 128)
     if tokens == 1:
         most = 16
     elif tokens <= FEW_TOKENS:
@@ -170,7 +173,8 @@ def default_num_parts(tokens: int, num_slices: int, in_features: int, max_rank: 
 def default_expand_tiles(tokens: int, out_features: int, max_rank: int) -> ExpandTiles:
     """Tiles of the expand where none were measured."""
     if tokens <= _DECODE_TOKENS:
-        block_t, block_n = 16 if tokens <= 128 else 32, 128 if out_features > 8192 else 64
+        block_t = 16 if tokens <= 128 else 32
+        block_n = 64 if tokens <= FEW_TOKENS and out_features <= 8192 else 128
         return ExpandTiles(block_t, _block(out_features, block_n), _block(max_rank, 128), num_warps=4)
     return ExpandTiles(64, _block(out_features, 128), _block(max_rank, 64), num_warps=4)
 

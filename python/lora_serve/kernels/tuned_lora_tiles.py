@@ -21,13 +21,18 @@ SMALLEST_BLOCK = 16
 
 @dataclass(frozen=True)
 class ShrinkTiles:
-    """Launch parameters of the shrink: tokens, columns of rank and input features of one tile (>= 16)."""
+    """Launch parameters of the shrink: tokens, columns of rank and input features of one tile (>= 16).
+
+    Adapters with more than half of `block_t_many` tokens get tiles of so many tokens and half the input
+    features; 0 = none.
+    """
 
     block_t: int
     block_r: int
     block_k: int
     num_warps: int
     num_stages: int
+    block_t_many: int = 0
 
 
 @dataclass(frozen=True)
@@ -133,7 +138,9 @@ def _shrink_rows(gpu: str | None) -> dict[_Key, dict[int, TunedShrink]]:
     names = ("max_tokens", "num_slices", "in_features", "element_size")
 
     def read_row(row: Mapping[str, Any]) -> tuple[_Key, int, TunedShrink]:
-        tiles = ShrinkTiles(num_stages=int_of(row["tiles"], "num_stages"), **_numbers(row, "block_k"))
+        numbers = _numbers(row, "block_k")
+        numbers |= {"num_stages": int_of(row["tiles"], "num_stages")}
+        tiles = ShrinkTiles(**numbers, block_t_many=int_of(row["tiles"], "block_t_many", at_least=0))
         found = TunedShrink(int_of(row, "num_parts"), tiles)
         return tuple(int_of(row, name) for name in names), int_of(row, "max_rank"), found
 

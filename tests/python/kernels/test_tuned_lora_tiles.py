@@ -42,7 +42,14 @@ SHRINK = {
     "element_size": 2,
     "max_tokens": 32,
     "num_parts": 16,
-    "tiles": {"block_t": 16, "block_r": 64, "block_k": 256, "num_warps": 8, "num_stages": 1},
+    "tiles": {
+        "block_t": 16,
+        "block_r": 64,
+        "block_k": 256,
+        "num_warps": 8,
+        "num_stages": 1,
+        "block_t_many": 128,
+    },
     "time_us": {"32 tokens, 8 adapters": 7.0},
 }
 EXPAND = {
@@ -54,7 +61,7 @@ EXPAND = {
     "max_tokens": 32,
     "tiles": {"block_t": 32, "block_n": 256, "block_r": 64, "num_warps": 2, "loads_y_first": True},
 }
-TUNED_SHRINK = ShrinkTiles(16, 64, 256, num_warps=8, num_stages=1)
+TUNED_SHRINK = ShrinkTiles(16, 64, 256, num_warps=8, num_stages=1, block_t_many=128)
 TUNED_EXPAND = ExpandTiles(32, 256, 64, num_warps=2, loads_y_first=True)
 
 
@@ -218,6 +225,7 @@ def test_every_row_of_the_committed_tables_is_found(monkeypatch, file):
 TRIALS = {
     "whole_rank": TrialTiles(5, ShrinkTiles(16, 64, 512, 8, 1), ExpandTiles(16, 256, 64, 4, True)),
     "large_tiles": TrialTiles(2, ShrinkTiles(128, 64, 64, 8, 4), ExpandTiles(128, 128, 64, 8, True)),
+    "many_rows": TrialTiles(2, ShrinkTiles(16, 16, 32, 4, 3, block_t_many=32), ExpandTiles(16, 64, 64, 4)),
     "blocks_of_rank": TrialTiles(3, ShrinkTiles(32, 16, 16, 4, 3), ExpandTiles(32, 32, 16, 2)),
 }
 
