@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -28,12 +28,17 @@ from lora_serve.executor.device_sampler import DeviceSampler, RowsToSample
 from lora_serve.executor.executor import MAX_PLANS_IN_FLIGHT, ExecutionResult
 from lora_serve.executor.executor_base import ExecutorBase, MemorySizes
 from lora_serve.executor.pending_step import PendingStep, ResultBuffers
-from lora_serve.executor.prompt_logprobs import fill_prompt_logprobs
+from lora_serve.executor.prompt_logprobs import (
+    awaits_prompt_logprobs,
+    fill_prompt_logprobs,
+    needs_few_outputs,
+)
 from lora_serve.executor.sampling_state import SamplingState
 from lora_serve.executor.uploads import Uploads
 from lora_serve.kernels import LoRAMetadata, build_lora_metadata
 from lora_serve.kernels.greedy_sample import greedy_sample, set_last_tokens
 from lora_serve.layers.attention import DecodeGraphAttention
+from lora_serve.layers.step_context import StepOutputs
 from lora_serve.scheduler import plan_layout
 
 if TYPE_CHECKING:
@@ -49,10 +54,6 @@ class _BestTokens:
     tokens: Tensor
     page_table_rows: Tensor
     row_failed: Tensor
-
-
-def _awaits_prompt_logprobs(state: SamplingState) -> bool:
-    return state.prompt_logprobs is not None and not state.output_token_ids
 
 
 class CudaExecutor(ExecutorBase):
@@ -215,7 +216,7 @@ class CudaExecutor(ExecutorBase):
         step = self._inputs.load(plan, adapts_embedding=adapts_more)
         graphs = self.graphs
         # A chunk of a prompt may be a single token, too; only an eager step gives its log probability.
-        may_replay = step.is_decode and not adapts_more and not any(map(_awaits_prompt_logprobs, states))
+        may_replay = step.is_decode and not adapts_more and not any(map(awaits_prompt_logprobs, states))
         if may_replay and graphs is not None and graphs.has(len(step.row_failed)):
             self._run_graph(graphs, step, pending)
         else:
@@ -228,21 +229,34 @@ class CudaExecutor(ExecutorBase):
         self._sample(best, step.host_sampled_rows, step, pending)
 
     def _run_eagerly(self, step: DeviceStep, pending: PendingStep) -> None:
-        attention_plan = self._model.plan_attention(step.attention, self._kv_layers)
-        hidden = self._model.forward(step.token_ids, step.context, self._kv_layers, attention_plan)
         plan, states = pending.plan, pending.states
-        starts = plan.query_start_loc.astype(np.int64)
-        pending.row_errors.update(
-            fill_prompt_logprobs(plan, states, hidden, starts, self._model.compute_logits)
-        )
+        outputs = self._outputs(step, pending)
+        attention_plan = self._model.plan_attention(step.attention, self._kv_layers)
+        context = replace(step.context, outputs=outputs)
+        hidden = self._model.forward(step.token_ids, context, self._kv_layers, attention_plan)
+        if outputs is None:
+            starts = plan.query_start_loc.astype(np.int64)
+            pending.row_errors.update(
+                fill_prompt_logprobs(plan, states, hidden, starts, self._model.compute_logits)
+            )
+            hidden = hidden.index_select(0, step.sampled_tokens)
         num_sampled = len(step.host_sampled_rows)
         if num_sampled == 0:
             _, pending.event = self._results.fetch()
             return
         tokens, (page_table_rows, row_failed) = self._tokens[:num_sampled], self._sampled(step)
-        best = _BestTokens(self._logits(hidden, step, plan), tokens, page_table_rows, row_failed)
+        logits = self._logits(hidden, step, plan, outputs)
+        best = _BestTokens(logits, tokens, page_table_rows, row_failed)
         greedy_sample(best.logits, page_table_rows, row_failed, self._inputs.last_tokens, out=tokens)
         self._sample(best, np.arange(num_sampled), step, pending)
+
+    def _outputs(self, step: DeviceStep, pending: PendingStep) -> StepOutputs | None:
+        """The rows that sample, where the last layer should go on with them alone."""
+        if not needs_few_outputs(pending.plan, pending.states):
+            return None
+        has_adapters = step.context.lora is not None and len(step.host_sampled_rows) > 0
+        lora = self._lora_of_rows(pending.plan, step) if has_adapters else None
+        return StepOutputs(step.sampled_tokens, lora)
 
     def _run_decode(self, step: DeviceStep, attention: Any) -> Tensor:
         """A decode step as graphs hold it: logits [P, V], and the best tokens in `_tokens`."""
@@ -253,12 +267,14 @@ class CudaExecutor(ExecutorBase):
         greedy_sample(logits, step.page_table_rows, step.row_failed, self._inputs.last_tokens, out=tokens)
         return logits
 
-    def _logits(self, hidden: Tensor, step: DeviceStep, plan: ExecutionPlan) -> Tensor:
-        """Logits [N, V] of the rows that sample."""
-        last_hidden = hidden.index_select(0, step.sampled_tokens)
+    def _logits(
+        self, hidden: Tensor, step: DeviceStep, plan: ExecutionPlan, outputs: StepOutputs | None
+    ) -> Tensor:
+        """Logits [N, V] of the rows that sample, whose hidden states are [N, H]."""
         if not step.context.adapts_embedding:
-            return self._model.compute_base_logits(last_hidden, out=self._base_logits[: len(last_hidden)])
-        return self._model.compute_logits(last_hidden, self._lora_of_rows(plan, step))
+            return self._model.compute_base_logits(hidden, out=self._base_logits[: len(hidden)])
+        lora = self._lora_of_rows(plan, step) if outputs is None else outputs.lora
+        return self._model.compute_logits(hidden, lora)
 
     def _lora_of_rows(self, plan: ExecutionPlan, step: DeviceStep) -> LoRAMetadata:
         """Group the rows that sample by adapter slot on the host, where they are known; nothing waits."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -29,11 +30,12 @@ from lora_serve.executor.logprobs import TokenLogprobs
 from lora_serve.executor.model_setup import load_configured_model, make_adapter_memory
 from lora_serve.executor.page_table import PageTable
 from lora_serve.executor.plan_worker import PlanWorker
-from lora_serve.executor.prompt_logprobs import fill_prompt_logprobs
+from lora_serve.executor.prompt_logprobs import fill_prompt_logprobs, needs_few_outputs
 from lora_serve.executor.sampler import sample
 from lora_serve.executor.sampling_state import SamplingState
 from lora_serve.executor.transfers import make_page_transfers
 from lora_serve.kernels import LoRAMetadata, build_lora_metadata
+from lora_serve.layers.step_context import StepOutputs
 
 if TYPE_CHECKING:
     from lora_serve.scheduler import ExecutionPlan
@@ -160,18 +162,28 @@ class ModelExecutor(ExecutorBase):
             adapts_embedding=adapts_more,
         )
         without_input = self._last_tokens.fill(batch.token_ids, plan)
+        sampled_rows = np.flatnonzero(plan.samples_token)
+        outputs = None
+        last_tokens = torch.from_numpy(batch.query_start_loc[1:][sampled_rows] - 1).to(self._device)
+        if needs_few_outputs(plan, states):
+            lora = self._lora_of_rows(plan, sampled_rows) if batch.context.lora is not None else None
+            outputs = StepOutputs(last_tokens, lora)
         attention_plan = self._model.plan_attention(batch.attention, self._kv_layers)
-        hidden = self._model.forward(batch.token_ids, batch.context, self._kv_layers, attention_plan)
-        row_errors = fill_prompt_logprobs(
-            plan, states, hidden, batch.query_start_loc, self._model.compute_logits
-        )
+        context = replace(batch.context, outputs=outputs)
+        hidden = self._model.forward(batch.token_ids, context, self._kv_layers, attention_plan)
+        row_errors = {}
+        if outputs is None:
+            row_errors = fill_prompt_logprobs(
+                plan, states, hidden, batch.query_start_loc, self._model.compute_logits
+            )
+            hidden = hidden[last_tokens]
         row_errors.update(dict.fromkeys(without_input, "the step before gave no token to go on from"))
         row_errors.update(self._adapters.row_errors(plan))
-        rows = [row for row in np.flatnonzero(plan.samples_token).tolist() if row not in row_errors]
+        places = [place for place, row in enumerate(sampled_rows.tolist()) if row not in row_errors]
+        rows = sampled_rows[places].tolist()
         if rows:
-            last_tokens = torch.from_numpy(batch.query_start_loc[1:][rows] - 1).to(self._device)
-            lora = self._lora_of_rows(plan, rows) if adapts_more else None
-            logits = self._model.compute_logits(hidden[last_tokens], lora)
+            lora = self._lora_of_rows(plan, sampled_rows[places]) if adapts_more else None
+            logits = self._model.compute_logits(hidden[places], lora)
             sampled = sample(logits, [states[row] for row in rows])
             row_errors.update({rows[i]: reason for i, reason in sampled.row_errors.items()})
             token_ids[rows] = sampled.token_ids
@@ -183,8 +195,8 @@ class ModelExecutor(ExecutorBase):
         self._last_tokens.note(plan, token_ids)
         return row_errors
 
-    def _lora_of_rows(self, plan: ExecutionPlan, rows: list[int]) -> LoRAMetadata:
-        """Group the rows whose logits are computed by adapter slot.
+    def _lora_of_rows(self, plan: ExecutionPlan, rows: npt.NDArray[np.int64]) -> LoRAMetadata:
+        """Group rows by adapter slot.
 
         Made on the host, where the plan's rows are known, and brought to the device in one copy.
         """

@@ -22,6 +22,17 @@ _MAX_LOGIT_ROWS = 256
 """Rows of logits that exist at once: 256 rows of a vocabulary of 150,000 are 150 MB."""
 
 
+def awaits_prompt_logprobs(state: SamplingState) -> bool:
+    """Whether steps of a request's prompt still have to give log probabilities of its tokens."""
+    return state.prompt_logprobs is not None and not state.output_token_ids
+
+
+def needs_few_outputs(plan: ExecutionPlan, states: Sequence[SamplingState]) -> bool:
+    """Whether few of a step's tokens are needed behind the last attention: those of rows that sample."""
+    num_sampled, num_tokens = int(plan.samples_token.sum()), int(plan.num_scheduled_tokens.sum())
+    return 2 * num_sampled <= num_tokens and not any(map(awaits_prompt_logprobs, states))
+
+
 def fill_prompt_logprobs(
     plan: ExecutionPlan,
     states: Sequence[SamplingState],

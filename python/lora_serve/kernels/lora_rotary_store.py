@@ -37,7 +37,7 @@ from math import gcd
 from torch import Tensor
 
 from lora_serve.kernels._triton import begin_early, ceil_div, early_launch, jit, next_power_of_2, tl
-from lora_serve.kernels.lora_delta import LoRADelta
+from lora_serve.kernels.lora_delta import FEW_TOKENS, LoRADelta
 from lora_serve.kernels.rotary_store import check_queries, check_rotary_store, rotate_planes
 from lora_serve.kernels.triton_lora_expand import add_product, check_expand, expand_tile, load_whole_v
 from lora_serve.kernels.triton_lora_tiles import (
@@ -80,7 +80,8 @@ def choose_rotary_store_launch(
         return LoRARotaryStoreLaunch(16, min(block_r, 32), heads=1, num_warps=4, num_stages=1)
     block_r = min(block_r, 128)
     if tokens <= _DECODE_TOKENS:
-        return LoRARotaryStoreLaunch(16, block_r, heads=1, num_warps=4, num_stages=1)
+        heads = 1 if tokens <= FEW_TOKENS or block_r > 32 else 2
+        return LoRARotaryStoreLaunch(16, block_r, heads=heads, num_warps=4, num_stages=1)
     if head_dim > 128 and block_r > 64:  # Two stages would not fit a GPU with 99 KB of shared memory.
         return LoRARotaryStoreLaunch(64, block_r, heads=4, num_warps=8, num_stages=1)
     registers = 128 if head_dim <= 128 and block_r <= 64 else None

@@ -138,10 +138,10 @@ def _block(size: int, largest: int) -> int:
 
 def default_shrink_tiles(tokens: int, in_features: int, max_rank: int, element_size: int) -> ShrinkTiles:
     """Tiles of the shrink where none were measured."""
-    if tokens == 1:
+    if tokens == 1 or (FEW_TOKENS < tokens <= _DECODE_TOKENS and max_rank <= 32):
         block_r = 16 if max_rank <= 64 else _block(max_rank // 4, 64)
         block_k = _block(in_features, 8192 // block_r // element_size)
-        return ShrinkTiles(16, block_r, block_k, num_warps=4, num_stages=3)
+        return ShrinkTiles(16 if tokens <= 128 else 32, block_r, block_k, num_warps=4, num_stages=3)
     if tokens <= FEW_TOKENS:
         # It runs beside the base product: programs so few that all find room at once, each of the whole rank.
         return ShrinkTiles(16, _block(max_rank, 64), _block(in_features, 256 // element_size), 4, 4)

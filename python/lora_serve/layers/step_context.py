@@ -61,6 +61,22 @@ class AttentionMetadata:
 
 
 @dataclass(frozen=True, eq=False)
+class StepOutputs:
+    """The tokens of a step whose hidden states are wanted: behind the last attention nobody needs others.
+
+    Parameters
+    ----------
+    tokens
+        [N] int32 or int64: which of the step's tokens. N may be 0.
+    lora
+        These N tokens grouped by adapter slot; None = none of them has an adapter.
+    """
+
+    tokens: Tensor
+    lora: LoRAMetadata | None
+
+
+@dataclass(frozen=True, eq=False)
 class StepContext:
     """Everything that the layers share in one step; tensors only, so that a captured step can keep them.
 
@@ -75,9 +91,12 @@ class StepContext:
         Tokens grouped by adapter slot; None = no token of this step has an adapter.
     adapts_embedding
         Some of the step's adapters may have weights for the token embedding. False saves a look at them.
+    outputs
+        The tokens that the last layer goes on with behind its attention; None = all.
     """
 
     positions: Tensor
     slot_mapping: Tensor
     lora: LoRAMetadata | None
     adapts_embedding: bool = True
+    outputs: StepOutputs | None = None

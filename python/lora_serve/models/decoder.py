@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -125,7 +126,8 @@ class DecoderModel(nn.Module):
         Returns
         -------
         Tensor
-            [T, H] after the final norm, the model's dtype. An inference tensor: not for autograd.
+            [T, H] after the final norm, the model's dtype; [N, H] where the context names N outputs. An
+            inference tensor: not for autograd.
 
         Raises
         ------
@@ -150,8 +152,16 @@ class DecoderModel(nn.Module):
         # The stream of hidden states is `residual + added`; the sum is part of a norm or of a product.
         residual = self.embed_tokens.forward(token_ids, ctx)
         added: Tensor | None = None
+        last_layer = self._typed_layers[-1]
         for layer, kv_layer in zip(self._typed_layers, kv_layers, strict=True):
-            added = layer.forward(added, residual, self._cos_sin, ctx, kv_layer, attention_plan)
+            attended = layer.forward(added, residual, self._cos_sin, ctx, kv_layer, attention_plan)
+            if layer is last_layer and ctx.outputs is not None:
+                wanted = ctx.outputs.tokens
+                if not len(wanted):
+                    return residual[:0]
+                attended, residual = attended.index_select(0, wanted), residual.index_select(0, wanted)
+                ctx = replace(ctx, lora=ctx.outputs.lora)
+            added = layer.finish(attended, residual, ctx)
         return self.norm.add_and_normalise(added, residual)
 
     @torch.no_grad()

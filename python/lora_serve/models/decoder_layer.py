@@ -84,20 +84,17 @@ class DecoderAttention(nn.Module):
     def forward(
         self,
         hidden: Tensor,
-        residual: Tensor,
         cos_sin: Tensor,
         ctx: StepContext,
         kv_layer: KVLayer,
         plan: Any,
-    ) -> Tensor | None:
-        """Attend.
+    ) -> Tensor:
+        """Attend; :meth:`finish` is the other half.
 
         Parameters
         ----------
         hidden
             [T, H], normalised.
-        residual
-            [T, H], contiguous: the residual stream, which may be added to.
         cos_sin
             [max_positions, D] float32: the model's table of cosines and sines.
         ctx
@@ -109,13 +106,31 @@ class DecoderAttention(nn.Module):
 
         Returns
         -------
-        Tensor or None
-            [T, H]: what is still to be added to the stream. None = nothing.
+        Tensor
+            [T, heads * D]: what each token's heads have gathered.
         """
         qkv, delta = self.qkv_proj.forward_deferred(hidden, ctx)
         query = ops.norm_rotary_store(qkv, ctx, cos_sin, kv_layer, self._head_norms(), delta)
-        attended = self._backend.attend(query, kv_layer, self.spec, plan)
-        return self.o_proj.forward_into(residual, attended.flatten(1), ctx)
+        return self._backend.attend(query, kv_layer, self.spec, plan).flatten(1)
+
+    def finish(self, attended: Tensor, residual: Tensor, ctx: StepContext) -> Tensor | None:
+        """Project what was gathered.
+
+        Parameters
+        ----------
+        attended
+            [T, heads * D]: what :meth:`forward` gave, or some of its rows.
+        residual
+            [T, H], contiguous: the residual stream of these tokens, which may be added to.
+        ctx
+            The step; adapters of these tokens.
+
+        Returns
+        -------
+        Tensor or None
+            [T, H]: what is still to be added to the stream. None = nothing.
+        """
+        return self.o_proj.forward_into(residual, attended, ctx)
 
     def _head_norms(self) -> HeadNorms | None:
         if self.q_norm is None or self.k_norm is None:
@@ -166,7 +181,7 @@ class DecoderMLP(nn.Module):
         )
 
     def forward(self, hidden: Tensor, residual: Tensor, ctx: StepContext) -> Tensor | None:
-        """Transform [T, H], normalised, as :class:`DecoderAttention` does."""
+        """Transform [T, H], normalised, as :meth:`DecoderAttention.finish` does."""
         gate_up, delta = self.gate_up_proj.forward_deferred(hidden, ctx)
         return self.down_proj.forward_into(residual, ops.silu_mul(gate_up, delta), ctx)
 
@@ -205,8 +220,8 @@ class DecoderLayer(nn.Module):
         ctx: StepContext,
         kv_layer: KVLayer,
         plan: Any,
-    ) -> Tensor | None:
-        """Run the layer on ``added + residual``.
+    ) -> Tensor:
+        """Run the layer on ``added + residual``, up to what its heads gather; the rest is :meth:`finish`.
 
         Parameters
         ----------
@@ -219,13 +234,28 @@ class DecoderLayer(nn.Module):
 
         Returns
         -------
+        Tensor
+            [T, heads * D]. From here on no token sees another.
+        """
+        normed = self.input_layernorm.add_and_normalise(added, residual)
+        return self.self_attn.forward(normed, cos_sin, ctx, kv_layer, plan)
+
+    def finish(self, attended: Tensor, residual: Tensor, ctx: StepContext) -> Tensor | None:
+        """Run the rest of the layer.
+
+        Parameters
+        ----------
+        attended, residual, ctx
+            As for :meth:`DecoderAttention.finish`.
+
+        Returns
+        -------
         Tensor or None
             [T, H]: what is still to be added to the stream. The next norm does it, in one kernel. None =
             nothing.
         """
-        normed = self.input_layernorm.add_and_normalise(added, residual)
-        attended = self.self_attn.forward(normed, residual, cos_sin, ctx, kv_layer, plan)
-        normed = self.post_attention_layernorm.add_and_normalise(attended, residual)
+        added = self.self_attn.finish(attended, residual, ctx)
+        normed = self.post_attention_layernorm.add_and_normalise(added, residual)
         return self.mlp.forward(normed, residual, ctx)
 
     def packed_linears(self) -> tuple[PackedLinear, ...]:

@@ -150,6 +150,31 @@ def _evict_from_host(executor: Executor) -> None:
         room.result().release()
 
 
+def test_the_last_layer_goes_on_with_rows_that_sample_unless_prompts_want_log_probabilities(
+    model_path, monkeypatch
+) -> None:
+    executor = _executor(model_path)
+    outputs = []
+    forward = executor._model.forward
+    monkeypatch.setattr(
+        executor._model,
+        "forward",
+        lambda ids, ctx, *rest: outputs.append(ctx.outputs) or forward(ids, ctx, *rest),
+    )
+    try:
+        run = _run(executor, max_num_batched_tokens=8)
+        run.add(1, _greedy(_prompt(12)), max_tokens=2)
+        run.finish()
+        run.add(2, _greedy(_prompt(6), prompt_logprobs=0), max_tokens=1)
+        run.finish()
+    finally:
+        executor.close()
+
+    # Chunks of 8 and 4 tokens, a decode that may have been replayed, and the prompt of the other request.
+    chunks = [None if one is None else one.tokens.tolist() for one in (*outputs[:2], outputs[-1])]
+    assert chunks == [[], [3], None]
+
+
 # --- With the real scheduler, against transformers ----------------------------------------------------------
 
 
