@@ -51,12 +51,13 @@ def _make_model_executor(config: EngineConfig) -> Executor:
         from lora_serve.executor.warm_up import warm_up
 
         setup = set_up_cuda(config)
-        try:
+        with contextlib.ExitStack() as on_failure:
+            on_failure.callback(setup.close)
             executor = CudaExecutor(config, setup)
+            on_failure.pop_all()
+            on_failure.callback(executor.close)  # Of the setup as well, when its steps have ended.
             warm_up(executor, config)
-        except BaseException:
-            setup.close()
-            raise
+            on_failure.pop_all()
         return executor
     from lora_serve.executor.model_executor import ModelExecutor
 

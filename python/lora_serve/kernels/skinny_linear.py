@@ -36,19 +36,18 @@ Source: the split of K inside a block is "sliced K" of Thakkar et al., CUTLASS, 
 from __future__ import annotations
 
 import functools
-import json
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lora_serve.kernels._triton import ceil_div, jit, next_power_of_2, tl
+from lora_serve.kernels.tuned_tables import int_of, read_tuned_rows
 
 MAX_ROWS = 64
 _SMALLEST_M = 8  # of the matrix units
-_TUNING = Path(__file__).parent / "tuning"
 
 
 @dataclass(frozen=True)
@@ -380,24 +379,25 @@ def tuned_launch(num_rows: int, weight: Tensor) -> SkinnyLaunch | None:
     return None
 
 
-_Table = dict[tuple[int, int, torch.dtype], list[tuple[int, SkinnyLaunch | None]]]
+_Key = tuple[int, int, torch.dtype]
+_Table = dict[_Key, list[tuple[int, SkinnyLaunch | None]]]
 
 
 @functools.cache
 def _table(gpu: str) -> _Table:
     """The rows of ``tuning/*.json`` that were measured on this GPU, by shape, fewest rows first."""
     table: _Table = {}
-    for file in sorted(_TUNING.glob("*.json")):
-        tuned = json.loads(file.read_text(encoding="utf-8"))
-        if tuned["gpu"] != gpu:
-            continue
-        for row in tuned.get("skinny_linear", []):
-            key = (row["out_features"], row["in_features"], getattr(torch, row["dtype"]))
-            launch = None if row["launch"] is None else SkinnyLaunch(**row["launch"])
-            table.setdefault(key, []).append((row["max_rows"], launch))
+    for key, max_rows, launch in read_tuned_rows(gpu, "skinny_linear", _read_row):
+        table.setdefault(key, []).append((max_rows, launch))
     for rows in table.values():
         rows.sort(key=lambda row: row[0])
     return table
+
+
+def _read_row(row: Mapping[str, Any]) -> tuple[_Key, int, SkinnyLaunch | None]:
+    key = (int_of(row, "out_features"), int_of(row, "in_features"), getattr(torch, row["dtype"]))
+    launch = None if row["launch"] is None else SkinnyLaunch(**row["launch"])
+    return key, int_of(row, "max_rows"), launch
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:

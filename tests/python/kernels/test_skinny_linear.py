@@ -12,6 +12,7 @@ pytest.importorskip("triton")
 from kernels.device_cases import DEVICE_DTYPES, DEVICES, signed
 from kernels.lora_cases import assert_within_bounds, has_same_bits
 from lora_serve.kernels import skinny_linear as module
+from lora_serve.kernels import tuned_tables
 from lora_serve.kernels.reference_linear import skinny_linear_reference
 from lora_serve.kernels.skinny_linear import MAX_ROWS, SkinnyLaunch, skinny_linear, tuned_launch
 
@@ -145,7 +146,7 @@ def table(tmp_path, monkeypatch):
         },
     ]
     (tmp_path / "card.json").write_text(json.dumps({"gpu": "Some Card", "skinny_linear": rows}))
-    monkeypatch.setattr(module, "_TUNING", tmp_path)
+    monkeypatch.setattr(tuned_tables, "TUNING_FOLDER", tmp_path)
     module._table.cache_clear()
     yield
     module._table.cache_clear()
@@ -167,5 +168,5 @@ def test_table_gives_what_was_measured_on_this_card(table, monkeypatch, gpu, sha
 
 
 def test_committed_tables_can_be_read():
-    for file in module._TUNING.glob("*.json"):
+    for file in tuned_tables.TUNING_FOLDER.glob("*.json"):
         assert module._table(json.loads(file.read_text(encoding="utf-8"))["gpu"])
