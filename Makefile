@@ -46,6 +46,7 @@ $(VENV)/.packages: constraints.txt pyproject.toml | $(VENV)/bin/python
 $(VENV)/.installed: $(VENV)/.packages $(EXTENSION_SOURCES)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt \
 	  --no-build-isolation --editable '.[test,dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps lorax-client
 	@touch $@
 
 setup: $(VENV)/.installed

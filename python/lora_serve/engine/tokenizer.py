@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 from lora_serve.common.errors import InvalidArgumentError
@@ -59,6 +60,11 @@ class Tokenizer:
     def has_chat_template(self) -> bool:
         """True when the model's folder has a chat template."""
         return bool(self.backend.chat_template)
+
+    @cached_property
+    def special_token_ids(self) -> frozenset[int]:
+        """Tokens that are no text, such as the end of the sequence."""
+        return frozenset(self.backend.all_special_ids)
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Give the text's token ids.

@@ -1,8 +1,9 @@
-"""The one place where errors become HTTP answers, all of the shape {"error": {...}}."""
+"""The one place where errors become HTTP answers, of the shape {"error": {...}} or a dialect's own."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from http import HTTPStatus
 from typing import Any
 
@@ -22,12 +23,15 @@ from lora_serve.common.errors import (
     QueueTimeoutError,
 )
 from lora_serve.server.context import Shutdown, context_of
-from lora_serve.server.request_errors import BodyTooLargeError, ServerShutdownError
+from lora_serve.server.request_errors import BodyTooLargeError, GenerationAbortedError, ServerShutdownError
 
 logger = logging.getLogger(__name__)
 
 CLIENT_CLOSED_REQUEST = 499
 """Status in the log of a request whose client went away; nobody receives it."""
+
+ErrorShape = Callable[[int, dict[str, Any]], tuple[int, dict[str, Any]]]
+"""From a status and a body in OpenAI's shape to what is sent."""
 
 _STATUS_OF_ERROR: tuple[tuple[type[LoraServeError], int, str, str | None], ...] = (
     (BodyTooLargeError, 413, "invalid_request_error", "body_too_large"),
@@ -38,6 +42,7 @@ _STATUS_OF_ERROR: tuple[tuple[type[LoraServeError], int, str, str | None], ...] 
     (QueueTimeoutError, 503, "rate_limit_error", "queue_timeout"),
     (CapacityError, 429, "rate_limit_error", "no_capacity"),
     (ServerShutdownError, 503, "internal_error", "shutting_down"),
+    (GenerationAbortedError, 424, "internal_error", "aborted"),
 )
 
 
@@ -105,6 +110,21 @@ def install_error_handlers(app: FastAPI) -> None:
     app.add_exception_handler(Exception, _answer_error)
 
 
+def set_error_shape(request: Request, shape: ErrorShape) -> None:
+    """Let errors of this request have the shape that another server's clients expect."""
+    request.state.error_shape = shape
+
+
+def shape_of(request: Request) -> ErrorShape:
+    """Give the shape of a request's errors; OpenAI's where nobody has set another."""
+    shape: ErrorShape = getattr(request.state, "error_shape", _keep_shape)
+    return shape
+
+
+def _keep_shape(status: int, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+    return status, body
+
+
 async def _answer_error(request: Request, error: Exception) -> Response:
     shutdown = context_of(request).shutdown
     status, body = translate_error(error, shutdown)
@@ -114,6 +134,7 @@ async def _answer_error(request: Request, error: Exception) -> Response:
         logger.warning("%s %s: ended by the shutdown", request.method, request.url.path)
     elif status >= HTTPStatus.INTERNAL_SERVER_ERROR:
         logger.error("%s %s failed: %s", request.method, request.url.path, error)
+    status, body = shape_of(request)(status, body)
     return JSONResponse(body, status_code=status, headers=retry_header(error))
 
 

@@ -56,14 +56,14 @@ class LogprobFormatter:
                 answer.token_logprobs.append(None)
                 answer.top_logprobs.append(None)
                 continue
-            answer.token_logprobs.append(_finite(position[token_id].logprob))
+            answer.token_logprobs.append(finite_logprob(position[token_id].logprob))
             shown = self._most_probable(position)
             if token_id not in shown:
                 shown.append(token_id)
             top: dict[str, float] = {}
             for shown_id in shown:
                 # Different tokens may have the same text; the more probable one is kept.
-                top.setdefault(self._text(shown_id, position), _finite(position[shown_id].logprob))
+                top.setdefault(self._text(shown_id, position), finite_logprob(position[shown_id].logprob))
             answer.top_logprobs.append(top)
         return answer
 
@@ -96,7 +96,7 @@ class LogprobFormatter:
         text = self._text(token_id, position)
         # Part of a character has no text of its own, and its bytes cannot be told from the text.
         raw = None if _REPLACEMENT in text else list(text.encode())
-        return TopLogprob(token=text, logprob=_finite(position[token_id].logprob), bytes=raw)
+        return TopLogprob(token=text, logprob=finite_logprob(position[token_id].logprob), bytes=raw)
 
     def _text(self, token_id: int, position: dict[int, Logprob] | None) -> str:
         decoded = None if position is None else position[token_id].decoded_token
@@ -113,5 +113,6 @@ def join_completion_logprobs(first: CompletionLogprobs, second: CompletionLogpro
     )
 
 
-def _finite(logprob: float) -> float:
+def finite_logprob(logprob: float) -> float:
+    """Give a log probability that JSON can carry."""
     return max(logprob, LOWEST_LOGPROB)

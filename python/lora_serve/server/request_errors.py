@@ -49,3 +49,10 @@ class ServerShutdownError(LoraServeError):
 
 class BodyTooLargeError(LoraServeError):
     """The request's body is longer than the server accepts (HTTP 413)."""
+
+
+class GenerationAbortedError(LoraServeError):
+    """The answer was ended by somebody else, such as a forced unload of its adapter (HTTP 424)."""
+
+    def __init__(self) -> None:
+        super().__init__("the answer was ended before it was complete; its adapter may have been unloaded")

@@ -91,7 +91,7 @@ def completion_sampling_params(request: CompletionRequest) -> SamplingParams:
         values["logprobs"] = request.logprobs
         if request.echo:
             values["prompt_logprobs"] = request.logprobs
-    return _build(values, {})
+    return build_params(values, {})
 
 
 def with_default_max_tokens(params: SamplingParams, room: int) -> SamplingParams:
@@ -139,7 +139,7 @@ def chat_sampling_params(request: ChatCompletionRequest) -> SamplingParams:
     shown_names = {"logprobs": "top_logprobs"}
     if request.max_tokens is None:
         shown_names["max_tokens"] = "max_completion_tokens"
-    return _build(values, shown_names)
+    return build_params(values, shown_names)
 
 
 def request_queueing(request: GenerationRequest) -> Queueing:
@@ -205,8 +205,21 @@ def _require_echo_for_no_tokens(request: CompletionRequest) -> None:
         )
 
 
-def _build(values: dict[str, Any], shown_names: dict[str, str]) -> SamplingParams:
-    """Construct the parameters, and name the request's field when they refuse a value."""
+def build_params(values: dict[str, Any], shown_names: dict[str, str]) -> SamplingParams:
+    """Construct the parameters, and name the request's field when they refuse a value.
+
+    Parameters
+    ----------
+    values : dict from str to Any
+        Fields of SamplingParams.
+    shown_names : dict from str to str
+        What the request calls fields that have another name there.
+
+    Raises
+    ------
+    RequestError
+        A value is out of range.
+    """
     try:
         return SamplingParams(**values)
     except InvalidArgumentError as error:
