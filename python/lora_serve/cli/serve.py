@@ -9,10 +9,16 @@ from typing import TYPE_CHECKING
 
 from lora_serve.cli import engine_options
 from lora_serve.common.errors import InvalidArgumentError
-from lora_serve.server.settings import DEFAULT_ADAPTER_FOLDER_POLL_SECONDS, DEFAULT_MAX_ANSWERS_PER_REQUEST
+from lora_serve.server.settings import (
+    DEFAULT_ADAPTER_FOLDER_POLL_SECONDS,
+    DEFAULT_MAX_ANSWERS_PER_REQUEST,
+    DEFAULT_MAX_AUTOLOADED_ADAPTERS,
+)
 
 if TYPE_CHECKING:
+    from lora_serve.common.config import EngineConfig
     from lora_serve.server.launch import AdapterModule, Launch
+    from lora_serve.server.settings import AutoloadSettings
 
 API_KEY_VARIABLE = "LORA_SERVE_API_KEY"
 """Environment variable with a key, for those who do not want it in the list of processes."""
@@ -58,6 +64,20 @@ def _add_server_options(group: argparse._ArgumentGroup) -> None:
         metavar="SECONDS",
         default=DEFAULT_ADAPTER_FOLDER_POLL_SECONDS,
         help="between two looks at that folder (default: %(default)s)",
+    )
+    group.add_argument(
+        "--lora-autoload",
+        action="store_true",
+        help="load an adapter whose path or hub id a request gives as its adapter; local paths need "
+        "--lora-allowed-roots, hub ids --lora-allow-hub",
+    )
+    group.add_argument(
+        "--lora-autoload-max",
+        type=int,
+        metavar="N",
+        default=DEFAULT_MAX_AUTOLOADED_ADAPTERS,
+        help="adapters loaded in this way at once; the least recently used ones make way (default: "
+        "%(default)s)",
     )
     group.add_argument(
         "--log-level",
@@ -134,6 +154,7 @@ def make_launch(args: argparse.Namespace) -> Launch:
             model_path=args.model,
             api_keys=tuple(api_keys),
             max_answers_per_request=args.max_answers_per_request,
+            autoload=_autoload_settings(args, config),
         ),
         adapters=adapters,
         host=args.host,
@@ -141,6 +162,24 @@ def make_launch(args: argparse.Namespace) -> Launch:
         announce=announce,
         adapter_folder=adapter_folder,
     )
+
+
+def _autoload_settings(args: argparse.Namespace, config: EngineConfig) -> AutoloadSettings | None:
+    from lora_serve.server.settings import AutoloadSettings
+
+    settings = AutoloadSettings(
+        max_adapters=args.lora_autoload_max,
+        allow_local=config.lora_allowed_roots is not None,
+        allow_hub=config.lora_allow_hub,
+    )
+    if not args.lora_autoload:
+        return None
+    if not (settings.allow_local or settings.allow_hub or config.lora_resolvers):
+        raise InvalidArgumentError(
+            "--lora-autoload is given, but there is nowhere that requests may load adapters from; add "
+            "--lora-allowed-roots with the folders that hold adapters, or --lora-allow-hub"
+        )
+    return settings
 
 
 def _parse_module(module: str) -> AdapterModule:

@@ -11,6 +11,10 @@ class InvalidArgumentError(LoraServeError, ValueError):
     """A configuration, a request or an adapter file is wrong and has to be changed (HTTP 400)."""
 
 
+class AdapterSourceError(InvalidArgumentError):
+    """An adapter's path leads to no adapter that may be loaded; the adapter itself was not looked at."""
+
+
 class NotFoundError(LoraServeError, LookupError):
     """Something that was named does not exist (HTTP 404)."""
 

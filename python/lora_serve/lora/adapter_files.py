@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import NoReturn
 
+from lora_serve.common.errors import AdapterSourceError, InvalidArgumentError
 from lora_serve.lora.load_problems import AdapterProblemsError, LoadProblems
 from lora_serve.lora.peft_config import CONFIG_FILE
 from lora_serve.lora.safetensors_header import (
@@ -37,6 +38,10 @@ _MAX_BUFFERS = 512
 
 class UnreadableFileError(AdapterProblemsError):
     """A file is there, but the system does not give its content: an error of the disk, a missing right."""
+
+
+class NoAdapterError(AdapterProblemsError, AdapterSourceError):
+    """The folder, or one of the two files, is not there, or leads outside what is allowed."""
 
 
 class WeightsFile:
@@ -165,30 +170,18 @@ class AdapterFiles:
 
     Raises
     ------
-    InvalidArgumentError
-        The directory or one of its two files is missing, is not a regular file, or may not be read.
+    NoAdapterError
+        The directory or one of its two files is missing, or leads outside what is allowed.
     """
 
     def __init__(self, directory: str, problems: LoadProblems, resolve: Callable[[str], str]) -> None:
         self._problems = problems
-        if not os.path.isdir(directory):
-            found = "is a file" if os.path.exists(directory) else "does not exist"
-            problems.fail(f"{directory} {found}, expected a folder with {CONFIG_FILE} and {WEIGHTS_FILE}")
-        missing = [
-            name for name in (CONFIG_FILE, WEIGHTS_FILE) if not os.path.exists(os.path.join(directory, name))
-        ]
-        if WEIGHTS_FILE in missing and os.path.exists(os.path.join(directory, PICKLED_WEIGHTS_FILE)):
-            problems.fail(
-                f"{directory} holds {PICKLED_WEIGHTS_FILE}, expected {WEIGHTS_FILE}: pickled checkpoints are "
-                "not read; save the adapter with save_pretrained(..., safe_serialization=True)"
-            )
-        if missing:
-            problems.fail(
-                f"{directory} has no {' and no '.join(missing)}; give the folder that PEFT's "
-                "save_pretrained wrote"
-            )
-        self._config_path = resolve(os.path.join(directory, CONFIG_FILE))
-        self._weights_path = resolve(os.path.join(directory, WEIGHTS_FILE))
+        try:
+            _require_files(directory, problems)
+            self._config_path = resolve(os.path.join(directory, CONFIG_FILE))
+            self._weights_path = resolve(os.path.join(directory, WEIGHTS_FILE))
+        except InvalidArgumentError as error:
+            raise NoAdapterError(str(error), getattr(error, "problems", ())) from error
 
     def read_config(self) -> bytes:
         """The content of ``adapter_config.json``.
@@ -213,6 +206,25 @@ class AdapterFiles:
             Not a regular file, or it cannot be opened.
         """
         return WeightsFile(self._weights_path, self._problems)
+
+
+def _require_files(directory: str, problems: LoadProblems) -> None:
+    if not os.path.isdir(directory):
+        found = "is a file" if os.path.exists(directory) else "does not exist"
+        problems.fail(f"{directory} {found}, expected a folder with {CONFIG_FILE} and {WEIGHTS_FILE}")
+    missing = [
+        name for name in (CONFIG_FILE, WEIGHTS_FILE) if not os.path.exists(os.path.join(directory, name))
+    ]
+    if WEIGHTS_FILE in missing and os.path.exists(os.path.join(directory, PICKLED_WEIGHTS_FILE)):
+        problems.fail(
+            f"{directory} holds {PICKLED_WEIGHTS_FILE}, expected {WEIGHTS_FILE}: pickled checkpoints are "
+            "not read; save the adapter with save_pretrained(..., safe_serialization=True)"
+        )
+    if missing:
+        problems.fail(
+            f"{directory} has no {' and no '.join(missing)}; give the folder that PEFT's "
+            "save_pretrained wrote"
+        )
 
 
 def open_regular(path: str, name: str, problems: LoadProblems) -> io.FileIO:

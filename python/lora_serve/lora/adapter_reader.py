@@ -12,7 +12,12 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from lora_serve.common.errors import AdapterConflictError, InvalidArgumentError, LoraServeError
+from lora_serve.common.errors import (
+    AdapterConflictError,
+    AdapterSourceError,
+    InvalidArgumentError,
+    LoraServeError,
+)
 from lora_serve.layers.linear import LoRATarget
 from lora_serve.lora.adapter_files import UnreadableFileError
 from lora_serve.lora.adapter_layout import AdapterLayout
@@ -184,15 +189,20 @@ class AdapterReader:
 
         Raises
         ------
+        AdapterSourceError
+            The path is outside the allowed roots, or there is no adapter.
         InvalidArgumentError
-            The path is outside the allowed roots, or the adapter cannot be read or applied exactly.
+            The adapter cannot be read or applied exactly.
         CapacityError
             It is larger than all of the host memory for adapters.
         LoadCancelledError
             ``is_cancelled`` said so, or the memory was closed meanwhile.
         """
         begin = time.monotonic()
-        folder = self._sources.locate(path, name)
+        try:
+            folder = self._sources.locate(path, name)
+        except InvalidArgumentError as error:
+            raise AdapterSourceError(str(error)) from error
         return self._read(folder, name, {"locate": _ms_since(begin)}, is_cancelled, self._reserve)
 
     def _reserve(self, layout: AdapterLayout, is_cancelled: Callable[[], bool]) -> HostBlock:

@@ -32,6 +32,21 @@ _EXPLICIT_STARTS = (os.sep, f".{os.sep}", f"..{os.sep}", f"~{os.sep}")
 _EXPLICIT = (".", "..", "~")
 
 
+def may_be_local(path: str, *, allow_hub: bool) -> bool:
+    """Tell whether `AdapterSources` may look for a path on this machine's disks.
+
+    Parameters
+    ----------
+    path
+        What the user gave.
+    allow_hub
+        As of `AdapterSources`.
+    """
+    if _SCHEME.match(path):
+        return False
+    return not allow_hub or parse_hub_reference(path) is None
+
+
 @dataclass(frozen=True)
 class AdapterFolder:
     """A local folder with an adapter, and how far its links may lead.

@@ -86,6 +86,11 @@ def select_adapters(
     return names
 
 
+def may_autoload(model: str, lora_path: str | Sequence[str | None] | None, served_model_name: str) -> bool:
+    """Tell whether the adapter that a request chooses may be a path: in `lora_path`, or as 'base:path'."""
+    return lora_path is not None or model.startswith(f"{served_model_name}:")
+
+
 def _adapter_of_model(model: str, served_model_name: str) -> str | None:
     if model == served_model_name:
         return None
@@ -114,17 +119,24 @@ def _check_selected(name: str | None, of_model: str | None, model: str) -> None:
 
 def model_not_found(model: str, served_model_name: str) -> ModelNotFoundError:
     """Give the error for a `model` that does not serve."""
+    base, _, adapter = model.partition(":")
+    hint = ""
+    if adapter and not adapter.startswith("//") and not model.startswith(f"{served_model_name}:"):
+        hint = f"; the base model here is not {base!r}: send '{served_model_name}:{adapter}'"
     return ModelNotFoundError(
         f"model {model!r} does not exist: it is neither the base model {served_model_name!r} nor a loaded "
-        "adapter; GET /v1/models lists both, POST /v1/load_lora_adapter loads an adapter",
+        f"adapter{hint}; GET /v1/models lists both, POST /v1/load_lora_adapter loads an adapter",
         param="model",
     )
 
 
 def adapter_not_found(lora_path: str) -> ModelNotFoundError:
-    """Give the error for a `lora_path` that is not loaded."""
+    """Give the error for a `lora_path` that is not loaded; the same for every path that is not loaded."""
+    hint = ""
+    if "/" in lora_path:
+        hint = ", and is not loaded on first use (see --lora-autoload; the server's log says more)"
     return ModelNotFoundError(
-        f"lora_path {lora_path!r} is not a loaded adapter; GET /v1/loras lists the adapters, POST "
+        f"lora_path {lora_path!r} is not a loaded adapter{hint}; GET /v1/loras lists the adapters, POST "
         "/v1/load_lora_adapter loads one",
         param="lora_path",
     )

@@ -7,6 +7,7 @@ from fastapi import FastAPI
 from lora_serve.engine.engine_client import AsyncEngineClient
 from lora_serve.server import routes_adapters, routes_chat, routes_completions, routes_lorax, routes_status
 from lora_serve.server.auth import ApiKeyMiddleware
+from lora_serve.server.autoload import AdapterAutoloader
 from lora_serve.server.cancellation import CancellationMiddleware
 from lora_serve.server.context import ServerContext
 from lora_serve.server.error_handlers import install_error_handlers
@@ -48,7 +49,10 @@ def create_app(client: AsyncEngineClient, settings: ServerSettings) -> FastAPI:
         redoc_url=None,
         redirect_slashes=False,
     )
-    context = ServerContext(client=client, settings=settings)
+    autoloader = None
+    if settings.autoload is not None:
+        autoloader = AdapterAutoloader(client, settings.autoload, settings.served_model_name)
+    context = ServerContext(client=client, settings=settings, autoloader=autoloader)
     app.state.context = context
     for routes in (routes_completions, routes_chat, routes_adapters, routes_lorax, routes_status):
         app.include_router(routes.router)

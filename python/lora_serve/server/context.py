@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from fastapi import Request
 
 from lora_serve.engine.engine_client import AsyncEngineClient
+from lora_serve.server.autoload import AdapterAutoloader
 from lora_serve.server.settings import ServerSettings
 
 
@@ -39,12 +40,15 @@ class ServerContext:
         Unix time in seconds.
     shutdown : Shutdown
         Set by whoever closes the client while requests run.
+    autoloader : AdapterAutoloader or None
+        Loads adapters on first use; None = that is off.
     """
 
     client: AsyncEngineClient
     settings: ServerSettings
     started_at: int = field(default_factory=lambda: int(time.time()))
     shutdown: Shutdown = field(default_factory=Shutdown)
+    autoloader: AdapterAutoloader | None = None
 
 
 def context_of(request: Request) -> ServerContext:

@@ -12,6 +12,7 @@ from lora_serve.common.queueing import DEFAULT_QUEUEING, Queueing
 from lora_serve.common.sampling_params import SamplingParams
 from lora_serve.engine.engine_client import AsyncEngineClient
 from lora_serve.engine.request_stream import RequestStream
+from lora_serve.server.autoload import AdapterAutoloader
 from lora_serve.server.disconnect import cancel_and_wait
 from lora_serve.server.protocol.generation import PromptTokensDetails, Usage
 from lora_serve.server.request_errors import RequestError
@@ -37,6 +38,8 @@ class PromptJob:
         The text that token ids were made of, when there was one.
     queueing : Queueing
         Priority, and how long it may wait.
+    autoload : bool
+        The adapter's name may be a path that is loaded on first use.
     """
 
     prompt: str | list[int]
@@ -45,12 +48,14 @@ class PromptJob:
     param: str
     text: str | None = None
     queueing: Queueing = DEFAULT_QUEUEING
+    autoload: bool = False
 
 
 async def submit_all(
     client: AsyncEngineClient,
     jobs: Sequence[PromptJob],
     not_found: Callable[[str], LoraServeError],
+    autoloader: AdapterAutoloader | None = None,
 ) -> list[RequestStream]:
     """Submit every prompt, or none: when one is refused, the others are aborted.
 
@@ -62,6 +67,8 @@ async def submit_all(
         In the order in which they are queued.
     not_found : callable
         Gives the error for an adapter that is not loaded.
+    autoloader : AdapterAutoloader or None
+        Loads the adapters of jobs that allow it; None = nothing is loaded.
 
     Returns
     -------
@@ -73,7 +80,7 @@ async def submit_all(
     LoraServeError
         Why the first refused prompt was refused.
     """
-    tasks = [asyncio.ensure_future(_submit(client, job, not_found)) for job in jobs]
+    tasks = [asyncio.ensure_future(_submit(client, job, not_found, autoloader)) for job in jobs]
     try:
         return await asyncio.gather(*tasks)
     except BaseException:
@@ -89,6 +96,26 @@ async def _submit(
     client: AsyncEngineClient,
     job: PromptJob,
     not_found: Callable[[str], LoraServeError],
+    autoloader: AdapterAutoloader | None,
+) -> RequestStream:
+    if job.lora_name is None or autoloader is None or not job.autoload:
+        return await _hand_over(client, job, not_found)
+    with autoloader.using(job.lora_name):
+        try:
+            return await _hand_over(client, job, not_found)
+        except AdapterNotFoundError as error:
+            try:
+                await autoloader.load(job.lora_name)
+            except AdapterNotFoundError:
+                raise error from None
+            except InvalidArgumentError as refusal:
+                param = getattr(error, "param", None)
+                raise RequestError(str(refusal), param=param, code="invalid_adapter") from None
+        return await _hand_over(client, job, not_found)
+
+
+async def _hand_over(
+    client: AsyncEngineClient, job: PromptJob, not_found: Callable[[str], LoraServeError]
 ) -> RequestStream:
     try:
         return await client.submit(

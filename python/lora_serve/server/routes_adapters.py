@@ -61,6 +61,8 @@ async def load_lora_adapter(request: Request) -> Response:
         )
     except InvalidArgumentError as error:
         raise RequestError(str(error), param="lora_path", code="invalid_adapter") from None
+    if context.autoloader is not None:
+        context.autoloader.disown(body.lora_name)
     how = "was already loaded with this content" if result.already_loaded else "is loaded"
     answer = LoadAdapterResponse(
         message=f"adapter {body.lora_name!r} {how}",
@@ -92,6 +94,8 @@ async def unload_lora_adapter(request: Request) -> Response:
     body = await read_body(request, UnloadAdapterRequest, context.settings.max_body_bytes)
     if not body.lora_name:
         raise RequestError("lora_name is empty; name an adapter", param="lora_name", code="invalid_value")
+    if context.autoloader is not None:
+        context.autoloader.disown(body.lora_name)
     await context.client.unload_lora_adapter(body.lora_name, force=bool(body.force))
     answer = UnloadAdapterResponse(
         message=f"adapter {body.lora_name!r} is unloaded", lora_name=body.lora_name

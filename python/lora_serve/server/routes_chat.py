@@ -8,7 +8,12 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from lora_serve.common.errors import InvalidArgumentError, LoraServeError
-from lora_serve.server.adapter_selection import adapter_not_found, model_not_found, select_adapters
+from lora_serve.server.adapter_selection import (
+    adapter_not_found,
+    may_autoload,
+    model_not_found,
+    select_adapters,
+)
 from lora_serve.server.chat_answer import ChatAnswer
 from lora_serve.server.context import ServerContext, context_of
 from lora_serve.server.disconnect import run_while_connected
@@ -63,6 +68,7 @@ async def create_chat_completion(request: Request) -> Response:
         lora_name=lora_name,
         param="messages",
         queueing=request_queueing(body),
+        autoload=may_autoload(body.model, body.lora_path, context.settings.served_model_name),
     )
     answer = await run_while_connected(request, _accept(context, body, job))
     return await answer_request(request, answer, is_stream=bool(body.stream))
@@ -78,7 +84,7 @@ async def _accept(context: ServerContext, body: ChatCompletionRequest, job: Prom
         return model_not_found(body.model, served_model_name)
 
     job = replace(job, prompt=await _render(context, body))
-    [stream] = await submit_all(client, [job], not_found)
+    [stream] = await submit_all(client, [job], not_found, context.autoloader)
     return ChatAnswer(body, stream, client.tokenizer, served_model_name)
 
 

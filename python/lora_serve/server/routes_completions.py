@@ -9,7 +9,12 @@ from fastapi.responses import Response
 
 from lora_serve.common.errors import InvalidArgumentError, LoraServeError
 from lora_serve.common.sampling_params import SamplingParams
-from lora_serve.server.adapter_selection import adapter_not_found, model_not_found, select_adapters
+from lora_serve.server.adapter_selection import (
+    adapter_not_found,
+    may_autoload,
+    model_not_found,
+    select_adapters,
+)
 from lora_serve.server.completion_answer import AcceptedPrompt, CompletionAnswer
 from lora_serve.server.context import ServerContext, context_of
 from lora_serve.server.disconnect import run_while_connected
@@ -59,7 +64,7 @@ async def _accept(context: ServerContext, body: CompletionRequest, jobs: list[Pr
         jobs = [await _encode(context, body, job) for job in jobs]
     if body.max_tokens is None:
         jobs = [_with_default_max_tokens(context, job) for job in jobs]
-    streams = await submit_all(client, jobs, not_found)
+    streams = await submit_all(client, jobs, not_found, context.autoloader)
     prompts = []
     for job, stream in zip(jobs, streams, strict=True):
         text = job.prompt if isinstance(job.prompt, str) else job.text
@@ -116,6 +121,7 @@ def _make_jobs(
             lora_name=lora_name,
             param="prompt",
             queueing=queueing,
+            autoload=may_autoload(body.model, body.lora_path, settings.served_model_name),
         )
         for prompt, lora_name in zip(prompts, lora_names, strict=True)
     ]

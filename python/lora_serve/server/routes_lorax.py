@@ -12,6 +12,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from lora_serve.common.errors import InvalidArgumentError, LoraServeError
+from lora_serve.lora.sources import may_be_local
 from lora_serve.server.adapter_selection import adapter_not_found, select_adapters
 from lora_serve.server.context import ServerContext, Shutdown, context_of
 from lora_serve.server.disconnect import run_while_connected
@@ -28,8 +29,9 @@ from lora_serve.server.protocol.lorax import (
     LoraxStreamResponse,
 )
 from lora_serve.server.request_body import read_body
-from lora_serve.server.request_errors import RequestError
+from lora_serve.server.request_errors import ModelNotFoundError, RequestError
 from lora_serve.server.sampling import check_num_answers
+from lora_serve.server.settings import AutoloadSettings
 from lora_serve.server.streaming import EventStreamResponse
 
 logger = logging.getLogger(__name__)
@@ -106,9 +108,25 @@ async def _accept(request: Request, body: LoraxRequest, *, is_stream: bool) -> L
         sampling_params=sampling_params,
         lora_name=lora_name,
         param="inputs",
+        autoload=_source_agrees(parameters, context.settings.autoload),
     )
     lorax_job = LoraxJob(body.inputs, parameters, sampling_params)
     return await run_while_connected(request, _submit(context, job, lorax_job))
+
+
+def _source_agrees(parameters: LoraxParameters, autoload: AutoloadSettings | None) -> bool:
+    """Tell whether the id may be loaded on first use: not where it means another source than the request."""
+    adapter_id, source = parameters.adapter_id, parameters.adapter_source
+    if adapter_id is None or autoload is None or source is None:
+        return True
+    if source == "s3":
+        return adapter_id.startswith("s3://")
+    return may_be_local(adapter_id, allow_hub=autoload.allow_hub) == (source == "local")
+
+
+def _not_found(adapter_id: str) -> ModelNotFoundError:
+    message = str(adapter_not_found(adapter_id)).replace("lora_path", "adapter_id", 1)
+    return ModelNotFoundError(message, param="adapter_id")
 
 
 async def _submit(context: ServerContext, job: PromptJob, lorax_job: LoraxJob) -> LoraxAnswer:
@@ -117,7 +135,7 @@ async def _submit(context: ServerContext, job: PromptJob, lorax_job: LoraxJob) -
         if lorax_job.parameters.truncate is not None:
             token_ids = await client.encode(lorax_job.inputs)
             job = replace(job, prompt=token_ids[-lorax_job.parameters.truncate :])
-        [stream] = await submit_all(client, [job], adapter_not_found)
+        [stream] = await submit_all(client, [job], _not_found, context.autoloader)
     except InvalidArgumentError as error:
         raise name_field(rename_fields(str(error)), job.param) from None
     return LoraxAnswer(lorax_job, stream, client.tokenizer)

@@ -7,12 +7,40 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lora_serve.common.errors import InvalidArgumentError
-from lora_serve.common.field_checks import check_float
+from lora_serve.common.field_checks import check_float, check_int
 
 DEFAULT_MAX_BODY_BYTES = 32 * 1024 * 1024
 DEFAULT_MAX_ANSWERS_PER_REQUEST = 1024
 DEFAULT_ADAPTER_FOLDER_POLL_SECONDS = 2.0
 MIN_ADAPTER_FOLDER_POLL_SECONDS = 0.01
+DEFAULT_MAX_AUTOLOADED_ADAPTERS = 64
+
+
+@dataclass(frozen=True)
+class AutoloadSettings:
+    """Which adapters are loaded when a request first names them, and how many stay.
+
+    Parameters
+    ----------
+    max_adapters : int
+        So many of them are loaded at once, at least 1; the least recently used ones make way.
+    allow_local : bool
+        They may come from folders of this machine; the engine holds them to its allowed roots.
+    allow_hub : bool
+        They may be repositories of the Hugging Face hub.
+
+    Raises
+    ------
+    InvalidArgumentError
+        The number is below 1.
+    """
+
+    max_adapters: int = DEFAULT_MAX_AUTOLOADED_ADAPTERS
+    allow_local: bool = False
+    allow_hub: bool = False
+
+    def __post_init__(self) -> None:
+        check_int("--lora-autoload-max", self.max_adapters, 1)
 
 
 @dataclass(frozen=True)
@@ -31,6 +59,8 @@ class ServerSettings:
         Longest accepted request body in bytes.
     max_answers_per_request : int
         Most answers (prompts times n) that one HTTP request may ask for.
+    autoload : AutoloadSettings or None
+        How adapters are loaded on first use; None = they are not.
 
     Raises
     ------
@@ -43,6 +73,7 @@ class ServerSettings:
     api_keys: tuple[str, ...] = ()
     max_body_bytes: int = DEFAULT_MAX_BODY_BYTES
     max_answers_per_request: int = DEFAULT_MAX_ANSWERS_PER_REQUEST
+    autoload: AutoloadSettings | None = None
 
     def __post_init__(self) -> None:
         if not self.served_model_name or not self.served_model_name.isprintable():

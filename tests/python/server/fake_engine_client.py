@@ -20,6 +20,8 @@ MAX_MODEL_LEN = 128
 
 
 class FakeTokenizer:
+    special_token_ids = frozenset({0})
+
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         return "".join(chr(token_id) for token_id in token_ids)
 
