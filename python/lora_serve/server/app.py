@@ -5,14 +5,21 @@ from __future__ import annotations
 from fastapi import FastAPI
 
 from lora_serve.engine.engine_client import AsyncEngineClient
-from lora_serve.server import routes_adapters, routes_chat, routes_completions, routes_lorax, routes_status
+from lora_serve.server import (
+    routes_adapters,
+    routes_chat,
+    routes_completions,
+    routes_dynamo,
+    routes_lorax,
+    routes_status,
+)
 from lora_serve.server.auth import ApiKeyMiddleware
 from lora_serve.server.autoload import AdapterAutoloader
 from lora_serve.server.cancellation import CancellationMiddleware
 from lora_serve.server.context import ServerContext
 from lora_serve.server.error_handlers import install_error_handlers
 from lora_serve.server.openapi import install_openapi
-from lora_serve.server.protocol.adapters import LoadAdapterRequest, UnloadAdapterRequest
+from lora_serve.server.protocol.adapters import LoadAdapterRequest, LoadLoraRequest, UnloadAdapterRequest
 from lora_serve.server.protocol.chat import ChatCompletionRequest
 from lora_serve.server.protocol.completion import CompletionRequest
 from lora_serve.server.protocol.lorax import LoraxRequest
@@ -23,6 +30,7 @@ REQUEST_BODIES = (
     ChatCompletionRequest,
     LoadAdapterRequest,
     UnloadAdapterRequest,
+    LoadLoraRequest,
     LoraxRequest,
 )
 
@@ -54,7 +62,14 @@ def create_app(client: AsyncEngineClient, settings: ServerSettings) -> FastAPI:
         autoloader = AdapterAutoloader(client, settings.autoload, settings.served_model_name)
     context = ServerContext(client=client, settings=settings, autoloader=autoloader)
     app.state.context = context
-    for routes in (routes_completions, routes_chat, routes_adapters, routes_lorax, routes_status):
+    for routes in (
+        routes_completions,
+        routes_chat,
+        routes_adapters,
+        routes_dynamo,
+        routes_lorax,
+        routes_status,
+    ):
         app.include_router(routes.router)
     install_error_handlers(app)
     install_openapi(app, REQUEST_BODIES)

@@ -10,9 +10,11 @@ from fastapi.responses import JSONResponse, Response
 
 from lora_serve.common.errors import InvalidArgumentError
 from lora_serve.common.field_checks import check_adapter_weight
+from lora_serve.engine.messages import LoadAdapterResult, UnloadAdapterResult
 from lora_serve.engine.status import AdapterInfo
 from lora_serve.server.adapter_selection import check_adapter_name
-from lora_serve.server.context import context_of
+from lora_serve.server.context import ServerContext, context_of
+from lora_serve.server.error_handlers import set_error_shape
 from lora_serve.server.openapi import body_schema
 from lora_serve.server.protocol.adapters import (
     LoadAdapterRequest,
@@ -41,7 +43,33 @@ async def load_lora_adapter(request: Request) -> Response:
     The load goes on when the client goes away, because others may already count on the name.
     """
     context = context_of(request)
+    set_error_shape(request, _with_sglang_fields)
     body = await read_body(request, LoadAdapterRequest, context.settings.max_body_bytes)
+    result = await load_adapter(context, body)
+    how = "was already loaded with this content" if result.already_loaded else "is loaded"
+    answer = LoadAdapterResponse(
+        message=f"adapter {body.lora_name!r} {how}",
+        lora_name=body.lora_name,
+        adapter_id=result.adapter_id,
+        already_loaded=result.already_loaded,
+        success=True,
+        error_message=None,
+    )
+    if not request.url.path.startswith("/v1/"):
+        answer.loaded_adapters = await _loaded_adapters(context)
+    return Response(answer.to_json(), media_type="application/json")
+
+
+async def load_adapter(context: ServerContext, body: LoadAdapterRequest) -> LoadAdapterResult:
+    """Load an adapter for an operator; return when it is ready to serve.
+
+    Raises
+    ------
+    RequestError
+        The name, the weight or the path is wrong, or the adapter is refused.
+    LoraServeError
+        The engine could not load it.
+    """
     try:
         check_adapter_name(body.lora_name, context.settings.served_model_name)
     except InvalidArgumentError as error:
@@ -63,14 +91,33 @@ async def load_lora_adapter(request: Request) -> Response:
         raise RequestError(str(error), param="lora_path", code="invalid_adapter") from None
     if context.autoloader is not None:
         context.autoloader.disown(body.lora_name)
-    how = "was already loaded with this content" if result.already_loaded else "is loaded"
-    answer = LoadAdapterResponse(
-        message=f"adapter {body.lora_name!r} {how}",
-        lora_name=body.lora_name,
-        adapter_id=result.adapter_id,
-        already_loaded=result.already_loaded,
-    )
-    return Response(answer.to_json(), media_type="application/json")
+    return result
+
+
+async def unload_adapter(context: ServerContext, body: UnloadAdapterRequest) -> UnloadAdapterResult:
+    """Unload an adapter for an operator; return when its requests have ended and its memory is free.
+
+    Raises
+    ------
+    RequestError
+        The name is empty.
+    AdapterNotFoundError
+        It does not serve.
+    """
+    if not body.lora_name:
+        raise RequestError("lora_name is empty; name an adapter", param="lora_name", code="invalid_value")
+    if context.autoloader is not None:
+        context.autoloader.disown(body.lora_name)
+    return await context.client.unload_lora_adapter(body.lora_name, force=bool(body.force))
+
+
+def _with_sglang_fields(status: int, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+    return status, {**body, "success": False, "error_message": body["error"]["message"]}
+
+
+async def _loaded_adapters(context: ServerContext) -> dict[str, str]:
+    adapters = await context.client.list_lora_adapters()
+    return {adapter.name: adapter.path for adapter in adapters if adapter.is_serving}
 
 
 def _weight_of(body: LoadAdapterRequest) -> float:
@@ -91,15 +138,17 @@ def _weight_of(body: LoadAdapterRequest) -> float:
 async def unload_lora_adapter(request: Request) -> Response:
     """Unload an adapter; answer when its requests have ended and its memory is free."""
     context = context_of(request)
+    set_error_shape(request, _with_sglang_fields)
     body = await read_body(request, UnloadAdapterRequest, context.settings.max_body_bytes)
-    if not body.lora_name:
-        raise RequestError("lora_name is empty; name an adapter", param="lora_name", code="invalid_value")
-    if context.autoloader is not None:
-        context.autoloader.disown(body.lora_name)
-    await context.client.unload_lora_adapter(body.lora_name, force=bool(body.force))
+    await unload_adapter(context, body)
     answer = UnloadAdapterResponse(
-        message=f"adapter {body.lora_name!r} is unloaded", lora_name=body.lora_name
+        message=f"adapter {body.lora_name!r} is unloaded",
+        lora_name=body.lora_name,
+        success=True,
+        error_message=None,
     )
+    if not request.url.path.startswith("/v1/"):
+        answer.loaded_adapters = await _loaded_adapters(context)
     return Response(answer.to_json(), media_type="application/json")
 
 
@@ -129,13 +178,20 @@ async def list_models(request: Request) -> Response:
 
 @router.get("/v1/loras")
 async def list_loras(request: Request) -> JSONResponse:
-    """Give every adapter generation with its state, bytes, requests and pages, and the engine's totals."""
+    """Give every adapter generation with its state, bytes, requests and pages, and the engine's totals.
+
+    `status`, `loras` and `count` are Dynamo's: the names that serve, with their generations.
+    """
     context = context_of(request)
     adapters = await context.client.list_lora_adapters()
     stats = await context.client.stats()
+    loras = {adapter.name: adapter.adapter_id for adapter in adapters if adapter.is_serving}
     return JSONResponse(
         {
             "object": "list",
+            "status": "success",
+            "count": len(loras),
+            "loras": loras,
             "base_model": context.settings.served_model_name,
             "data": [msgspec.to_builtins(adapter) for adapter in adapters],
             "tiers": {tier: _tier_totals(adapters, tier) for tier in ("device", "host")},

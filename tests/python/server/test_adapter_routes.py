@@ -14,6 +14,11 @@ from server.http_calls import BASE, call, make_app, make_client
 LOAD = {"lora_name": "new", "lora_path": "/adapters/new"}
 
 
+def sglang_fields(prefix, *names):
+    """What SGLang's clients read; its endpoints have no /v1."""
+    return {} if prefix else {"loaded_adapters": {name: f"/adapters/{name}" for name in names}}
+
+
 @pytest.mark.parametrize("prefix", ["", "/v1"])
 def test_load_and_unload_with_and_without_v1(prefix):
     client = make_client()
@@ -25,9 +30,19 @@ def test_load_and_unload_with_and_without_v1(prefix):
         "lora_name": "new",
         "adapter_id": 3,
         "already_loaded": False,
+        "success": True,
+        "error_message": None,
+        **sglang_fields(prefix, "sql", "law", "new"),
     }
     unloaded = call(app, "POST", f"{prefix}/unload_lora_adapter", json={"lora_name": "new", "force": True})
     assert unloaded.status_code == 200
+    assert unloaded.json() == {
+        "message": "adapter 'new' is unloaded",
+        "lora_name": "new",
+        "success": True,
+        "error_message": None,
+        **sglang_fields(prefix, "sql", "law"),
+    }
     assert client.operations == [("load", "new", "/adapters/new", False, True, 1.0), ("unload", "new", True)]
 
 
@@ -56,8 +71,10 @@ def test_refused_load_keeps_the_reason(error, status, code):
     client.load_error = error
     response = call(make_app(client), "POST", "/v1/load_lora_adapter", json=LOAD)
     assert response.status_code == status
-    assert response.json()["error"]["message"] == str(error)
-    assert response.json()["error"]["code"] == code
+    body = response.json()
+    assert body["error"]["message"] == body["error_message"] == str(error)
+    assert body["error"]["code"] == code
+    assert body["success"] is False
 
 
 @pytest.mark.parametrize("name", ["", "a:b", "a b", "a\tb", "a\nb", "a\u00a0b", "a\x00b", "\u2028", BASE])
@@ -77,6 +94,7 @@ def test_names_that_requests_cannot_use_are_400(name):
         ("load", {**LOAD, "lora_path": ""}, "lora_path"),
         ("load", {**LOAD, "load_inplace": "yes"}, "load_inplace"),
         ("load", {**LOAD, "lora_int_id": 1}, "lora_int_id"),
+        ("load", {**LOAD, "lora_id": "7"}, "lora_id"),
         ("unload", {}, "lora_name"),
         ("unload", {"lora_name": ""}, "lora_name"),
         ("unload", {"lora_name": 3}, "lora_name"),
@@ -117,6 +135,7 @@ def test_loras_lists_every_generation_with_totals():
         "device": {"num_adapters": 3, "num_bytes": 3000},
         "host": {"num_adapters": 0, "num_bytes": 0},
     }
+    assert (body["status"], body["count"], body["loras"]) == ("success", 2, {"sql": 1, "law": 2})
     stats = body["stats"]
     assert (stats["num_device_pages"], stats["num_host_pages"], stats["num_free_host_pages"]) == (8, 32, 30)
     assert stats["total_host_hit_tokens"] == 64

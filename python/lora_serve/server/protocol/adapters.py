@@ -23,6 +23,8 @@ class LoadAdapterRequest(RequestModel):
         Keep the adapter on the device.
     weight : float or None
         Its share of the steps beside other adapters, in (0, 1000]; 1 when it is not given.
+    lora_id : None
+        SGLang's servers number adapters themselves; only null is accepted.
     """
 
     lora_name: str
@@ -30,6 +32,7 @@ class LoadAdapterRequest(RequestModel):
     load_inplace: bool | None = None
     pinned: bool | None = None
     weight: float | None = None
+    lora_id: None = None
 
 
 class UnloadAdapterRequest(RequestModel):
@@ -41,26 +44,77 @@ class UnloadAdapterRequest(RequestModel):
         The adapter's name.
     force : bool or None
         Abort its running requests instead of letting them end.
+    lora_id : None
+        As of LoadAdapterRequest.
     """
 
     lora_name: str
     force: bool | None = None
+    lora_id: None = None
 
 
 class LoadAdapterResponse(ResponseModel):
-    """What serves under the name from now on."""
+    """What serves under the name from now on; vLLM's clients read the status, SGLang's the last three fields.
+
+    Parameters
+    ----------
+    loaded_adapters : dict from str to str
+        Every name that serves, with its path; only in answers of the endpoint without /v1, which is SGLang's.
+    """
 
     message: str
     lora_name: str
     adapter_id: int
     already_loaded: bool
+    success: Literal[True]
+    error_message: None
+    loaded_adapters: dict[str, str] | None = None
 
 
 class UnloadAdapterResponse(ResponseModel):
-    """The adapter is gone: its pages and memory are free."""
+    """The adapter is gone: its pages and memory are free. The last three fields are as of a load."""
 
     message: str
     lora_name: str
+    success: Literal[True]
+    error_message: None
+    loaded_adapters: dict[str, str] | None = None
+
+
+class LoraSource(RequestModel):
+    """Where an adapter comes from.
+
+    Parameters
+    ----------
+    uri : str
+        As `lora_path` of LoadAdapterRequest, or file:///path.
+    """
+
+    uri: str
+
+
+class LoadLoraRequest(RequestModel):
+    """Load an adapter under a name, in Dynamo's form.
+
+    Parameters
+    ----------
+    lora_name : str
+        As of LoadAdapterRequest.
+    source : LoraSource
+        Where it comes from.
+    """
+
+    lora_name: str
+    source: LoraSource
+
+
+class LoraResponse(ResponseModel):
+    """An adapter was loaded or unloaded, in Dynamo's form; `lora_id` is its generation."""
+
+    status: Literal["success"]
+    message: str
+    lora_name: str
+    lora_id: int
 
 
 class ModelCard(ResponseModel):
