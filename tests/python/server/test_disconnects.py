@@ -44,6 +44,7 @@ class Connection:
 
 COMPLETION = ("/v1/completions", {"model": "sql", "prompt": ["a", "b"], "n": 2})
 CHAT = ("/v1/chat/completions", {"model": "sql", "messages": [{"role": "user", "content": "a"}]})
+LORAX = ("/", {"inputs": "a", "parameters": {"adapter_id": "sql"}})
 
 
 async def wait_until(condition):
@@ -72,7 +73,7 @@ def leave(path, body, client, when):
     return asyncio.run(main())
 
 
-@pytest.mark.parametrize(("path", "body"), [COMPLETION, CHAT])
+@pytest.mark.parametrize(("path", "body"), [COMPLETION, CHAT, LORAX])
 def test_leaving_in_mid_stream_aborts_every_prompt(path, body):
     client = make_client(num_tokens_before_hold=2)
     connection = leave(path, {**body, "stream": True}, client, lambda c: len(c.sent) >= 3)
@@ -82,7 +83,7 @@ def test_leaving_in_mid_stream_aborts_every_prompt(path, body):
     assert all(message.get("more_body", True) for message in connection.sent)
 
 
-@pytest.mark.parametrize(("path", "body"), [COMPLETION, CHAT])
+@pytest.mark.parametrize(("path", "body"), [COMPLETION, CHAT, LORAX])
 def test_leaving_before_a_whole_answer_aborts_every_prompt(path, body):
     client = make_client(num_tokens_before_hold=2)
     leave(path, body, client, lambda c: len(client.submissions) == len(body.get("prompt", "1")))
