@@ -15,7 +15,7 @@ from lora_serve.common.errors import (
 )
 from lora_serve.server.autoload import AdapterAutoloader
 from lora_serve.server.settings import AutoloadSettings
-from server.fake_engine_client import FakeEngineClient
+from server.fake_engine_client import FakeEngineClient, adapter_info
 from server.http_calls import BASE, call, chat, complete, make_app, make_client
 
 ANYWHERE = AutoloadSettings(max_adapters=2, allow_local=True, allow_hub=True)
@@ -252,28 +252,47 @@ def test_loads_that_fail_or_run_count_as_places_only_while_they_run():
     asyncio.run(main())
 
 
-@pytest.mark.parametrize("taken_over_during_the_load", [False, True])
-def test_adapter_that_an_operator_loads_too_is_the_operators(taken_over_during_the_load):
+@pytest.mark.parametrize("is_during_the_load", [False, True])
+def test_adapter_that_an_operator_loads_too_is_the_operators(is_during_the_load):
     async def main():
         client = SlowLoads()
-        app = make_app(client, autoload=replace(ANYWHERE, max_adapters=1))
-        first = asyncio.create_task(
-            post(app, "/v1/completions", {"model": BASE, "prompt": "x", "lora_path": "a/1"})
-        )
-        await asyncio.sleep(0.02)
-        if not taken_over_during_the_load:
-            client.may_end.set()
-            await first
-        load = post(app, "/v1/load_lora_adapter", {"lora_name": "a/1", "lora_path": "a/1"})
-        loading = asyncio.create_task(load)
-        await asyncio.sleep(0.02)
+        autoloader = AdapterAutoloader(client, replace(ANYWHERE, max_adapters=1), BASE)
+        loading = asyncio.create_task(autoloader.load("a/1"))
+        await asyncio.sleep(0.01)
+        if is_during_the_load:
+            autoloader.disown("a/1")  # The engine lets the operator's load join this one, and answers both.
         client.may_end.set()
-        assert (await loading).status_code == (await first).status_code == 200
-        answer = await post(app, "/v1/completions", {"model": BASE, "prompt": "x", "lora_path": "a/2"})
-        assert answer.status_code == 200
+        await loading
+        if not is_during_the_load:
+            autoloader.disown("a/1")
+        await autoloader.load("a/2")
         assert set(client.adapters) == {"a/1", "a/2"}
+        await autoloader.load("a/3")
+        assert set(client.adapters) == {"a/1", "a/3"}
 
     asyncio.run(main())
+
+
+@pytest.mark.parametrize("path", ["/v1/load_lora_adapter", "/v1/loras"])
+def test_operators_loads_are_noticed_in_every_dialect(path):
+    client = make_client()
+    app = make_app(client, autoload=replace(ANYWHERE, max_adapters=1))
+    complete(app, lora_path="a/1")
+    body = {"lora_name": "a/1"}
+    body.update({"source": {"uri": "a/1"}} if path == "/v1/loras" else {"lora_path": "a/1"})
+    assert call(app, "POST", path, json=body).status_code == 200
+    complete(app, lora_path="a/2")
+    assert paths_of(client, "unload") == []
+
+
+def test_generation_that_somebody_has_replaced_is_not_unloaded_even_while_it_is_used():
+    client = make_client()
+    app = make_app(client, autoload=replace(ANYWHERE, max_adapters=1))
+    complete(app, lora_path="a/1")
+    client.adapters["a/1"] = adapter_info("a/1", 77)
+    set_requests(client, "a/1", 1)
+    assert complete(app, lora_path="a/2").status_code == 200
+    assert paths_of(client, "unload") == []
 
 
 def test_adapter_that_an_operator_has_unloaded_is_loaded_again():

@@ -174,6 +174,7 @@ def test_unseeded_sampling_has_a_seed_of_its_own_each_time():
         ({"truncate": 0}, "parameters.truncate is 0"),
         ({"stop": [""]}, "stop"),
         ({"best_of": 2}, "needs sampling"),
+        ({"best_of": 2, "do_sample": True, "temperature": 0.0}, "needs sampling"),
         ({"best_of": 2, "do_sample": True, "seed": 1}, "cannot have a seed"),
         ({"best_of": 1000, "do_sample": True}, "best_of"),
         ({"return_k_alternatives": 21, "details": True}, "return_k_alternatives"),
