@@ -30,7 +30,11 @@ from lora_serve.server.request_errors import RequestError
 router = APIRouter()
 
 
-@router.post("/load_lora_adapter", include_in_schema=False)
+@router.post(
+    "/load_lora_adapter",
+    openapi_extra=body_schema(LoadAdapterRequest),
+    responses={200: {"model": LoadAdapterResponse}},
+)
 @router.post(
     "/v1/load_lora_adapter",
     openapi_extra=body_schema(LoadAdapterRequest),
@@ -129,7 +133,11 @@ def _weight_of(body: LoadAdapterRequest) -> float:
     return weight
 
 
-@router.post("/unload_lora_adapter", include_in_schema=False)
+@router.post(
+    "/unload_lora_adapter",
+    openapi_extra=body_schema(UnloadAdapterRequest),
+    responses={200: {"model": UnloadAdapterResponse}},
+)
 @router.post(
     "/v1/unload_lora_adapter",
     openapi_extra=body_schema(UnloadAdapterRequest),

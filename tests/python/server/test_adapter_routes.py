@@ -158,6 +158,16 @@ def test_version_is_a_string():
 def test_openapi_schema_resolves_every_reference():
     schema = call(make_app(), "GET", "/openapi.json").json()
     assert "requestBody" in schema["paths"]["/v1/completions"]["post"]
+    methods = {(path, method) for path, entry in schema["paths"].items() for method in entry}
+    assert methods >= {
+        *((path, "post") for path in ("/", "/generate", "/generate_stream", "/tokenize", "/detokenize")),
+        *((f"{prefix}/{verb}_lora_adapter", "post") for prefix in ("", "/v1") for verb in ("load", "unload")),
+        *(("/v1/loras", method) for method in ("get", "post")),
+        ("/v1/loras/{lora_name}", "delete"),
+    }
+    for path, method in methods:
+        operation = schema["paths"][path][method]
+        assert ("requestBody" in operation) == (method == "post"), path
     known = schema["components"]["schemas"]
     assert {"CompletionRequest", "ChatCompletionRequest", "LoadAdapterRequest"} <= set(known)
 

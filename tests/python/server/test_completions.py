@@ -351,3 +351,12 @@ def test_wrong_method_and_unknown_path_have_the_same_shape():
     unknown = call(make_app(), "POST", "/v1/nothing")
     assert unknown.status_code == 404
     assert "/v1/nothing" in unknown.json()["error"]["message"]
+
+
+def test_model_of_another_base_is_404_and_says_which_base_is_here():
+    client = make_client()
+    response = complete(make_app(client), model="llama:sql")
+    assert response.status_code == 404
+    assert response.json()["error"]["param"] == "model"
+    assert f"send '{BASE}:sql'" in response.json()["error"]["message"]
+    assert "send" not in complete(make_app(client), model=f"{BASE}:nobody").json()["error"]["message"]
