@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from lora_serve.engine.engine_client import AsyncEngineClient
     from lora_serve.engine.status import AdapterInfo
 
-MAX_LOADS = 4
-"""Loads that are asked for at once: those of operators do not queue behind a hundred of them."""
+MAX_LOADS = 2
+"""Loads that are asked for at once, as many as the engine reads: an operator's waits for one at most."""
 RETRY_AFTER_S = 1
 
 logger = logging.getLogger(__name__)
@@ -62,9 +62,7 @@ class AdapterAutoloader:
         self._loads: dict[str, asyncio.Task[None]] = {}
         # Names of loads under way that an operator has asked for too.
         self._disowned: set[str] = set()
-        self._num_places_taken = 0
         self._turns = asyncio.Semaphore(MAX_LOADS)
-        self._room = asyncio.Lock()
 
     @contextlib.contextmanager
     def using(self, path: str) -> Iterator[None]:
@@ -126,17 +124,17 @@ class AdapterAutoloader:
 
     async def _load(self, path: str) -> None:
         async with self._turns:
-            await self._take_place()
             try:
                 result = await self._client.load_lora_adapter(path, path)
             except AdapterSourceError as error:
                 logger.info("adapter path %r cannot be loaded on first use: %s", path, error)
                 raise _not_found(path) from None
-            finally:
-                self._num_places_taken -= 1
         if result.already_loaded or path in self._disowned:
             return  # Somebody else was quicker; it is theirs.
         self._owned[path] = result.adapter_id
+        # Only now: a path that leads nowhere must not cost anybody an adapter.
+        while len(self._owned) > self._settings.max_adapters:
+            await self._make_way(path)
         logger.info("adapter %r is loaded on first use", path)
 
     def _forget_load(self, path: str, task: asyncio.Task[None]) -> None:
@@ -145,35 +143,24 @@ class AdapterAutoloader:
         if not task.cancelled():
             task.exception()  # Those who wait for it have got it; there may be none.
 
-    # --- Places -------------------------------------------------------------------------------------------
-
-    async def _take_place(self) -> None:
-        # One at a time: two loads must not count on the place of one adapter.
-        async with self._room:
-            while len(self._owned) + self._num_places_taken >= self._settings.max_adapters:
-                await self._make_way()
-            self._num_places_taken += 1
-
-    async def _make_way(self) -> None:
-        """Unload the least recently used adapter that no request uses.
+    async def _make_way(self, newest: str) -> None:
+        """Unload the least recently used adapter that no request uses; the newest one where there is none.
 
         Raises
         ------
         CapacityError
-            Requests use all of them.
+            It was the newest one.
         """
         serving = {info.name: info for info in await self._client.list_lora_adapters() if info.is_serving}
         for name, adapter_id in self._owned.items():
             info = serving.get(name)
-            if info is not None and info.adapter_id == adapter_id and self._is_used(info):
-                continue
-            # Before the engine hears of it: a request that comes now finds no adapter and loads it again.
-            del self._owned[name]
-            if info is not None and info.adapter_id == adapter_id:
-                with contextlib.suppress(AdapterNotFoundError):
-                    await self._client.unload_lora_adapter(name)
-                logger.info("adapter %r, loaded on first use, is unloaded to make way", name)
-            return
+            is_there = info is not None and info.adapter_id == adapter_id
+            if not is_there or (name != newest and not self._is_used(serving[name])):
+                await self._unload(name, is_there=is_there)
+                return
+        if newest not in self._owned:
+            return  # Nobody waits for it any more, and somebody has unloaded it, or it is an operator's.
+        await self._unload(newest, is_there=True)
         raise CapacityError(
             f"all {self._settings.max_adapters} adapters that may be loaded on first use are in use; try "
             "again later, or start the server with a larger --lora-autoload-max",
@@ -182,6 +169,14 @@ class AdapterAutoloader:
 
     def _is_used(self, info: AdapterInfo) -> bool:
         return bool(self._users[info.name] or info.num_waiting_requests or info.num_running_requests)
+
+    async def _unload(self, name: str, *, is_there: bool) -> None:
+        # Before the engine hears of it: a request that comes now finds no adapter and loads it again.
+        del self._owned[name]
+        if is_there:
+            with contextlib.suppress(AdapterNotFoundError):
+                await self._client.unload_lora_adapter(name)
+            logger.info("adapter %r, loaded on first use, is unloaded to make way", name)
 
 
 def _not_found(path: str) -> AdapterNotFoundError:

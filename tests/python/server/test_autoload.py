@@ -13,7 +13,7 @@ from lora_serve.common.errors import (
     CapacityError,
     InvalidArgumentError,
 )
-from lora_serve.server.autoload import AdapterAutoloader
+from lora_serve.server.autoload import MAX_LOADS, AdapterAutoloader
 from lora_serve.server.settings import AutoloadSettings
 from server.fake_engine_client import FakeEngineClient, adapter_info
 from server.http_calls import BASE, call, chat, complete, make_app, make_client
@@ -226,28 +226,35 @@ def test_adapter_whose_request_is_not_yet_known_to_the_engine_stays():
             await autoloader.load("a/1")
             with pytest.raises(CapacityError):
                 await autoloader.load("a/2")
+        assert list(client.adapters) == ["sql", "law", "a/1"]
         await autoloader.load("a/2")
-        assert paths_of(client, "unload") == ["a/1"]
+        assert list(client.adapters) == ["sql", "law", "a/2"]
 
     asyncio.run(main())
 
 
-def test_loads_that_fail_or_run_count_as_places_only_while_they_run():
+def test_path_that_leads_nowhere_costs_nobody_an_adapter():
+    client = make_client()
+    app = make_app(client, autoload=ANYWHERE)
+    for path in ("a/1", "a/2"):
+        complete(app, lora_path=path)
+    client.load_error = AdapterSourceError("nothing there")
+    for path in ("b/1", "b/2"):
+        assert complete(app, lora_path=path).status_code == 404
+    assert paths_of(client, "unload") == []
+
+
+def test_many_loads_at_once_leave_no_more_than_may_stay():
     async def main():
         client = SlowLoads()
         autoloader = AdapterAutoloader(client, ANYWHERE, BASE)
-        running = [asyncio.create_task(autoloader.load(f"a/{i}")) for i in range(2)]
-        await asyncio.sleep(0)
-        await asyncio.sleep(0)
-        with pytest.raises(CapacityError):
-            await autoloader.load("a/9")
-        client.load_error = AdapterSourceError("nothing there")
+        loads = [asyncio.create_task(autoloader.load(f"a/{i}")) for i in range(7)]
+        await asyncio.sleep(0.02)
+        assert len(paths_of(client, "begin")) == MAX_LOADS
         client.may_end.set()
-        assert all(await asyncio.gather(*running, return_exceptions=True))
-        client.load_error = None
-        for i in range(2):
-            await autoloader.load(f"b/{i}")
-        assert paths_of(client, "unload") == []
+        await asyncio.gather(*loads)
+        assert len(client.adapters) == 2
+        assert len(paths_of(client, "load")) == 7
 
     asyncio.run(main())
 
