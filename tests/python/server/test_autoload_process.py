@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from lora.source_setup import make_hub_cache
 from lora_serve.testing.adapters import make_random_adapter
 from support.server_process import ServerProcess
 from support.tiny_checkpoint import make_tiny_checkpoint
@@ -21,6 +22,7 @@ def folder(tmp_path_factory):
         make_random_adapter(folder / "root" / name, model, rank=4, seed=seed)
     make_random_adapter(folder / "outside", model, rank=4)
     make_random_adapter(folder / "root" / "large", model, rank=32)
+    make_hub_cache(folder / "cache", "org/two", folder / "root" / "two")
     (folder / "root" / "link").symlink_to(folder / "outside")
     (folder / "root" / "empty").mkdir()
     return folder
@@ -37,7 +39,9 @@ def server(folder):
         f"own={folder}/root/one",
     )
     options += ("--lora-autoload", "--lora-autoload-max", "2", "--lora-allowed-roots", str(folder / "root"))
-    with ServerProcess(folder / "model", *options) as server:
+    options += ("--lora-allow-hub",)
+    environment = {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(folder / "cache")}
+    with ServerProcess(folder / "model", *options, environment=environment) as server:
         yield server
 
 
@@ -87,6 +91,16 @@ def test_batch_loads_the_paths_of_its_prompts_and_each_runs_under_its_own(http, 
     assert len(set(expected)) == 3
     batch = complete(http, [*paths, None], prompt=["Hello"] * 3).json()
     assert [choice["text"] for choice in batch["choices"]] == expected
+
+
+def test_id_of_the_hub_is_loaded_as_lorax_clients_give_it(http, folder):
+    expected = complete(http, f"{folder}/root/two").json()["choices"][0]["text"]
+    parameters = {"adapter_id": "org/two", "adapter_source": "hub", "max_new_tokens": 4}
+    answer = http.post("/generate", json={"inputs": "Hello", "parameters": parameters})
+    assert answer.json()["generated_text"] == expected
+    missing = http.post("/generate", json={"inputs": "Hello", "parameters": {"adapter_id": "org/none"}})
+    assert missing.status_code == 404
+    assert str(folder) not in missing.text
 
 
 def test_what_lies_outside_the_roots_cannot_be_told_from_what_is_not_there(http, folder):
