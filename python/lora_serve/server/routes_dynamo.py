@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
@@ -63,14 +63,14 @@ def local_path_of(uri: str) -> str:
         )
     if not uri.startswith(FILE_SCHEME):
         return uri
-    parts = urlsplit(uri)
-    if parts.netloc not in ("", "localhost") or not parts.path or parts.query or parts.fragment:
+    host, slash, path = uri.removeprefix(FILE_SCHEME).partition("/")
+    if host not in ("", "localhost") or not path or "?" in path or "#" in path:
         raise RequestError(
             f"source.uri is {uri!r} but must be file:///path with a path of this machine",
             param="source.uri",
             code="invalid_value",
         )
-    return unquote(parts.path)
+    return unquote(slash + path)
 
 
 def _answer(message: str, lora_name: str, adapter_id: int) -> Response:

@@ -59,7 +59,9 @@ def test_delete_unloads_once_and_then_is_404(name):
     assert again.json()["message"] == again.json()["error"]["message"]
 
 
-@pytest.mark.parametrize("uri", ["", "file://", "file://host/adapters", "file:///a?b"])
+@pytest.mark.parametrize(
+    "uri", ["", "file://", "file:///", "file://host/adapters", "file:///a?b", "file://["]
+)
 def test_uri_that_is_no_path_of_this_machine_is_400(uri):
     client = make_client()
     response = load(make_app(client), uri)
