@@ -6,7 +6,12 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 
-from lora_serve.common.errors import AdapterNotFoundError, InvalidArgumentError, LoraServeError
+from lora_serve.common.errors import (
+    AdapterNotFoundError,
+    InvalidArgumentError,
+    LoraServeError,
+    QueueTimeoutError,
+)
 from lora_serve.common.outputs import RequestOutput
 from lora_serve.common.queueing import DEFAULT_QUEUEING, Queueing
 from lora_serve.common.sampling_params import SamplingParams
@@ -105,9 +110,15 @@ async def _submit(
             return await _hand_over(client, job, not_found)
         except AdapterNotFoundError as error:
             try:
-                await autoloader.load(job.lora_name)
+                await asyncio.wait_for(autoloader.load(job.lora_name), job.queueing.timeout_s)
             except AdapterNotFoundError:
                 raise error from None
+            except asyncio.TimeoutError:
+                raise QueueTimeoutError(
+                    f"the request's queue_timeout of {job.queueing.timeout_s} s has passed while adapter "
+                    f"{job.lora_name!r} is being loaded, which goes on; send it again",
+                    retry_after_s=1,
+                ) from None
             except InvalidArgumentError as refusal:
                 param = getattr(error, "param", None)
                 raise RequestError(str(refusal), param=param, code="invalid_adapter") from None

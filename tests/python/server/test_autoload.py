@@ -190,6 +190,22 @@ def test_concurrent_first_uses_share_one_load():
     asyncio.run(main())
 
 
+def test_queue_timeout_counts_while_the_adapter_is_loaded_and_the_load_goes_on():
+    async def main():
+        client = SlowLoads()
+        app = make_app(client, autoload=ANYWHERE)
+        body = {"model": BASE, "prompt": "x", "lora_path": "a/b"}
+        late = await post(app, "/v1/completions", {**body, "queue_timeout": 0.01})
+        assert late.status_code == 503
+        assert late.json()["error"]["code"] == "queue_timeout"
+        assert late.headers["Retry-After"] == "1"
+        client.may_end.set()
+        assert (await post(app, "/v1/completions", body)).status_code == 200
+        assert paths_of(client, "begin") == ["a/b"]
+
+    asyncio.run(main())
+
+
 def test_least_recently_used_makes_way_and_operators_adapters_stay():
     client = make_client()
     app = make_app(client, autoload=ANYWHERE)
