@@ -121,6 +121,24 @@ InvalidArgumentError
 )doc");
 }
 
+/// What routers want to know of the cache.
+void BindEvents(py::class_<Scheduler>& scheduler) {
+  scheduler
+      .def("set_events_enabled", &Scheduler::SetEventsEnabled, py::arg("is_enabled"), R"doc(
+Note from now on which KV pages come to a tier and leave it, or end that.
+
+The first events are all pages that are there. Switching off forgets what was not taken. Costs nothing while off.
+)doc")
+      .def("take_events", &Scheduler::TakeEvents, R"doc(
+Give the events since the last call, in order.
+
+Returns
+-------
+list of KVEvent
+    Every page is stored once in a tier and removed once.
+)doc");
+}
+
 /// What the engine asks between plans to keep the right adapters in host memory.
 void BindReadAhead(py::class_<Scheduler>& scheduler) {
   const auto values_of = [](const std::vector<AdapterId>& ids) {
@@ -325,6 +343,7 @@ End a request wherever it is; returns False when the id is not live (a late abor
       .def_property_readonly("options", &Scheduler::options);
   BindStep(scheduler);
   BindReadAhead(scheduler);
+  BindEvents(scheduler);
 }
 
 }  // namespace lora_serve::bindings

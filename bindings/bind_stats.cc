@@ -97,6 +97,8 @@ void BindStats(py::module_& module) {
                     "Queued and preempted.")
       .def_readonly("num_device_pages", &SchedulerStats::num_device_pages)
       .def_readonly("num_free_pages", &SchedulerStats::num_free_pages)
+      .def_readonly("num_available_pages", &SchedulerStats::num_available_pages,
+                    "Free, or evictable now: what no request uses.")
       .def_readonly("num_tree_pages", &SchedulerStats::num_tree_pages)
       .def_readonly("num_private_pages", &SchedulerStats::num_private_pages)
       .def_readonly("total_evicted_pages", &SchedulerStats::total_evicted_pages)

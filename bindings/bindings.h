@@ -9,6 +9,7 @@ void BindErrors(pybind11::module_& module);
 void BindPlan(pybind11::module_& module);
 void BindSchedulerOptions(pybind11::module_& module);
 void BindStats(pybind11::module_& module);
+void BindKVEvents(pybind11::module_& module);
 void BindScheduler(pybind11::module_& module);
 
 }  // namespace lora_serve::bindings

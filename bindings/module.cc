@@ -8,5 +8,6 @@ PYBIND11_MODULE(_core, module) {
   lora_serve::bindings::BindPlan(module);
   lora_serve::bindings::BindSchedulerOptions(module);
   lora_serve::bindings::BindStats(module);
+  lora_serve::bindings::BindKVEvents(module);
   lora_serve::bindings::BindScheduler(module);
 }

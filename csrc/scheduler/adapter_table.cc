@@ -42,6 +42,7 @@ AdapterTable::AdapterTable(KVPrefixCache* cache, const SchedulerOptions& options
   base_.namespace_id = kBaseNamespace;
   base_.load_state = LoadState::kResident;
   base_.service_per_token = ServicePerToken(kBaseAdapter, base_.options.weight);
+  by_namespace_[kBaseNamespace] = kBaseAdapter;
   used_ids_.insert(kBaseAdapter);
 }
 
@@ -70,6 +71,7 @@ bool AdapterTable::Open(AdapterId id, const AdapterOptions& options) {
   adapter.options = options;
   adapter.service_per_token = service_per_token;
   adapter.namespace_id = cache_backptr_->OpenNamespace(namespace_options);
+  by_namespace_[adapter.namespace_id] = id;
   cache_backptr_->SetAdapterResident(adapter.namespace_id, false);
   used_ids_.insert(id);
   CountSize(adapter);
@@ -319,6 +321,7 @@ void AdapterTable::Remove(AdapterId id) {
   if (adapter.slot != kNoAdapterSlot) {
     slot_is_taken_[static_cast<std::size_t>(adapter.slot.value())] = false;
   }
+  by_namespace_.erase(adapter.namespace_id);
   adapters_.erase(id);
 }
 

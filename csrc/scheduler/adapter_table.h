@@ -3,6 +3,7 @@
 #include <cstdint>
 #include <iterator>
 #include <map>
+#include <optional>
 #include <set>
 #include <unordered_set>
 #include <vector>
@@ -136,6 +137,12 @@ class AdapterTable {
     const auto it = adapters_.find(id);
     return it == adapters_.end() ? nullptr : &it->second;
   }
+  /// Whose namespace it is or was; nothing once the adapter is removed. Complexity: O(log
+  /// adapters).
+  [[nodiscard]] std::optional<AdapterId> FindByNamespace(NamespaceId id) const {
+    const auto it = by_namespace_.find(id);
+    return it == by_namespace_.end() ? std::nullopt : std::optional(it->second);
+  }
 
   /// Throws: InternalError.
   void CheckInvariants() const;
@@ -172,6 +179,8 @@ class AdapterTable {
   const std::int64_t priority_ageing_us_;
   std::map<AdapterId, Adapter> adapters_;
   Adapter& base_;
+  /// Of every adapter in `adapters_`, also when its namespace has destroyed itself.
+  std::map<NamespaceId, AdapterId> by_namespace_;
   std::unordered_set<AdapterId> used_ids_;  // looked up only, never iterated
   std::vector<AdapterId> due_;              // in the order of becoming so
   std::vector<AdapterId> drained_;          // not reported yet, in the order of completion

@@ -148,6 +148,10 @@ void Scheduler::Advance(const ExecutionEvent& event) { impl_->Advance(event); }
 
 bool Scheduler::HasWork() const { return impl_->HasWork(); }
 
+void Scheduler::SetEventsEnabled(bool is_enabled) { impl_->SetEventsEnabled(is_enabled); }
+
+std::vector<AdapterKVEvent> Scheduler::TakeEvents() { return impl_->TakeEvents(); }
+
 SchedulerCounters Scheduler::Counters() const { return impl_->Counters(); }
 
 SchedulerStats Scheduler::Stats() const { return impl_->Stats(); }

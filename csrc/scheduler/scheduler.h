@@ -2,15 +2,24 @@
 
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <span>
 #include <vector>
 
 #include "common/strong_id.h"
+#include "kv_prefix_cache/cache_options.h"
 #include "scheduler/execution_plan.h"
 #include "scheduler/scheduler_options.h"
 #include "scheduler/scheduler_stats.h"
 
 namespace lora_serve {
+
+/// A KVEvent, and whose pages it is about.
+struct AdapterKVEvent {
+  /// Of every kStored; nothing when the generation has been drained and forgotten since.
+  std::optional<AdapterId> adapter_id;
+  KVEvent event;
+};
 
 /// Decides what runs next. Single-threaded by contract, deterministic, no callbacks, no clock of
 /// its own.
@@ -111,6 +120,13 @@ class Scheduler {
   /// plan is empty nevertheless and none is outstanding, everything waits for the reports of loads
   /// and copies. Those that nothing waits for are not work.
   [[nodiscard]] bool HasWork() const;
+
+  /// From now on the cache notes which pages come to a tier and leave it, for TakeEvents, starting
+  /// with all that it holds. Switching off forgets what was not taken. Costs nothing while off.
+  void SetEventsEnabled(bool is_enabled);
+  /// The events since the last call, in order: all of the plans and calls before, if it is called
+  /// after each Advance. Complexity: O(events log adapters).
+  [[nodiscard]] std::vector<AdapterKVEvent> TakeEvents();
 
   /// Complexity: O(1).
   [[nodiscard]] SchedulerCounters Counters() const;

@@ -54,6 +54,8 @@ class Scheduler::Impl {
   [[nodiscard]] bool HasWork() const;
 
   // scheduler_stats.cc
+  void SetEventsEnabled(bool is_enabled) { cache_.SetEventsEnabled(is_enabled); }
+  std::vector<AdapterKVEvent> TakeEvents();
   [[nodiscard]] SchedulerCounters Counters() const;
   [[nodiscard]] SchedulerStats Stats() const;
   void CheckInvariants() const;

@@ -1,6 +1,9 @@
 #include <algorithm>
 #include <iterator>
 #include <map>
+#include <optional>
+#include <utility>
+#include <vector>
 
 #include "common/check.h"
 #include "scheduler/scheduler_impl.h"
@@ -71,6 +74,7 @@ SchedulerStats Scheduler::Impl::Stats() const {
   stats.num_waiting_requests = stats.num_queued_requests + stats.num_preempted_requests;
   stats.num_device_pages = cache.num_device_pages;
   stats.num_free_pages = cache.num_free_pages;
+  stats.num_available_pages = cache_.NumAvailablePages();
   stats.num_tree_pages = cache.num_tree_pages;
   stats.num_private_pages = cache.num_private_pages;
   stats.total_evicted_pages = cache.num_evicted_pages;
@@ -108,6 +112,15 @@ SchedulerStats Scheduler::Impl::Stats() const {
     }
   }
   return stats;
+}
+
+std::vector<AdapterKVEvent> Scheduler::Impl::TakeEvents() {
+  std::vector<AdapterKVEvent> taken;
+  for (KVEvent& event : cache_.TakeEvents()) {
+    const std::optional<AdapterId> adapter_id = adapters_.FindByNamespace(event.namespace_id);
+    taken.push_back({.adapter_id = adapter_id, .event = std::move(event)});
+  }
+  return taken;
 }
 
 void Scheduler::Impl::CheckInvariants() const {

@@ -85,6 +85,8 @@ struct SchedulerStats : SchedulerCounters {
   std::int64_t num_waiting_requests = 0;
   std::int64_t num_device_pages = 0;
   std::int64_t num_free_pages = 0;
+  /// Free, or evictable now: what no request uses.
+  std::int64_t num_available_pages = 0;
   std::int64_t num_tree_pages = 0;
   std::int64_t num_private_pages = 0;
   std::int64_t total_evicted_pages = 0;

@@ -13,6 +13,7 @@ __all__: list[str] = [
     "AdapterStats",
     "ExecutionEvent",
     "ExecutionPlan",
+    "KVEvent",
     "NewRequest",
     "Scheduler",
     "SchedulerCounters",
@@ -573,6 +574,11 @@ class SchedulerStats(SchedulerCounters):
         list of AdapterStats, ordered by adapter id; the base model (id 0) is the first.
         """
     @property
+    def num_available_pages(self) -> int:
+        """
+        Free, or evictable now: what no request uses.
+        """
+    @property
     def num_device_pages(self) -> int: ...
     @property
     def num_free_host_pages(self) -> int: ...
@@ -607,6 +613,43 @@ class SchedulerStats(SchedulerCounters):
         """
     @property
     def total_queried_tokens(self) -> int: ...
+
+class KVEvent:
+    """
+    Pages of one namespace that came to a tier or left it. Immutable; any thread may read it.
+
+    A page's hash is a chain over all tokens before it, seeded by the generation's ``digest_seed``.
+    """
+    @property
+    def adapter_id(self) -> int | None:
+        """
+        The generation, 0 = the base model; None only of removed pages, when it is gone.
+        """
+    @property
+    def is_on_host(self) -> bool:
+        """
+        Whether it is about the host tier, not the device's.
+        """
+    @property
+    def is_stored(self) -> bool:
+        """
+        True when the pages came, False when they left.
+        """
+    @property
+    def page_hashes(self) -> list[int]:
+        """
+        list of int, 64 bits each, in the order of the sequence.
+        """
+    @property
+    def parent_hash(self) -> int | None:
+        """
+        Hash of the page before the first one; None when that is the first of its sequence.
+        """
+    @property
+    def token_ids(self) -> list[int]:
+        """
+        list of int, ``page_size`` a page; empty of removed pages.
+        """
 
 class NewRequest:
     """
@@ -843,9 +886,24 @@ class Scheduler:
         InvalidArgumentError
             The weight is not above 0 and at most 1000.
         """
+    def set_events_enabled(self, is_enabled: bool) -> None:
+        """
+        Note from now on which KV pages come to a tier and leave it, or end that.
+
+        The first events are all pages that are there. Switching off forgets what was not taken. Costs nothing while off.
+        """
     def stats(self) -> SchedulerStats:
         """
         All counts; costs in proportion to the adapters.
+        """
+    def take_events(self) -> list[KVEvent]:
+        """
+        Give the events since the last call, in order.
+
+        Returns
+        -------
+        list of KVEvent
+            Every page is stored once in a tier and removed once.
         """
     def waiting_adapters(
         self, adapter_ids: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex]
