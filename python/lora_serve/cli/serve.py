@@ -13,6 +13,7 @@ from lora_serve.server.settings import (
     DEFAULT_ADAPTER_FOLDER_POLL_SECONDS,
     DEFAULT_MAX_ANSWERS_PER_REQUEST,
     DEFAULT_MAX_AUTOLOADED_ADAPTERS,
+    DEFAULT_METRICS_MAX_ADAPTERS,
 )
 
 if TYPE_CHECKING:
@@ -52,6 +53,13 @@ def _add_server_options(group: argparse._ArgumentGroup) -> None:
         metavar="N",
         default=DEFAULT_MAX_ANSWERS_PER_REQUEST,
         help="most answers (prompts times n) that one HTTP request may ask for (default: %(default)s)",
+    )
+    group.add_argument(
+        "--metrics-max-adapters",
+        type=int,
+        metavar="N",
+        default=DEFAULT_METRICS_MAX_ADAPTERS,
+        help="most adapters whose requests have series of their own in /metrics (default: %(default)s)",
     )
     group.add_argument(
         "--lora-dir",
@@ -155,6 +163,7 @@ def make_launch(args: argparse.Namespace) -> Launch:
             api_keys=tuple(api_keys),
             max_answers_per_request=args.max_answers_per_request,
             autoload=_autoload_settings(args, config),
+            metrics_max_adapters=args.metrics_max_adapters,
         ),
         adapters=adapters,
         host=args.host,

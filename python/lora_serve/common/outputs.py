@@ -89,6 +89,9 @@ class RequestOutput:
         The adapter's name; None = the base model.
     adapter_id : int
         The adapter's generation; 0 = the base model.
+    queue_s : float or None
+        Seconds that the request waited in the engine for its first step (of the first answer); in a stream
+        with the first output only.
     """
 
     request_id: str
@@ -100,3 +103,4 @@ class RequestOutput:
     num_cached_tokens: int = 0
     lora_name: str | None = None
     adapter_id: int = 0
+    queue_s: float | None = None

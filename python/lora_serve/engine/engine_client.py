@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -27,7 +28,7 @@ from lora_serve.engine.messages import (
     UnloadAdapterResult,
 )
 from lora_serve.engine.output_processor import OutputProcessor
-from lora_serve.engine.request_stream import RequestStream
+from lora_serve.engine.request_stream import RequestStream, StreamObserver
 from lora_serve.engine.status import AdapterInfo, EngineStats
 from lora_serve.engine.tokenizer import Tokenizer
 
@@ -56,6 +57,9 @@ class AsyncEngineClient:
         What the engine said when it was ready; set by `start`.
     tokenizer : Tokenizer
         For decoding in the event loop's thread; set by `start`.
+    observe : callable or None
+        Gives the observer of each accepted stream; takes the stream, the number of its answers, and when
+        `submit` was called, as time.perf_counter gives it.
     """
 
     config: EngineConfig
@@ -64,6 +68,7 @@ class AsyncEngineClient:
 
     def __init__(self, config: EngineConfig, *, executor_factory: str | None = None) -> None:
         self.config = config
+        self.observe: Callable[[RequestStream, int, float], StreamObserver] | None = None
         self._connection = EngineConnection(
             executor_factory, on_outputs=self._take_outputs, on_failure=self._fail_streams
         )
@@ -135,6 +140,7 @@ class AsyncEngineClient:
         InternalError
             The engine has stopped.
         """
+        arrived_at = time.perf_counter()
         self._connection.require_healthy()
         text = prompt if isinstance(prompt, str) else None
         token_ids = await self.encode(prompt) if isinstance(prompt, str) else prompt
@@ -160,6 +166,8 @@ class AsyncEngineClient:
             self._drop(request_id)
             raise
         stream.set_admission(admission)
+        if self.observe is not None:
+            stream.observer = self.observe(stream, sampling_params.n, arrived_at)
         return stream
 
     async def generate(

@@ -232,13 +232,15 @@ class EngineCore:
         eos_token_ids, vocab_size = self._executor.eos_token_ids, self._executor.vocab_size
         live = [LiveRequest.create(request, adapter_id, eos_token_ids, vocab_size) for request in requests]
         check_can_ever_fit(self._scheduler.options, requests)
+        now_us = self._clock_us()
         try:
-            add_all(self._scheduler, requests, adapter_id, self._clock_us())
+            add_all(self._scheduler, requests, adapter_id, now_us)
         except CapacityError as error:
             wait_s = self._loop.throughput.seconds_for(self._scheduler.counters().num_queued_tokens)
             raise CapacityError(str(error), wait_s) from None
         for one in live:
             one.give_seed(self._seeds)
+            one.arrival_us = now_us
             self._requests.add(one)
         if generation is not None:
             self._executor.lora.touch(adapter_id)

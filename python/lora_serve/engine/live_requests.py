@@ -37,6 +37,10 @@ class LiveRequest:
 
     Attributes
     ----------
+    arrival_us : int
+        When it was accepted, on the scheduler's clock.
+    queue_us : int or None
+        Microseconds that it waited for its first step; None while it waits.
     has_ended : bool
         True from the request's last output on, or from when its reader has ended it: what plans that were
         made before still compute for it is dropped.
@@ -47,6 +51,8 @@ class LiveRequest:
         self.adapter_id = adapter_id
         self.queue_timeout_s = request.queue_timeout_s
         self.state = state
+        self.arrival_us = 0
+        self.queue_us: int | None = None
         self.has_ended = False
         self._params = request.sampling_params
         self._num_output_tokens = 0
@@ -118,6 +124,7 @@ class LiveRequest:
             logprobs=None if logprobs is None else [_to_message(logprobs)],
             prompt_logprobs=prompt_logprobs,
             num_cached_tokens=self._num_cached_tokens,
+            queue_us=self.queue_us if self._num_output_tokens == 1 else None,
             finish_reason=finish_reason,
             stop_reason=stop_reason,
         )

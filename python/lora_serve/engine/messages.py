@@ -106,6 +106,8 @@ class EngineOutput(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
         One entry a prompt token (None for the first), when asked for; given once, with the first token.
     num_cached_tokens : int
         Prompt tokens that came from the prefix cache, of either tier, when the request was first admitted.
+    queue_us : int or None
+        Microseconds from the request's arrival to its first step; given once, with the first token.
     finish_reason : {'stop', 'length', 'abort'} or None
         None = more will come.
     stop_reason : int or None
@@ -119,6 +121,7 @@ class EngineOutput(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
     logprobs: list[PositionLogprobs] | None = None
     prompt_logprobs: list[PositionLogprobs | None] | None = None
     num_cached_tokens: int = 0
+    queue_us: int | None = None
     finish_reason: FinishReason | None = None
     stop_reason: int | None = None
     error: WireError | None = None

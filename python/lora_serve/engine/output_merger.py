@@ -26,6 +26,8 @@ class OutputMerger:
         self._merged.adapter_id = delta.adapter_id
         self._merged.num_cached_tokens = delta.num_cached_tokens
         self._merged.finished = delta.finished
+        if delta.queue_s is not None:
+            self._merged.queue_s = delta.queue_s
         if delta.prompt_logprobs is not None:
             self._merged.prompt_logprobs = delta.prompt_logprobs
         for part in delta.outputs:

@@ -138,6 +138,8 @@ class OutputProcessor:
         if builder.index == 0:
             live.num_cached_tokens = output.num_cached_tokens
         delta.num_cached_tokens = live.num_cached_tokens
+        if output.queue_us is not None and builder.index == 0:
+            delta.queue_s = output.queue_us / 1_000_000
         if output.prompt_logprobs is not None and builder.index == 0:
             delta.prompt_logprobs = [
                 None if entry is None else decode_logprobs(entry, self._tokenizer)

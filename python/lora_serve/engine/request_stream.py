@@ -5,11 +5,25 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from types import TracebackType
+from typing import Protocol
 
 from lora_serve.common.errors import LoraServeError
 from lora_serve.common.outputs import RequestOutput
 from lora_serve.engine.messages import AdmissionResult
 from lora_serve.engine.output_merger import OutputMerger
+
+
+class StreamObserver(Protocol):
+    """Is told what becomes of one stream, in the event loop, before its reader: it must return at once."""
+
+    def on_output(self, output: RequestOutput) -> None:
+        """Take the next delta, which has just arrived."""
+
+    def on_failure(self) -> None:
+        """Take note that the request has failed; nothing more comes."""
+
+    def on_abandoned(self) -> None:
+        """Take note that the reader went away before the end; nothing more comes."""
 
 
 class RequestStream:
@@ -34,6 +48,8 @@ class RequestStream:
         The adapter's generation; 0 = the base model.
     content_digest : str
         The generation's content digest in hex; empty for the base model.
+    observer : StreamObserver or None
+        Whom to tell what becomes of it.
     """
 
     def __init__(
@@ -51,6 +67,7 @@ class RequestStream:
         self.lora_name = lora_name
         self.adapter_id = 0
         self.content_digest = ""
+        self.observer: StreamObserver | None = None
         self._abort = abort
         self._queue: asyncio.Queue[RequestOutput | LoraServeError] = asyncio.Queue()
         self._is_done = False
@@ -98,6 +115,7 @@ class RequestStream:
         if not self._is_done:
             self._is_done = True
             self._abort()
+            self._end_observation()
 
     async def __aenter__(self) -> RequestStream:
         return self
@@ -116,4 +134,17 @@ class RequestStream:
 
     def put(self, item: RequestOutput | LoraServeError) -> None:
         """Hand the next delta, or the error that ends the stream, to the reader."""
+        if self.observer is not None:
+            if isinstance(item, LoraServeError):
+                self.observer.on_failure()
+                self.observer = None
+            else:
+                self.observer.on_output(item)
+                if item.finished:
+                    self.observer = None
         self._queue.put_nowait(item)
+
+    def _end_observation(self) -> None:
+        observer, self.observer = self.observer, None
+        if observer is not None:  # Else all of it has arrived, only nobody reads it.
+            observer.on_abandoned()

@@ -111,6 +111,8 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
         Requests that have not begun to run, and their prompt tokens; see the limits of EngineConfig.
     num_device_pages, num_free_pages, num_tree_pages, num_private_pages : int
         KV pages on the device: all = free + in the tree + private to requests.
+    num_available_pages : int
+        Of them, those that no request uses: free ones, and cached ones that can go at once.
     num_host_pages, num_free_host_pages : int
         KV pages of the host tier: all = free + in the tree.
     num_transfers : int
@@ -162,6 +164,7 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     num_free_pages: int
     num_tree_pages: int
     num_private_pages: int
+    num_available_pages: int
     num_host_pages: int
     num_free_host_pages: int
     num_transfers: int

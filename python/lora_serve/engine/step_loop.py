@@ -119,7 +119,7 @@ class StepLoop:
         plan = self._scheduler.next_plan(now_us, self._blocks[0])
         self._expire(plan.expired_request_ids.tolist())
         if not plan.is_empty:
-            self._submit(plan)
+            self._submit(plan, now_us)
         has_result = len(self._in_flight) == self._max_in_flight or (plan.is_empty and self._in_flight)
         self.is_stalled = False
         if has_result:
@@ -139,8 +139,11 @@ class StepLoop:
 
     # --- Out ----------------------------------------------------------------------------------------------
 
-    def _submit(self, plan: ExecutionPlan) -> None:
+    def _submit(self, plan: ExecutionPlan, now_us: int) -> None:
         rows = [self._requests[request_id] for request_id in plan.request_ids.tolist()]
+        for live in rows:
+            if live.queue_us is None:
+                live.queue_us = now_us - live.arrival_us
         if not self._in_flight:
             self.throughput.resume()
         self._in_flight.append(PlanInFlight(plan, rows))

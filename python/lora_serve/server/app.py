@@ -11,6 +11,7 @@ from lora_serve.server import (
     routes_completions,
     routes_dynamo,
     routes_lorax,
+    routes_metrics,
     routes_status,
 )
 from lora_serve.server.auth import ApiKeyMiddleware
@@ -18,6 +19,7 @@ from lora_serve.server.autoload import AdapterAutoloader
 from lora_serve.server.cancellation import CancellationMiddleware
 from lora_serve.server.context import ServerContext
 from lora_serve.server.error_handlers import install_error_handlers
+from lora_serve.server.metrics.server_metrics import ServerMetrics
 from lora_serve.server.openapi import install_openapi
 from lora_serve.server.protocol.adapters import LoadAdapterRequest, LoadLoraRequest, UnloadAdapterRequest
 from lora_serve.server.protocol.chat import ChatCompletionRequest
@@ -60,7 +62,8 @@ def create_app(client: AsyncEngineClient, settings: ServerSettings) -> FastAPI:
     autoloader = None
     if settings.autoload is not None:
         autoloader = AdapterAutoloader(client, settings.autoload, settings.served_model_name)
-    context = ServerContext(client=client, settings=settings, autoloader=autoloader)
+    metrics = ServerMetrics(client, settings.served_model_name, settings.metrics_max_adapters)
+    context = ServerContext(client=client, settings=settings, metrics=metrics, autoloader=autoloader)
     app.state.context = context
     for routes in (
         routes_completions,
@@ -69,6 +72,7 @@ def create_app(client: AsyncEngineClient, settings: ServerSettings) -> FastAPI:
         routes_dynamo,
         routes_lorax,
         routes_status,
+        routes_metrics,
     ):
         app.include_router(routes.router)
     install_error_handlers(app)

@@ -10,6 +10,7 @@ from fastapi import Request
 
 from lora_serve.engine.engine_client import AsyncEngineClient
 from lora_serve.server.autoload import AdapterAutoloader
+from lora_serve.server.metrics.server_metrics import ServerMetrics
 from lora_serve.server.settings import ServerSettings
 
 
@@ -36,6 +37,8 @@ class ServerContext:
         A started client.
     settings : ServerSettings
         The server's settings.
+    metrics : ServerMetrics
+        What /metrics shows.
     started_at : int
         Unix time in seconds.
     shutdown : Shutdown
@@ -46,6 +49,7 @@ class ServerContext:
 
     client: AsyncEngineClient
     settings: ServerSettings
+    metrics: ServerMetrics
     started_at: int = field(default_factory=lambda: int(time.time()))
     shutdown: Shutdown = field(default_factory=Shutdown)
     autoloader: AdapterAutoloader | None = None

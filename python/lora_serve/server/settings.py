@@ -11,6 +11,7 @@ from lora_serve.common.field_checks import check_float, check_int
 
 DEFAULT_MAX_BODY_BYTES = 32 * 1024 * 1024
 DEFAULT_MAX_ANSWERS_PER_REQUEST = 1024
+DEFAULT_METRICS_MAX_ADAPTERS = 100
 DEFAULT_ADAPTER_FOLDER_POLL_SECONDS = 2.0
 MIN_ADAPTER_FOLDER_POLL_SECONDS = 0.01
 DEFAULT_MAX_AUTOLOADED_ADAPTERS = 64
@@ -61,11 +62,13 @@ class ServerSettings:
         Most answers (prompts times n) that one HTTP request may ask for.
     autoload : AutoloadSettings or None
         How adapters are loaded on first use; None = they are not.
+    metrics_max_adapters : int
+        Most adapters whose requests have series of their own in /metrics; those of others are added up.
 
     Raises
     ------
     InvalidArgumentError
-        The name or a key is empty or unprintable, or a limit is below 1.
+        The name or a key is empty or unprintable, or a limit is below 1 (`metrics_max_adapters`: below 0).
     """
 
     served_model_name: str
@@ -74,6 +77,7 @@ class ServerSettings:
     max_body_bytes: int = DEFAULT_MAX_BODY_BYTES
     max_answers_per_request: int = DEFAULT_MAX_ANSWERS_PER_REQUEST
     autoload: AutoloadSettings | None = None
+    metrics_max_adapters: int = DEFAULT_METRICS_MAX_ADAPTERS
 
     def __post_init__(self) -> None:
         if not self.served_model_name or not self.served_model_name.isprintable():
@@ -93,6 +97,11 @@ class ServerSettings:
             raise InvalidArgumentError(
                 f"max_answers_per_request is {self.max_answers_per_request} but must be at least 1; set "
                 "--max-answers-per-request"
+            )
+        if self.metrics_max_adapters < 0:
+            raise InvalidArgumentError(
+                f"metrics_max_adapters is {self.metrics_max_adapters} but must be at least 0; set "
+                "--metrics-max-adapters"
             )
 
 

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from lora_serve.common.config import EngineConfig
 from lora_serve.common.errors import AdapterNotFoundError, InvalidArgumentError, LoraServeError
 from lora_serve.common.outputs import CompletionOutput, Logprob, RequestOutput
 from lora_serve.common.queueing import DEFAULT_QUEUEING, Queueing
 from lora_serve.common.sampling_params import SamplingParams
 from lora_serve.engine.messages import AdmissionResult, LoadAdapterResult, ModelInfo, UnloadAdapterResult
-from lora_serve.engine.request_stream import RequestStream
+from lora_serve.engine.request_stream import RequestStream, StreamObserver
 from lora_serve.engine.status import AdapterInfo, EngineStats
 
 VOCABULARY = 256
@@ -56,6 +58,8 @@ class FakeEngineClient:
         self.chat_messages: list[Mapping[str, Any]] = []
         self.chat_options: dict[str, Any] = {}
         self.load_error: LoraServeError | None = None
+        self.observe: Callable[[RequestStream, int, float], StreamObserver] | None = None
+        self.config = EngineConfig(model="/models/base")
         self.tokenizer = FakeTokenizer()
         self.model_info = ModelInfo(
             model="/models/base",
@@ -101,6 +105,8 @@ class FakeEngineClient:
             stream.set_admission(
                 AdmissionResult(adapter_id=info.adapter_id, content_digest=info.content_digest)
             )
+        if self.observe is not None:
+            stream.observer = self.observe(stream, sampling_params.n, time.perf_counter())
         prompt = prompt if isinstance(prompt, str) else token_ids
         self.submissions.append(Submission(prompt, sampling_params, lora_name, stream, queueing))
         self._answer(stream, sampling_params, lora_name)

@@ -1,0 +1,17 @@
+"""/metrics."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter, Request
+from fastapi.responses import Response
+
+from lora_serve.server.context import context_of
+
+router = APIRouter()
+
+
+@router.get("/metrics", response_class=Response)
+async def metrics(request: Request) -> Response:
+    """Give the server's metrics as Prometheus reads them."""
+    page, content_type = await context_of(request).metrics.page(request.headers.get("accept", ""))
+    return Response(page, headers={"Content-Type": content_type})
