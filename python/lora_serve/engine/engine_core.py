@@ -26,7 +26,7 @@ from lora_serve.engine.messages import (
     UnloadAdapterResult,
 )
 from lora_serve.engine.scheduler_options import make_scheduler_options
-from lora_serve.engine.snapshots import make_adapter_infos, make_stats
+from lora_serve.engine.snapshots import AdapterListing, make_stats
 from lora_serve.engine.status import AdapterInfo, EngineStats
 from lora_serve.engine.step_loop import StepLoop
 from lora_serve.executor.executor import MAX_PLANS_IN_FLIGHT
@@ -188,8 +188,14 @@ class EngineCore:
 
     def adapters(self) -> list[AdapterInfo]:
         """Every generation that exists, by adapter id: serving, being installed, or draining."""
+        listing = self.list_adapters(num_at_once=len(self._registry.generations()))
+        listing.go_on()
+        return listing.infos
+
+    def list_adapters(self, num_at_once: int) -> AdapterListing:
+        """The same, so many at a time, for a caller that makes steps in between."""
         self._require_running()
-        return make_adapter_infos(self._registry, self._scheduler.stats(), self._executor.lora.snapshot())
+        return AdapterListing(self._registry, self._scheduler.stats(), self._executor.lora, num_at_once)
 
     def stats(self) -> EngineStats:
         """Counts over all adapters and the base model."""

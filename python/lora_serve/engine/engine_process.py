@@ -19,6 +19,7 @@ import socket
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from functools import partial
@@ -36,6 +37,7 @@ from lora_serve.engine.messages import LoadAdapterResult, UnloadAdapterResult, W
 
 if TYPE_CHECKING:
     from lora_serve.engine.engine_core import EngineCore
+    from lora_serve.engine.snapshots import AdapterListing
     from lora_serve.executor.executor import Executor
 
 logger = logging.getLogger(__name__)
@@ -52,6 +54,8 @@ Not much shorter: the loop's own part of a step would then be interrupted by tho
 FULL_COLLECTION_INTERVAL_S = 60.0
 """Between two garbage collections of everything, which happen only while the engine has no work."""
 _NEVER = 2**31 - 1
+ADAPTERS_A_STEP = 32
+"""Of a list of all adapters so many are described between two steps: it takes a third of a millisecond."""
 LINGER_MS = 2000
 """How long the last messages may take to leave."""
 
@@ -75,6 +79,7 @@ class EngineServer:
         self._decoder = msgspec.msgpack.Decoder(wire.ClientMessage)
         self._is_running = True
         self._collected_at = time.monotonic()
+        self._listings: deque[tuple[int, AdapterListing]] = deque()
         # Reader threads wake the loop through this pipe; a full pipe means that it is awake already.
         self._wake_reader, self._wake_writer = os.pipe()
         os.set_blocking(self._wake_reader, False)
@@ -110,7 +115,9 @@ class EngineServer:
         poller.register(self._client, zmq.POLLIN)
         poller.register(self._wake_reader, zmq.POLLIN)
         while self._is_running:
-            if not core.has_work:
+            if self._listings:
+                self._list_adapters()
+            elif not core.has_work:
                 self._collect_garbage()
                 poller.poll()
             elif core.is_stalled:
@@ -179,13 +186,22 @@ class EngineServer:
                 unload = core.unload_adapter(message.name, force=message.force)
                 unload.add_done_callback(partial(self._reply_unloaded, message.call_id))
             case wire.GetAdapters():
-                self._send(wire.Adapters(message.call_id, core.adapters()))
+                self._listings.append((message.call_id, core.list_adapters(ADAPTERS_A_STEP)))
+                if len(self._listings) == 1:
+                    self._list_adapters()
             case wire.GetStats():
                 self._send(wire.Stats(message.call_id, core.stats()))
             case wire.Shutdown():
                 self._is_running = False
             case wire.Start():
                 raise InternalError("the engine was started twice")
+
+    def _list_adapters(self) -> None:
+        """Go on with the oldest list of adapters; send it when it is complete."""
+        call_id, listing = self._listings[0]
+        if listing.go_on():
+            self._listings.popleft()
+            self._send(wire.Adapters(call_id, listing.infos))
 
     def _reply_loaded(self, call_id: int, load: Future[LoadAdapterResult]) -> None:
         error = load.exception()

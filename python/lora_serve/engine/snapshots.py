@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from lora_serve.engine.status import AdapterInfo, EngineStats
@@ -11,8 +11,8 @@ if TYPE_CHECKING:
     from lora_serve.engine.step_loop import StepLoop
     from lora_serve.executor.adapter_store import AdapterStore
     from lora_serve.lora.manager import AdapterResidency
-    from lora_serve.lora.registry import AdapterRegistry
-    from lora_serve.scheduler import ExecutionPlan, SchedulerStats
+    from lora_serve.lora.registry import AdapterGeneration, AdapterRegistry
+    from lora_serve.scheduler import AdapterStats, ExecutionPlan, SchedulerStats
 
 
 _ENGINES_OWN = {
@@ -28,16 +28,73 @@ _SAME_NAME = tuple(name for name in EngineStats.__struct_fields__ if name not in
 """Counts that the scheduler has under the same name."""
 
 
+class AdapterListing:
+    """Every generation that exists at the start, described so many at a time.
+
+    For a caller that makes steps in between: a thousand adapters take 10 ms. Those that are gone by their
+    turn are left out.
+
+    Parameters
+    ----------
+    registry, store
+        What knows the generations, and where their weights are.
+    stats : SchedulerStats
+        Of now.
+    num_at_once : int
+        Generations that `go_on` describes.
+
+    Attributes
+    ----------
+    infos : list of AdapterInfo
+        Those described so far, by adapter id.
+    """
+
+    def __init__(
+        self, registry: AdapterRegistry, stats: SchedulerStats, store: AdapterStore, num_at_once: int
+    ) -> None:
+        self.infos: list[AdapterInfo] = []
+        self._registry = registry
+        self._store = store
+        self._num_at_once = num_at_once
+        self._counts = {adapter.adapter_id: adapter for adapter in stats.adapters}
+        self._generations = registry.generations()
+        self._num_done = 0
+
+    def go_on(self) -> bool:
+        """Describe the next ones; True when there are no more."""
+        begin, self._num_done = self._num_done, self._num_done + self._num_at_once
+        part = self._generations[begin : self._num_done]
+        residencies = self._store.snapshot([generation.adapter_id for generation in part])
+        self.infos += make_adapter_infos(self._registry, part, self._counts, residencies)
+        return self._num_done >= len(self._generations)
+
+
 def make_adapter_infos(
-    registry: AdapterRegistry, stats: SchedulerStats, residencies: Iterable[AdapterResidency]
+    registry: AdapterRegistry,
+    generations: Iterable[AdapterGeneration],
+    counts: Mapping[int, AdapterStats],
+    residencies: Iterable[AdapterResidency],
 ) -> list[AdapterInfo]:
-    """Join what the registry, the scheduler and the adapter memory know of each generation, by adapter id."""
+    """Join what the registry, the scheduler and the adapter memory know of generations, in their order.
+
+    Parameters
+    ----------
+    registry : AdapterRegistry
+        Says which generation serves.
+    generations : iterable of AdapterGeneration
+        Which to tell of, where the others know of it.
+    counts : mapping from int to AdapterStats
+        The scheduler's, by adapter id.
+    residencies : iterable of AdapterResidency
+        Of the adapter memory.
+    """
     held = {residency.adapter_id: residency for residency in residencies}
-    counts = {adapter.adapter_id: adapter for adapter in stats.adapters}
     infos = []
-    for generation in registry.generations():
-        count = counts[generation.adapter_id]
-        residency = held[generation.adapter_id]
+    for generation in generations:
+        count = counts.get(generation.adapter_id)
+        residency = held.get(generation.adapter_id)
+        if count is None or residency is None:
+            continue
         infos.append(
             AdapterInfo(
                 name=generation.name,

@@ -315,6 +315,24 @@ def test_adapter_goes_through_its_life_over_the_wire(engine):
     engine.run(main())
 
 
+def test_long_list_of_adapters_is_made_while_others_are_served(engine):
+    async def main():
+        client = engine.client
+        names = [f"many-{number}" for number in range(70)]
+        await asyncio.gather(*(client.load_lora_adapter(name, f"/{name}") for name in names))
+        stream = await client.submit(PROMPT, params(20))
+        lists = await asyncio.gather(client.list_lora_adapters(), client.list_lora_adapters())
+        output = await stream.collect()
+        idle = await client.list_lora_adapters()
+        await asyncio.gather(*(client.unload_lora_adapter(name) for name in names))
+        return names, [[info.name for info in infos] for infos in (*lists, idle)], output
+
+    names, lists, output = engine.run(main())
+    assert [sorted(found) for found in lists] == [sorted(names)] * 3
+    assert output.outputs[0].token_ids == oracle_tokens(0, PROMPT, 20, VOCAB_SIZE)
+    assert output.queue_s is not None
+
+
 def test_deltas_name_the_generation_also_when_they_arrive_together_with_the_admission(engine):
     async def main():
         client = engine.client

@@ -1,0 +1,61 @@
+"""The metrics of a real server, with a real engine, which dies."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+
+import pytest
+
+from lora_serve.testing.adapters import make_random_adapter
+from server.metric_samples import Samples
+from support.server_process import ServerProcess
+from support.tiny_checkpoint import make_tiny_checkpoint
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("metrics")
+    model = make_tiny_checkpoint(folder / "model")
+    adapter = make_random_adapter(folder / "red", model, rank=4)
+    arguments = ["--served-model-name", "tiny", "--lora-modules", f"red={adapter}", "--page-size", "4"]
+    with ServerProcess(model, *arguments) as server:
+        yield server
+
+
+def scrape(http):
+    return Samples.parse(http.get("/metrics").raise_for_status().text)
+
+
+def test_metrics_follow_requests_and_outlive_the_engine(server):
+    with server.http() as http:
+        before = scrape(http)
+        assert before.one("vllm:generation_tokens_total") == 0
+        assert before.one("vllm:lora_adapter_loaded", adapter_name="red", rank="4", level="device") == 1
+        body = {"model": "red", "prompt": [5] * 9, "max_tokens": 7, "temperature": 0, "ignore_eos": True}
+        for _ in range(2):
+            http.post("/v1/completions", json=body).raise_for_status()
+        time.sleep(0.6)  # What the engine said before is shown for half a second.
+        after = scrape(http)
+        assert after.one("vllm:generation_tokens_total") == 14
+        assert after.one("vllm:prompt_tokens_total") == 18
+        assert after.one("vllm:prefix_cache_queries_total") == 18
+        assert after.one("vllm:prefix_cache_hits_total") == 8  # Two whole pages.
+        assert after.one("vllm:request_queue_time_seconds_count") == 2
+        assert after.one("vllm:kv_cache_usage_perc") == 0  # What is cached can go.
+        assert after.one("lora_serve:kv_pages", tier="device", state="cached") > 0
+        assert after.one("lora_serve:adapter_generation_tokens_total", adapter_name="red") == 14
+        assert after.one("lora_serve:steps_total") >= 14
+        with open(f"/proc/{server.pid}/task/{server.pid}/children") as file:
+            [engine_pid] = [int(pid) for pid in file.read().split()]
+        os.kill(engine_pid, signal.SIGKILL)
+        deadline = time.monotonic() + 20
+        while http.get("/health").status_code == 200:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        dead = scrape(http)
+        assert dead.one("lora_serve:engine_up") == 0
+        assert dead.one("vllm:generation_tokens_total") == 14
+        assert dead.one("vllm:prefix_cache_hits_total") == 8
+        assert dead.all("vllm:num_requests_running") == []
