@@ -13,6 +13,8 @@ from lora_serve.common.config import (
     SCHEDULING_POLICIES,
     EngineConfig,
 )
+from lora_serve.common.errors import InvalidArgumentError
+from lora_serve.common.kv_events_config import KVEventsConfig, parse_kv_events_config
 
 _DEFAULTS = EngineConfig(model="MODEL")
 _NUMBER: dict[str, Any] = {"type": int, "metavar": "N"}
@@ -51,6 +53,13 @@ def _add(group: argparse._ActionsContainer, option: str, text: str, **settings: 
     if default is not None:
         text += " (default: %(default)s)"
     group.add_argument(option, default=default, help=text, **settings)
+
+
+def _kv_events_config(text: str) -> KVEventsConfig:
+    try:
+        return parse_kv_events_config(text)
+    except InvalidArgumentError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _add_adapter_options(group: argparse._ArgumentGroup) -> None:
@@ -167,6 +176,14 @@ def _add_kv_options(group: argparse._ArgumentGroup) -> None:
         "when KV pages are copied to the host: as soon as they are computed, shortly before they would be "
         "evicted, or only when their request is preempted",
         choices=KV_WRITE_POLICIES,
+    )
+    _add(
+        group,
+        "--kv-events-config",
+        "publish over ZeroMQ which KV pages come and go, for routers: JSON with vLLM's fields, such as "
+        """'{"enable_kv_cache_events": true, "endpoint": "tcp://*:5557"}' (default: do not)""",
+        type=_kv_events_config,
+        metavar="JSON",
     )
     group.add_argument(
         "--no-prefix-caching", action="store_true", help="no request starts from another's KV pages"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import msgspec
 
 from lora_serve.common.field_checks import check_bool, check_float, check_int, refuse
+from lora_serve.common.kv_events_config import KVEventsConfig
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 LOAD_FORMATS = ("auto", "dummy")
@@ -84,6 +85,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
         A step is planned while the one before runs. Both ways give the same tokens.
     enable_prefix_caching : bool
         Requests may start from KV pages that others of the same namespace have computed.
+    kv_events_config : KVEventsConfig or None
+        Where changes of the KV cache are published, for routers; None = nowhere.
     lora_allowed_roots : list of str or None
         Folders that local adapters may be read from; None = any.
     lora_allow_hub : bool
@@ -134,6 +137,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_requests_per_adapter: int = 0
     async_scheduling: bool = True
     enable_prefix_caching: bool = True
+    kv_events_config: KVEventsConfig | None = None
     lora_allowed_roots: list[str] | None = None
     lora_allow_hub: bool = False
     lora_resolvers: list[str] = []
@@ -202,6 +206,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
             )
         self._validate_scheduling()
         check_bool("enable_prefix_caching", self.enable_prefix_caching)
+        self._validate_kv_events()
         check_int("seed", self.seed, 0, 2**63 - 1)
         self._validate_adapter_memory()
         self._validate_cuda()
@@ -218,6 +223,19 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
                 )
             for size in self.cuda_graph_sizes:
                 check_int("cuda_graph_sizes", size, 1, self.max_num_seqs)
+
+    def _validate_kv_events(self) -> None:
+        if self.kv_events_config is None:
+            return
+        if not isinstance(self.kv_events_config, KVEventsConfig):
+            refuse("kv_events_config", self.kv_events_config, "a KVEventsConfig or None")
+        if self.kv_events_config.is_on and not self.enable_prefix_caching:
+            refuse(
+                "kv_events_config",
+                self.kv_events_config,
+                "None without prefix caching, because routers would count on pages that no request may use; "
+                "remove --no-prefix-caching or --kv-events-config",
+            )
 
     def _validate_scheduling(self) -> None:
         check_int("max_loading_adapters", self.max_loading_adapters, 1, _MAX_INT32)

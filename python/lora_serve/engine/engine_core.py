@@ -15,6 +15,8 @@ from lora_serve.common.config import EngineConfig
 from lora_serve.common.errors import CapacityError, InternalError, InvalidArgumentError, LoraServeError
 from lora_serve.engine.adapter_operations import AdapterOperations
 from lora_serve.engine.admission import add_all, check_can_ever_fit
+from lora_serve.engine.kv_event_messages import NamedEvent
+from lora_serve.engine.kv_event_publisher import KVEventPublisher
 from lora_serve.engine.live_requests import LiveRequest, LiveRequests
 from lora_serve.engine.loop_times import LoopTimes
 from lora_serve.engine.messages import (
@@ -112,6 +114,7 @@ class EngineCore:
         self._executor = _make_model_executor(config) if executor is None else executor
         self._executor.lora.set_wake(self._wake)
         self._scheduler = Scheduler(make_scheduler_options(config, self._executor))
+        self._kv_events = self._start_kv_events()
         self._registry = AdapterRegistry()
         self._operations = AdapterOperations(
             self._scheduler,
@@ -200,7 +203,7 @@ class EngineCore:
     def stats(self) -> EngineStats:
         """Counts over all adapters and the base model."""
         self._require_running()
-        return make_stats(self._scheduler.stats(), self._loop, self._executor.lora)
+        return make_stats(self._scheduler.stats(), self._loop, self._executor.lora, self._kv_events)
 
     # --- Requests -----------------------------------------------------------------------------------------
 
@@ -348,6 +351,8 @@ class EngineCore:
             with self._stop_on_failure(), self._loop.times.step():
                 self._operations.poll()
                 self._loop.step(self._clock_us())
+                if self._kv_events is not None:
+                    self._publish_kv_events(self._kv_events)
         outputs, self._outputs = self._outputs, []
         return outputs
 
@@ -359,11 +364,15 @@ class EngineCore:
         while self._failure is None and self._loop.num_in_flight:
             with self._stop_on_failure():
                 self._loop.take_oldest()
+                if self._kv_events is not None:
+                    self._publish_kv_events(self._kv_events)
 
     def close(self) -> None:
         """Stop, fail what is in flight, and free the executor. Closing twice changes nothing."""
         if self._failure is None:
             self._stop("it was closed")
+        if self._kv_events is not None:
+            self._kv_events.close()
         self._executor.close()
 
     @contextlib.contextmanager
@@ -373,6 +382,27 @@ class EngineCore:
         except Exception as error:
             logger.exception("the engine stops: a step failed; plans: %s", self._loop.describe())
             self._stop(f"a step failed: {type(error).__name__}: {error}")
+
+    def _start_kv_events(self) -> KVEventPublisher | None:
+        config = self.config.kv_events_config
+        if config is None or not config.is_on:
+            return None
+        publisher = KVEventPublisher(config, self.config.page_size)
+        self._scheduler.set_events_enabled(True)
+        return publisher
+
+    def _publish_kv_events(self, publisher: KVEventPublisher) -> None:
+        """Hand over what the step has changed in the cache; names are resolved now, while they are known."""
+        events = []
+        for event in self._scheduler.take_events():
+            name = None
+            if event.is_stored and event.adapter_id != 0:
+                if event.adapter_id is None:
+                    continue  # Of nobody that the registry knows: no router could send requests there.
+                name = self._registry.get(event.adapter_id).name
+            events.append(NamedEvent(event, name))
+        if events:
+            publisher.publish(events)
 
     def _wake(self) -> None:
         self._has_news.set()

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from lora_serve.engine.status import AdapterInfo, EngineStats
 
 if TYPE_CHECKING:
+    from lora_serve.engine.kv_event_publisher import KVEventPublisher
     from lora_serve.engine.step_loop import StepLoop
     from lora_serve.executor.adapter_store import AdapterStore
     from lora_serve.lora.manager import AdapterResidency
@@ -23,6 +24,8 @@ _ENGINES_OWN = {
     "loop_max_us",
     "total_load_waits",
     "total_recomputed_tokens",
+    "total_kv_event_batches",
+    "total_dropped_kv_event_batches",
 }
 _SAME_NAME = tuple(name for name in EngineStats.__struct_fields__ if name not in _ENGINES_OWN)
 """Counts that the scheduler has under the same name."""
@@ -133,7 +136,9 @@ def make_adapter_infos(
     return infos
 
 
-def make_stats(stats: SchedulerStats, loop: StepLoop, store: AdapterStore) -> EngineStats:
+def make_stats(
+    stats: SchedulerStats, loop: StepLoop, store: AdapterStore, kv_events: KVEventPublisher | None
+) -> EngineStats:
     """Give the scheduler's counts, and the engine's own, as a message."""
     counted = {name: getattr(stats, name) for name in _SAME_NAME}
     times = loop.times.quantiles()
@@ -146,6 +151,8 @@ def make_stats(stats: SchedulerStats, loop: StepLoop, store: AdapterStore) -> En
         loop_max_us=times.max_us,
         total_load_waits=store.num_load_waits,
         total_recomputed_tokens=loop.num_recomputed_tokens,
+        total_kv_event_batches=0 if kv_events is None else kv_events.num_batches,
+        total_dropped_kv_event_batches=0 if kv_events is None else kv_events.num_dropped_batches,
     )
 
 

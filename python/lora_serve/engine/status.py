@@ -153,6 +153,8 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
         Prompt tokens of first admissions since the start, and those of them that came from the cache.
     total_host_hit_tokens : int
         Of the latter, those that came from the host tier.
+    total_kv_event_batches, total_dropped_kv_event_batches : int
+        Batches of KV events since the start, and those of them that were dropped because too many waited.
     """
 
     num_waiting_requests: int
@@ -201,3 +203,5 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     total_queried_tokens: int
     total_hit_tokens: int
     total_host_hit_tokens: int
+    total_kv_event_batches: int
+    total_dropped_kv_event_batches: int

@@ -31,6 +31,8 @@ _OWN_COUNTERS = (
     ("expired_requests", "total_expired_requests", "Requests whose queue timeout had passed."),
     ("adapter_loads", "total_adapter_loads", "Adapters brought to the device."),
     ("adapter_load_failures", "total_failed_adapter_loads", "Adapters that could not be."),
+    ("kv_event_batches", "total_kv_event_batches", "Batches of KV events."),
+    ("kv_event_batches_dropped", "total_dropped_kv_event_batches", "Of these, those that were dropped."),
     ("adapter_evictions", "total_adapter_evictions", "Adapters taken off the device to make room."),
 )
 
