@@ -212,6 +212,8 @@ def test_a_full_queue_drops_and_leaves_a_gap(make, monkeypatch):
 
     monkeypatch.setattr(KVEventPublisher, "_send", send_when_free)
     setup = make(max_queue_size=3)
+    while setup.publisher._queue.qsize():  # The thread has taken the first batch, and holds it.
+        time.sleep(0.001)
     for start in range(0, 80, 8):
         setup.run(list(range(start, start + 8)), max_tokens=1)
     num_batches, num_dropped = setup.publisher.num_batches, setup.publisher.num_dropped_batches
