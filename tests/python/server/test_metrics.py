@@ -8,9 +8,12 @@ import msgspec
 import pytest
 
 from lora_serve.common.errors import InternalError, InvalidArgumentError
+from lora_serve.common.outputs import CompletionOutput, RequestOutput
+from lora_serve.common.sampling_params import SamplingParams
+from lora_serve.engine.request_stream import RequestStream
 from lora_serve.engine.status import EngineStats
 from lora_serve.server.metrics import server_metrics
-from lora_serve.server.metrics.request_metrics import OTHER_ADAPTERS, UNLOADED_SERIES_S
+from lora_serve.server.metrics.request_metrics import OTHER_ADAPTERS, UNLOADED_SERIES_S, RequestMetrics
 from lora_serve.server.settings import ServerSettings
 from server.fake_engine_client import adapter_info
 from server.http_calls import BASE, call, chat, complete, make_app, make_client
@@ -32,6 +35,11 @@ OF_VLLM = [
     ("vllm:inter_token_latency_seconds_bucket", "histogram", {*MODEL, "le"}),
     ("vllm:e2e_request_latency_seconds_bucket", "histogram", {*MODEL, "le"}),
     ("vllm:request_queue_time_seconds_bucket", "histogram", {*MODEL, "le"}),
+    ("vllm:request_prefill_time_seconds_bucket", "histogram", {*MODEL, "le"}),
+    ("vllm:request_decode_time_seconds_bucket", "histogram", {*MODEL, "le"}),
+    ("vllm:request_inference_time_seconds_bucket", "histogram", {*MODEL, "le"}),
+    ("vllm:request_time_per_output_token_seconds_bucket", "histogram", {*MODEL, "le"}),
+    ("vllm:request_max_num_generation_tokens_bucket", "histogram", {*MODEL, "le"}),
     ("vllm:request_prompt_tokens_bucket", "histogram", {*MODEL, "le"}),
     ("vllm:request_generation_tokens_bucket", "histogram", {*MODEL, "le"}),
     (
@@ -87,11 +95,52 @@ def test_answers_are_counted_once_each():
         ("e2e_request_latency_seconds", 4),
         ("request_prompt_tokens", 4),
         ("request_generation_tokens", 4),
+        ("request_max_num_generation_tokens", 3),
+        ("request_prefill_time_seconds", 4),
+        ("request_decode_time_seconds", 4),
+        ("request_time_per_output_token_seconds", 4),
     ):
         assert samples.one(f"vllm:{name}_count") == count
     assert samples.one("vllm:request_generation_tokens_bucket", le="2.0") == 1
     assert samples.one("vllm:request_generation_tokens_bucket", le="5.0") == 4
     assert samples.one("vllm:request_generation_tokens_sum") == 15
+
+
+def test_times_are_those_of_the_tokens():
+    clock = Clock()
+    metrics = RequestMetrics(BASE, 10, clock)
+    stream = RequestStream(
+        request_id="r", prompt=None, prompt_token_ids=[1, 2, 3], lora_name="sql", abort=lambda: None
+    )
+    stream.observer = metrics.watch(stream, num_answers=1, arrived_at=clock.now)
+    for wait_s, queue_s, token_ids, reason in (
+        (1.5, 0.5, [7], None),
+        (0.25, None, [8], None),
+        (0.5, None, [], None),
+        (0.25, None, [9, 10], None),
+        (2.0, None, [], "stop"),
+    ):
+        clock.now += wait_s
+        answer = CompletionOutput(index=0, token_ids=token_ids, finish_reason=reason)
+        stream.put(
+            RequestOutput("r", None, [], outputs=[answer], finished=reason is not None, queue_s=queue_s)
+        )
+    series, model = metrics.by_adapter()["sql"], metrics.model()
+    assert series.first_token.total == 1.5
+    assert (sum(series.inter_token.counts), series.inter_token.total) == (2, 1.0)
+    assert series.num_generation_tokens == 4
+    for name, total in (
+        ("latency", 4.5),
+        ("queue", 0.5),
+        ("prefill", 1.0),
+        ("decode", 1.0),
+        ("inference", 2.0),
+        ("time_per_token", 1 / 3),
+        ("prompt_tokens", 3),
+        ("generation_tokens", 4),
+        ("most_generation_tokens", 4),
+    ):
+        assert (sum(getattr(model, name).counts), getattr(model, name).total) == (1, total), name
 
 
 def test_adapters_have_series_of_their_own_and_the_base_model_too():
@@ -146,7 +195,7 @@ def test_series_of_an_unloaded_adapter_vanish_and_totals_stay(no_reuse):
     assert "law" in names()
 
 
-def test_series_of_an_adapter_that_came_back_stays(no_reuse):
+def test_the_time_of_a_series_begins_anew_when_its_adapter_comes_back(no_reuse):
     client = make_client()
     app = make_app(client)
     clock = Clock()
@@ -157,9 +206,29 @@ def test_series_of_an_adapter_that_came_back_stays(no_reuse):
     client.adapters["sql"] = gone
     clock.now += UNLOADED_SERIES_S
     scrape(app)
-    clock.now += UNLOADED_SERIES_S
+    del client.adapters["sql"]
     labels = {"adapter_name": "sql"}
     assert scrape(app).one("lora_serve:adapter_generation_tokens_total", **labels) == 4
+
+
+def test_an_answer_that_is_there_when_its_reader_goes_away_is_counted_once(no_reuse):
+    client = make_client()
+    app = make_app(client)
+    clock = Clock()
+    app.state.context.metrics.requests._clock = clock
+    params = SamplingParams(max_tokens=20)
+
+    async def leave():
+        stream = await client.submit("hello", params, lora_name="sql")
+        await stream.aclose()
+
+    asyncio.run(leave())
+    assert scrape(app).one("vllm:request_success_total", finished_reason="stop") == 1
+    assert scrape(app).one("vllm:request_success_total", finished_reason="abort") == 0
+    del client.adapters["sql"]
+    scrape(app)
+    clock.now += UNLOADED_SERIES_S
+    assert scrape(app).all("lora_serve:adapter_requests_total", adapter_name="sql") == []
 
 
 def test_adapters_are_shown_by_level_although_no_request_uses_them():

@@ -12,7 +12,7 @@ from prometheus_client.core import (
 )
 
 from lora_serve.server.metrics.histogram import Histogram
-from lora_serve.server.metrics.request_metrics import RequestSeries
+from lora_serve.server.metrics.request_metrics import ModelSeries, RequestSeries
 
 MODEL_LABELS = ("model_name", "engine")
 """Of every family that vLLM has under the same name; this server has one engine, '0'."""
@@ -44,7 +44,10 @@ def histogram(
 
 
 def request_families(
-    model_name: str, by_adapter: Mapping[str, RequestSeries], retired: RequestSeries
+    model_name: str,
+    by_adapter: Mapping[str, RequestSeries],
+    retired: RequestSeries,
+    model: ModelSeries,
 ) -> Iterator[Metric]:
     """Give what was counted of requests: of the model as vLLM names it, and by adapter.
 
@@ -56,15 +59,17 @@ def request_families(
         By the value of the label `adapter_name`.
     retired : RequestSeries
         What is in the totals only.
+    model : ModelSeries
+        What is counted of all answers together.
     """
     total = RequestSeries()
     for series in (retired, *by_adapter.values()):
         total.add(series)
-    yield from _model_families(model_name, total)
+    yield from _model_families(model_name, total, model)
     yield from _adapter_families(model_name, by_adapter)
 
 
-def _model_families(model_name: str, total: RequestSeries) -> Iterator[Metric]:
+def _model_families(model_name: str, total: RequestSeries, model: ModelSeries) -> Iterator[Metric]:
     labels = dict(zip(MODEL_LABELS, (model_name, "0"), strict=True))
     yield counter(
         "vllm:prompt_tokens", "Prompt tokens of answers that have begun.", labels, total.num_prompt_tokens
@@ -79,10 +84,19 @@ def _model_families(model_name: str, total: RequestSeries) -> Iterator[Metric]:
     for name, text, one in (
         ("time_to_first_token_seconds", "From submission to the first token.", total.first_token),
         ("inter_token_latency_seconds", "Between two tokens of an answer.", total.inter_token),
-        ("e2e_request_latency_seconds", "From submission to an answer's end.", total.latency),
-        ("request_queue_time_seconds", "From arrival to the first step.", total.queue),
-        ("request_prompt_tokens", "Prompt tokens of answers that have ended.", total.prompt_tokens),
-        ("request_generation_tokens", "Tokens of answers that have ended.", total.generation_tokens),
+        ("e2e_request_latency_seconds", "From submission to an answer's end.", model.latency),
+        ("request_queue_time_seconds", "From arrival to the first step.", model.queue),
+        ("request_prefill_time_seconds", "From the first step to the first token.", model.prefill),
+        ("request_decode_time_seconds", "From the first token to the last.", model.decode),
+        ("request_inference_time_seconds", "From the first step to the last token.", model.inference),
+        ("request_time_per_output_token_seconds", "Decode time by tokens.", model.time_per_token),
+        ("request_prompt_tokens", "Prompt tokens of answers that have ended.", model.prompt_tokens),
+        ("request_generation_tokens", "Tokens of answers that have ended.", model.generation_tokens),
+        (
+            "request_max_num_generation_tokens",
+            "Tokens of the longest answer of a prompt.",
+            model.most_generation_tokens,
+        ),
     ):
         yield histogram(f"vllm:{name}", text, MODEL_LABELS, {tuple(labels.values()): one})
 

@@ -29,10 +29,6 @@ class RequestSeries:
     def __init__(self) -> None:
         self.first_token = Histogram(FIRST_TOKEN_S)
         self.inter_token = Histogram(INTER_TOKEN_S)
-        self.latency = Histogram(REQUEST_S)
-        self.queue = Histogram(REQUEST_S)
-        self.prompt_tokens = Histogram(TOKENS)
-        self.generation_tokens = Histogram(TOKENS)
         self.num_prompt_tokens = 0
         self.num_generation_tokens = 0
         self.num_finished = dict.fromkeys(FINISH_REASONS, 0)
@@ -41,8 +37,8 @@ class RequestSeries:
 
     def add(self, other: RequestSeries) -> None:
         """Count what another one has counted."""
-        for mine, its in zip(self._histograms(), other._histograms(), strict=True):
-            mine.add(its)
+        self.first_token.add(other.first_token)
+        self.inter_token.add(other.inter_token)
         self.num_prompt_tokens += other.num_prompt_tokens
         self.num_generation_tokens += other.num_generation_tokens
         for reason, count in other.num_finished.items():
@@ -50,25 +46,53 @@ class RequestSeries:
 
     def copy(self) -> RequestSeries:
         """Give what was counted so far."""
-        twin = RequestSeries.__new__(RequestSeries)
-        twin.__dict__.update(self.__dict__)
-        twin.num_finished = self.num_finished.copy()
-        for name, value in self.__dict__.items():
-            if isinstance(value, Histogram):
-                setattr(twin, name, value.copy())
+        twin = RequestSeries()
+        twin.add(self)
         return twin
 
-    def _histograms(self) -> list[Histogram]:
-        return [value for value in self.__dict__.values() if isinstance(value, Histogram)]
+
+class ModelSeries:
+    """What is counted of all answers together, once for each, when they end."""
+
+    def __init__(self) -> None:
+        self.latency = Histogram(REQUEST_S)
+        self.queue = Histogram(REQUEST_S)
+        self.prefill = Histogram(REQUEST_S)
+        self.decode = Histogram(REQUEST_S)
+        self.inference = Histogram(REQUEST_S)
+        self.time_per_token = Histogram(INTER_TOKEN_S)
+        self.prompt_tokens = Histogram(TOKENS)
+        self.generation_tokens = Histogram(TOKENS)
+        self.most_generation_tokens = Histogram(TOKENS)
+
+    def copy(self) -> ModelSeries:
+        """Give what was counted so far."""
+        twin = ModelSeries()
+        for name, histogram in self.__dict__.items():
+            setattr(twin, name, histogram.copy())
+        return twin
+
+
+class _AnswerWatch:
+    """When an answer's first and last token came, and how many have."""
+
+    __slots__ = ("first_at", "last_at", "num_tokens")
+
+    def __init__(self) -> None:
+        self.first_at: float | None = None
+        self.last_at = 0.0
+        self.num_tokens = 0
 
 
 class StreamWatch:
-    """Counts one prompt's answers in a series, from its submission to their end.
+    """Counts one prompt's answers, from its submission to their end.
 
     Parameters
     ----------
     series : RequestSeries
-        Where they count.
+        Of its adapter.
+    model : ModelSeries
+        Of all.
     num_prompt_tokens : int
         Of the prompt.
     num_answers : int
@@ -79,24 +103,35 @@ class StreamWatch:
         Gives seconds, never going back.
     """
 
-    __slots__ = ("_arrived_at", "_clock", "_last_at", "_num_prompt_tokens", "_num_tokens", "_series")
+    __slots__ = (
+        "_answers",
+        "_arrived_at",
+        "_clock",
+        "_model",
+        "_most_tokens",
+        "_num_prompt_tokens",
+        "_queue_s",
+        "_series",
+    )
 
     def __init__(
         self,
         series: RequestSeries,
+        model: ModelSeries,
+        *,
         num_prompt_tokens: int,
         num_answers: int,
         arrived_at: float,
         clock: Callable[[], float],
     ) -> None:
         self._series = series
+        self._model = model
         self._num_prompt_tokens = num_prompt_tokens
         self._arrived_at = arrived_at
         self._clock = clock
-        self._last_at: list[float | None] = [None] * num_answers
-        self._num_tokens: dict[int, int] = dict.fromkeys(
-            range(num_answers), 0
-        )  # Of those that have not ended.
+        self._queue_s = 0.0
+        self._most_tokens = 0
+        self._answers = {index: _AnswerWatch() for index in range(num_answers)}  # Those that have not ended.
         series.num_live += 1
 
     def on_output(self, output: RequestOutput) -> None:
@@ -104,46 +139,59 @@ class StreamWatch:
         now = self._clock()
         series = self._series
         if output.queue_s is not None:
-            series.queue.observe(output.queue_s)
+            self._queue_s = output.queue_s
+            self._model.queue.observe(output.queue_s)
         for answer in output.outputs:
-            index = answer.index
+            watch = self._answers.get(answer.index)
+            if watch is None:
+                continue  # It has ended.
             num_tokens = len(answer.token_ids)
             if num_tokens:
-                last_at = self._last_at[index]
-                if last_at is None:
+                if watch.first_at is None:
+                    watch.first_at = now
                     series.first_token.observe(now - self._arrived_at)
                     series.num_prompt_tokens += self._num_prompt_tokens
                 else:
-                    series.inter_token.observe(now - last_at)
-                self._last_at[index] = now
+                    series.inter_token.observe(now - watch.last_at)
+                watch.last_at = now
+                watch.num_tokens += num_tokens
                 series.num_generation_tokens += num_tokens
-                self._num_tokens[index] += num_tokens
             if answer.finish_reason is not None:
-                self._finish(answer, now)
-        if not self._num_tokens:
+                self._finish(answer, watch, now)
+        if not self._answers:
+            self._model.most_generation_tokens.observe(self._most_tokens)
             self._end()
 
     def on_failure(self) -> None:
         """Count the answers that an error has ended."""
-        self._series.num_finished["error"] += len(self._num_tokens)
+        self._series.num_finished["error"] += len(self._answers)
         self._end()
 
     def on_abandoned(self) -> None:
         """Count the answers whose reader went away."""
-        self._series.num_finished["abort"] += len(self._num_tokens)
+        self._series.num_finished["abort"] += len(self._answers)
         self._end()
 
-    def _finish(self, answer: CompletionOutput, now: float) -> None:
-        num_tokens = self._num_tokens.pop(answer.index, 0)
-        series = self._series
+    def _finish(self, answer: CompletionOutput, watch: _AnswerWatch, now: float) -> None:
+        del self._answers[answer.index]
+        self._most_tokens = max(self._most_tokens, watch.num_tokens)
         reason = answer.finish_reason or "abort"
-        series.num_finished[reason] = series.num_finished.get(reason, 0) + 1
-        series.latency.observe(now - self._arrived_at)
-        series.prompt_tokens.observe(self._num_prompt_tokens)
-        series.generation_tokens.observe(num_tokens)
+        self._series.num_finished[reason] = self._series.num_finished.get(reason, 0) + 1
+        model = self._model
+        model.latency.observe(now - self._arrived_at)
+        model.prompt_tokens.observe(self._num_prompt_tokens)
+        model.generation_tokens.observe(watch.num_tokens)
+        if watch.first_at is not None:
+            prefill_s = max(watch.first_at - self._arrived_at - self._queue_s, 0.0)
+            decode_s = watch.last_at - watch.first_at
+            model.prefill.observe(prefill_s)
+            model.decode.observe(decode_s)
+            model.inference.observe(prefill_s + decode_s)
+            if watch.num_tokens > 1:
+                model.time_per_token.observe(decode_s / (watch.num_tokens - 1))
 
     def _end(self) -> None:
-        self._num_tokens.clear()
+        self._answers.clear()
         self._series.num_live -= 1
 
 
@@ -170,6 +218,7 @@ class RequestMetrics:
         self._base_name = base_name
         self._max_adapters = max_adapters
         self._clock = clock
+        self._model = ModelSeries()
         self._base = RequestSeries()
         self._others = RequestSeries()
         self._retired = RequestSeries()
@@ -189,10 +238,11 @@ class RequestMetrics:
         """
         return StreamWatch(
             self._series_of(stream.lora_name),
-            len(stream.prompt_token_ids),
-            num_answers,
-            arrived_at,
-            self._clock,
+            self._model,
+            num_prompt_tokens=len(stream.prompt_token_ids),
+            num_answers=num_answers,
+            arrived_at=arrived_at,
+            clock=self._clock,
         )
 
     def note_loaded(self, names: Iterable[str]) -> None:
@@ -212,6 +262,10 @@ class RequestMetrics:
         """Give a copy of what was counted under each name: the base model's, adapters', OTHER_ADAPTERS."""
         series = {self._base_name: self._base, **self._by_adapter, OTHER_ADAPTERS: self._others}
         return {name: one.copy() for name, one in series.items()}
+
+    def model(self) -> ModelSeries:
+        """Give a copy of what was counted of all answers together."""
+        return self._model.copy()
 
     def retired(self) -> RequestSeries:
         """Give a copy of what series that have gone had counted, which totals keep."""

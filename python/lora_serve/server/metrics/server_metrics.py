@@ -108,12 +108,13 @@ class ServerMetrics:
         if snapshot is not None and self._client.is_healthy:
             self.requests.note_loaded(one.name for one in snapshot.adapters if one.is_serving)
         by_adapter, retired = self.requests.by_adapter(), self.requests.retired()
+        model = self.requests.model()
         is_up = self._client.is_healthy
 
         def render() -> tuple[bytes, str]:
             registry = CollectorRegistry(auto_describe=False)
             registry.register(_Page(self._engine_families(snapshot, is_up)))
-            registry.register(_Page(request_families(self._model_name, by_adapter, retired)))
+            registry.register(_Page(request_families(self._model_name, by_adapter, retired, model)))
             ProcessCollector(registry=registry)
             encode, content_type = choose_encoder(accept)
             return encode(registry), content_type
