@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
+from lora_serve.common.errors import InvalidArgumentError
 from lora_serve.common.field_checks import check_bool, check_float, check_int, refuse
 from lora_serve.common.kv_events_config import KVEventsConfig
 
@@ -230,11 +231,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
         if not isinstance(self.kv_events_config, KVEventsConfig):
             refuse("kv_events_config", self.kv_events_config, "a KVEventsConfig or None")
         if self.kv_events_config.is_on and not self.enable_prefix_caching:
-            refuse(
-                "kv_events_config",
-                self.kv_events_config,
-                "None without prefix caching, because routers would count on pages that no request may use; "
-                "remove --no-prefix-caching or --kv-events-config",
+            raise InvalidArgumentError(
+                "kv_events_config publishes events but prefix caching is off: routers would count on pages "
+                "that no request may use; remove --no-prefix-caching or --kv-events-config"
             )
 
     def _validate_scheduling(self) -> None:

@@ -13,6 +13,7 @@ from lora_serve.common.sampling_params import SamplingParams
 from lora_serve.engine.request_stream import RequestStream
 from lora_serve.engine.status import EngineStats
 from lora_serve.server.metrics import server_metrics
+from lora_serve.server.metrics.histogram import Histogram
 from lora_serve.server.metrics.request_metrics import OTHER_ADAPTERS, UNLOADED_SERIES_S, RequestMetrics
 from lora_serve.server.settings import ServerSettings
 from server.fake_engine_client import adapter_info
@@ -141,6 +142,26 @@ def test_times_are_those_of_the_tokens():
         ("most_generation_tokens", 4),
     ):
         assert (sum(getattr(model, name).counts), getattr(model, name).total) == (1, total), name
+
+
+def test_histograms_by_adapter_have_every_second_bound_of_the_same_counts():
+    histogram = Histogram((1.0, 2.0, 5.0, 10.0, 20.0))
+    for value in (0.5, 1.0, 1.5, 5.0, 20.0, 21.0):
+        histogram.observe(value)
+    assert histogram.buckets() == [
+        *(("1.0", 2), ("2.0", 3), ("5.0", 4), ("10.0", 4), ("20.0", 5), ("+Inf", 6)),
+    ]
+    assert histogram.buckets(every=2) == [("2.0", 3), ("10.0", 4), ("+Inf", 6)]
+    app = make_app()
+    complete(app, model="sql")
+    samples = scrape(app)
+
+    def bounds(name, **labels):
+        return [found["le"] for found, _ in samples.all(f"{name}_bucket", **labels)]
+
+    for name in ("time_to_first_token_seconds", "inter_token_latency_seconds"):
+        of_model = bounds(f"vllm:{name}")
+        assert bounds(f"lora_serve:adapter_{name}", adapter_name="sql") == [*of_model[:-1][1::2], "+Inf"]
 
 
 def test_adapters_have_series_of_their_own_and_the_base_model_too():

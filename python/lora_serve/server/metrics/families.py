@@ -17,6 +17,8 @@ from lora_serve.server.metrics.request_metrics import ModelSeries, RequestSeries
 MODEL_LABELS = ("model_name", "engine")
 """Of every family that vLLM has under the same name; this server has one engine, '0'."""
 ADAPTER_LABELS = ("model_name", "adapter_name")
+ADAPTER_BOUNDS = 2
+"""Every second bound is shown of histograms by adapter, which are most of the page's lines."""
 
 
 def gauge(name: str, text: str, labels: Mapping[str, str], value: float) -> GaugeMetricFamily:
@@ -34,12 +36,17 @@ def counter(name: str, text: str, labels: Mapping[str, str], value: float) -> Co
 
 
 def histogram(
-    name: str, text: str, labels: tuple[str, ...], series: Mapping[tuple[str, ...], Histogram]
+    name: str,
+    text: str,
+    labels: tuple[str, ...],
+    series: Mapping[tuple[str, ...], Histogram],
+    *,
+    every: int = 1,
 ) -> HistogramMetricFamily:
-    """Give a histogram with a series for each tuple of label values."""
+    """Give a histogram with a series for each tuple of label values, and `every` of its bounds."""
     family = HistogramMetricFamily(name, text, labels=labels)
     for values, one in series.items():
-        family.add_metric(values, buckets=one.buckets(), sum_value=one.total)
+        family.add_metric(values, buckets=one.buckets(every=every), sum_value=one.total)
     return family
 
 
@@ -126,10 +133,12 @@ def _adapter_families(model_name: str, by_adapter: Mapping[str, RequestSeries]) 
         "From submission to the first token, by adapter.",
         ADAPTER_LABELS,
         {(model_name, name): series.first_token for name, series in by_adapter.items()},
+        every=ADAPTER_BOUNDS,
     )
     yield histogram(
         "lora_serve:adapter_inter_token_latency_seconds",
         "Between two tokens of an answer, by adapter.",
         ADAPTER_LABELS,
         {(model_name, name): series.inter_token for name, series in by_adapter.items()},
+        every=ADAPTER_BOUNDS,
     )

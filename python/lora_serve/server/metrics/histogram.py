@@ -65,11 +65,18 @@ class Histogram:
         twin.bounds, twin.counts, twin.total = self.bounds, self.counts.copy(), self.total
         return twin
 
-    def buckets(self) -> list[tuple[str, float]]:
-        """Give each bound, as Prometheus writes it, with the number of values up to it."""
+    def buckets(self, *, every: int = 1) -> list[tuple[str, float]]:
+        """Give bounds, as Prometheus writes them, with the number of values up to each.
+
+        Parameters
+        ----------
+        every : int
+            Only each bound of this number is given: fewer lines, with the same truth.
+        """
         result = []
         num_values = 0
-        for bound, count in zip([*map(str, self.bounds), "+Inf"], self.counts, strict=True):
+        for number, (bound, count) in enumerate(zip(self.bounds, self.counts, strict=False), 1):
             num_values += count
-            result.append((bound, float(num_values)))
-        return result
+            if number % every == 0:
+                result.append((str(bound), float(num_values)))
+        return [*result, ("+Inf", float(num_values + self.counts[-1]))]
