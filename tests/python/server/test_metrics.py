@@ -194,6 +194,18 @@ def test_adapters_beyond_the_most_share_one_series():
     assert samples.one("vllm:generation_tokens_total") == 18
 
 
+@pytest.mark.parametrize("name", [OTHER_ADAPTERS, BASE])
+def test_an_adapter_of_a_name_that_is_taken_is_one_of_the_others(name):
+    metrics = RequestMetrics(BASE, 10)
+    stream = RequestStream(
+        request_id="r", prompt=None, prompt_token_ids=[1], lora_name=name, abort=lambda: None
+    )
+    stream.observer = metrics.watch(stream, num_answers=1, arrived_at=0.0)
+    stream.put(InternalError("broken"))
+    ended = {name: series.num_finished["error"] for name, series in metrics.by_adapter().items()}
+    assert ended == {BASE: 0, OTHER_ADAPTERS: 1}
+
+
 def test_series_of_an_unloaded_adapter_vanish_and_totals_stay(no_reuse):
     client = make_client()
     app = make_app(client, metrics_max_adapters=1)

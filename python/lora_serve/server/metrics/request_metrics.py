@@ -20,7 +20,7 @@ FINISH_REASONS = ("stop", "length", "abort", "error")
 UNLOADED_SERIES_S = 300.0
 """So long after its adapter is unloaded a series is shown: longer than any usual interval between scrapes."""
 OTHER_ADAPTERS = "other adapters"
-"""In place of the names of adapters without series of their own; no adapter can have this name."""
+"""In place of the names of adapters without series of their own."""
 
 
 class RequestSeries:
@@ -276,7 +276,8 @@ class RequestMetrics:
             return self._base
         series = self._by_adapter.get(lora_name)
         if series is None:
-            if len(self._by_adapter) >= self._max_adapters:
+            is_taken = lora_name in (self._base_name, OTHER_ADAPTERS)  # As the path of an adapter may be.
+            if is_taken or len(self._by_adapter) >= self._max_adapters:
                 return self._others
             series = self._by_adapter[lora_name] = RequestSeries()
         return series
