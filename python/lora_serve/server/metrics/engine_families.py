@@ -30,9 +30,17 @@ _OWN_COUNTERS = (
     ("rejected_requests", "total_rejected_requests", "Requests refused because a limit was reached."),
     ("expired_requests", "total_expired_requests", "Requests whose queue timeout had passed."),
     ("adapter_loads", "total_adapter_loads", "Adapters brought to the device."),
-    ("adapter_load_failures", "total_failed_adapter_loads", "Adapters that could not be."),
+    (
+        "adapter_load_failures",
+        "total_failed_adapter_loads",
+        "Adapters that could not be brought to the device.",
+    ),
     ("kv_event_batches", "total_kv_event_batches", "Batches of KV events."),
-    ("kv_event_batches_dropped", "total_dropped_kv_event_batches", "Of these, those that were dropped."),
+    (
+        "kv_event_batches_dropped",
+        "total_dropped_kv_event_batches",
+        "Batches of KV events dropped because too many waited.",
+    ),
     ("adapter_evictions", "total_adapter_evictions", "Adapters taken off the device to make room."),
 )
 
@@ -98,7 +106,7 @@ def counter_families(model_name: str, stats: EngineStats) -> Iterator[Metric]:
     labels = dict(zip(MODEL_LABELS, (model_name, "0"), strict=True))
     for name, text, value in (
         ("prefix_cache_queries", "Prompt tokens looked up in the prefix cache.", stats.total_queried_tokens),
-        ("prefix_cache_hits", "Of these, tokens that were there.", stats.total_hit_tokens),
+        ("prefix_cache_hits", "Prompt tokens found in the prefix cache.", stats.total_hit_tokens),
         ("num_preemptions", "Preemptions.", stats.total_preemptions),
     ):
         yield counter(f"vllm:{name}", text, labels, value)
