@@ -9,6 +9,7 @@ import numpy.typing as npt
 
 from lora_serve.common.errors import InternalError, InvalidArgumentError
 from lora_serve.common.sampling_params import SamplingParams
+from lora_serve.executor.grammar_matcher import GrammarMatcher
 from lora_serve.executor.logprobs import TokenLogprobs
 
 
@@ -71,6 +72,8 @@ class SamplingState:
         Number of logits.
     seed : int or None
         Seed of this answer; None only where nothing is drawn: greedy sampling.
+    grammar : GrammarMatcher or None
+        Of this answer; the state gives it every token that is appended.
 
     Raises
     ------
@@ -88,6 +91,7 @@ class SamplingState:
     __slots__ = (
         "adjusts_every_step",
         "eos_token_ids",
+        "grammar",
         "is_plain_greedy",
         "output_token_ids",
         "params",
@@ -106,6 +110,7 @@ class SamplingState:
         eos_token_ids: Iterable[int],
         vocab_size: int,
         seed: int | None,
+        grammar: GrammarMatcher | None = None,
     ) -> None:
         for token_id in params.logit_bias or {}:
             if not 0 <= token_id < vocab_size:
@@ -118,6 +123,7 @@ class SamplingState:
         self.eos_token_ids = tuple(eos_token_ids)
         self.vocab_size = vocab_size
         self.seed = seed
+        self.grammar = grammar
         self.output_token_ids: list[int] = []
         self.prompt_logprobs: list[TokenLogprobs | None] | None = None
         if params.prompt_logprobs is not None:
@@ -129,7 +135,7 @@ class SamplingState:
             or params.presence_penalty != 0.0
         )
         self.token_counts = TokenCounts(prompt_token_ids) if has_penalties else None
-        self.adjusts_every_step = has_penalties or bool(params.logit_bias)
+        self.adjusts_every_step = has_penalties or bool(params.logit_bias) or grammar is not None
         stops = {*params.stop_token_ids, *self.eos_token_ids} if params.min_tokens > 0 else set()
         self.stop_ids = sorted(token_id for token_id in stops if 0 <= token_id < vocab_size)
         self.is_plain_greedy = (
@@ -155,6 +161,11 @@ class SamplingState:
         return len(self.prompt_token_ids)
 
     @property
+    def needs_outputs(self) -> bool:
+        """True when a token cannot be chosen before the host knows the one before: penalties, a grammar."""
+        return self.token_counts is not None or self.grammar is not None
+
+    @property
     def bans_stop_tokens(self) -> bool:
         """True while fewer than `min_tokens` tokens were sampled and there is a stop token to ban."""
         return self.bans_stop_tokens_at(len(self.output_token_ids))
@@ -178,7 +189,7 @@ class SamplingState:
         Raises
         ------
         InternalError
-            Another position is next: a step was applied twice or left out.
+            Another position is next: a step was applied twice or left out. Or the grammar does not allow it.
         """
         expected = self.num_prompt_tokens + len(self.output_token_ids)
         if position != expected:
@@ -188,6 +199,8 @@ class SamplingState:
         self.output_token_ids.append(token_id)
         if self.token_counts is not None:
             self.token_counts.add(token_id)
+        if self.grammar is not None:
+            self.grammar.accept(token_id)
 
     def missing_prompt_logprobs(self) -> list[int]:
         """Prompt positions from 1 on that still lack log probabilities; none when they were not asked for."""

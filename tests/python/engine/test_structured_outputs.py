@@ -1,0 +1,225 @@
+"""Answers of a given form, through the real executor of a tiny model."""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+
+import pytest
+
+from lora_serve.common.errors import InvalidArgumentError
+from lora_serve.common.sampling_params import SamplingParams
+from lora_serve.common.structured_outputs import ReasoningTokens, StructuredOutputsParams
+from lora_serve.engine import grammar_compiler
+from lora_serve.engine.grammar_compiler import GrammarCompiler
+from lora_serve.llm import LLM
+from support.tiny_checkpoint import make_tiny_checkpoint
+
+END = 258  # <|im_end|>
+SCHEMA = {
+    "type": "object",
+    "properties": {"name": {"type": "string", "maxLength": 5}, "age": {"type": "integer"}},
+    "required": ["name", "age"],
+}
+PROMPT = "Whatever is worth doing at all"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return make_tiny_checkpoint(tmp_path_factory.mktemp("model") / "tiny", eos_token_id=END)
+
+
+def make_llm(model, **options):
+    sizes = {"max_num_seqs": 8, "max_num_batched_tokens": 64, "num_device_pages": 64, "max_model_len": 256}
+    return LLM(str(model), **{**sizes, "lora_memory_gb": 2**-6, "lora_host_memory_gb": 2**-6, **options})
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["overlap", "one step at a time"])
+def llm(request, model):
+    with make_llm(model, async_scheduling=request.param) as llm:
+        yield llm
+
+
+def params(form, **options):
+    fields = {"temperature": 1.0, "max_tokens": 100, **options}
+    return SamplingParams(structured_outputs=StructuredOutputsParams(**form), **fields)
+
+
+@pytest.mark.parametrize(
+    ("form", "pattern"),
+    [
+        ({"choice": ["yes", 'n"o\\', "ünï\n🙂"]}, '(yes|n"o\\\\|ünï\n🙂)'),
+        ({"regex": r"\d{3}-[a-f]{2,4}"}, r"\d{3}-[a-f]{2,4}"),
+        ({"grammar": 'root ::= "a" tail\ntail ::= "b" | "c"'}, "ab|ac"),
+        (
+            {"json": SCHEMA, "disable_any_whitespace": True},
+            r'\{"name": "(\\u?[^"]|[^"])*", "age": -?\d+\}',
+        ),
+    ],
+    ids=["choice", "regex", "grammar", "json"],
+)
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_answers_have_the_form_and_end_with_it(llm, form, pattern, temperature):
+    [output] = llm.generate([PROMPT], params(form, n=4, seed=3, temperature=temperature))
+    for answer in output.outputs:
+        if answer.finish_reason == "length":  # A number may be as long as it likes.
+            assert "json" in form
+            continue
+        assert answer.finish_reason == "stop"
+        assert answer.stop_reason is None
+        assert re.fullmatch(pattern, answer.text), answer.text
+        assert answer.token_ids[-1] == END
+
+
+def test_a_json_object_is_valid_json(llm):
+    [output] = llm.generate([PROMPT], params({"json_object": True}, n=8, seed=5, max_tokens=150))
+    ended = [answer for answer in output.outputs if answer.finish_reason == "stop"]
+    assert ended
+    assert all(isinstance(json.loads(answer.text), dict) for answer in ended)
+
+
+def test_other_rows_of_the_step_are_not_masked(llm):
+    free = SamplingParams(temperature=1.0, max_tokens=20, seed=1)
+    [alone] = llm.generate([PROMPT], free)
+    outputs = llm.generate(
+        [PROMPT] * 3, [params({"regex": "[01]{20}"}, seed=2), free, params({"regex": "x"})]
+    )
+    assert outputs[1].outputs[0].token_ids == alone.outputs[0].token_ids
+    assert re.fullmatch("[01]{20}", outputs[0].outputs[0].text)
+    assert outputs[2].outputs[0].text == "x"
+
+
+def test_a_seeded_answer_does_not_depend_on_its_company_or_on_overlap(model):
+    asked = params({"regex": "[a-z ]{40}"}, seed=11, temperature=1.3, top_p=0.9)
+    texts = set()
+    for overlap in (True, False):
+        with make_llm(model, async_scheduling=overlap) as llm:
+            texts.add(llm.generate([PROMPT], asked)[0].outputs[0].text)
+            others = [params({"regex": "[0-9]{30}"}, seed=i) for i in range(4)]
+            texts.add(llm.generate([PROMPT] * 5, [*others, asked])[4].outputs[0].text)
+    assert len(texts) == 1
+    assert re.fullmatch("[a-z ]{40}", texts.pop())
+
+
+def test_preempted_answers_keep_their_form(model):
+    """More than the KV pages hold: answers are preempted and go on where they were."""
+    asked = params({"regex": "[a-z]{60}"}, seed=4)
+    with make_llm(model) as roomy, make_llm(model, num_device_pages=20) as tight:
+        expected = roomy.generate([PROMPT + str(i) for i in range(6)], asked)
+        found = tight.generate([PROMPT + str(i) for i in range(6)], asked)
+        assert tight.stats().total_recomputed_tokens > 0
+    assert [o.outputs[0].text for o in found] == [o.outputs[0].text for o in expected]
+    assert all(re.fullmatch("[a-z]{60}", o.outputs[0].text) for o in found)
+
+
+def test_log_probabilities_are_the_models_own(llm):
+    asked = params({"regex": "[01]{3}"}, seed=1, logprobs=3)
+    [output] = llm.generate([PROMPT], asked)
+    [answer] = output.outputs
+    assert len(answer.logprobs) == len(answer.token_ids) == 4
+    for token_id, position in zip(answer.token_ids, answer.logprobs, strict=True):
+        best = sorted(position.values(), key=lambda entry: entry.rank)
+        assert best[0].rank == 1
+        assert position[token_id].logprob <= best[0].logprob
+    assert any(position[t].rank > 3 for t, position in zip(answer.token_ids, answer.logprobs, strict=True))
+
+
+def test_stop_strings_penalties_and_bias_work_within_the_form(llm):
+    stopped = params({"regex": "(ab){20}"}, seed=1, stop="ba")
+    assert llm.generate([PROMPT], stopped)[0].outputs[0].text == "a"
+    byte_of_b = llm.get_tokenizer().encode("b")[0]
+    biased = params({"regex": "[abc]{20}"}, temperature=0.0, logit_bias={byte_of_b: 100.0})
+    assert llm.generate([PROMPT], biased)[0].outputs[0].text == "b" * 20
+    penalised = params({"regex": "[ab]{20}"}, temperature=0.0, frequency_penalty=2.0, repetition_penalty=9.0)
+    assert set(llm.generate([PROMPT], penalised)[0].outputs[0].text) == {"a", "b"}
+
+
+@pytest.mark.parametrize("is_open", [False, True])
+def test_the_form_begins_after_the_reasoning(llm, is_open):
+    """The bytes '<' and '>' stand for the words around it."""
+    start, end = llm.get_tokenizer().encode("<")[0], llm.get_tokenizer().encode(">")[0]
+    reasoning = ReasoningTokens(start_token_id=start, end_token_id=end, is_open=is_open)
+    bias = {start: 12.0, end: 12.0}
+    asked = params({"regex": "[01]{4}", "reasoning": reasoning}, seed=2, logit_bias=bias)
+    text = llm.generate([PROMPT], asked)[0].outputs[0].text
+    assert re.fullmatch(r"[^>]*>[01]{4}" if is_open else r"<[^>]*>[01]{4}", text, re.DOTALL), text
+
+
+def test_an_answer_may_leave_its_reasoning_out(llm):
+    start, end = llm.get_tokenizer().encode("<")[0], llm.get_tokenizer().encode(">")[0]
+    reasoning = ReasoningTokens(start_token_id=start, end_token_id=end)
+    asked = params({"regex": "[01]{4}", "reasoning": reasoning}, logit_bias={start: -100.0})
+    assert re.fullmatch("[01]{4}", llm.generate([PROMPT], asked)[0].outputs[0].text)
+
+
+def test_special_tokens_stand_for_no_part_of_the_form(llm):
+    im_start = 257
+    asked = params({"regex": "[^a]{5}"}, temperature=0.0, logit_bias={im_start: 100.0})
+    assert im_start not in llm.generate([PROMPT], asked)[0].outputs[0].token_ids
+
+
+@pytest.mark.parametrize(
+    ("form", "text"),
+    [
+        ({"regex": "a("}, "structured_outputs.regex cannot be compiled: Regex parsing error"),
+        ({"grammar": "root ::= x"}, 'Rule "x" is not defined'),
+        ({"json": {"$ref": "#/$defs/a"}}, "structured_outputs.json cannot be compiled"),
+    ],
+)
+def test_a_form_that_cannot_be_compiled_is_refused_every_time(llm, form, text):
+    for _ in range(2):
+        with pytest.raises(InvalidArgumentError) as caught:
+            llm.generate([PROMPT], params(form))
+        assert text in str(caught.value)
+        assert "/project/" not in str(caught.value)
+
+
+def test_a_model_that_cannot_end_a_form_is_refused(tmp_path):
+    compiler = GrammarCompiler(str(make_tiny_checkpoint(tmp_path / "m")), 259, ())
+    with pytest.raises(InvalidArgumentError, match="no end-of-sequence token"):
+        compiler.matcher(params({"regex": "a"}))
+
+
+def test_a_grammar_is_compiled_once(model, monkeypatch):
+    compiled = []
+    real = grammar_compiler._compile
+    monkeypatch.setattr(
+        grammar_compiler, "_compile", lambda backend, source: compiled.append(source) or real(backend, source)
+    )
+    compiler = GrammarCompiler(str(model), 259, (END,))
+    forms = [params({"regex": "a"}), params({"regex": "a"}), params({"json": SCHEMA}), params({"regex": "a"})]
+    matchers = [compiler.matcher(form) for form in forms]
+    assert len(set(map(id, matchers))) == 4
+    assert [source.kind for source in compiled] == ["regex", "json"]
+    compiler.close()
+
+
+def test_the_least_recently_used_grammars_are_forgotten(model, monkeypatch):
+    monkeypatch.setattr(grammar_compiler, "CACHE_BYTES", 1)
+    compiler = GrammarCompiler(str(model), 259, (END,))
+    for regex in ("a", "b"):
+        assert compiler.prepare([params({"regex": regex})])
+        compiler.matcher(params({"regex": regex}))
+    assert not compiler.prepare([params({"regex": "b"})])
+    assert compiler.prepare([params({"regex": "a"})])
+    compiler.close()
+
+
+def test_preparing_does_not_wait_for_the_compiler(model, monkeypatch):
+    may_go = threading.Event()
+    real = grammar_compiler._compile
+
+    def wait(backend, source):
+        assert may_go.wait(30)
+        return real(backend, source)
+
+    monkeypatch.setattr(grammar_compiler, "_compile", wait)
+    compiler = GrammarCompiler(str(model), 259, (END,))
+    [first] = compiler.prepare([params({"regex": "a"})])
+    assert compiler.prepare([params({"regex": "a"})]) == [first]
+    assert not first.done()
+    may_go.set()
+    first.result(30)
+    assert compiler.prepare([params({"regex": "a"})]) == []
+    compiler.close()
