@@ -9,7 +9,12 @@ from typing import TYPE_CHECKING
 
 from lora_serve.cli import engine_options
 from lora_serve.common.errors import InvalidArgumentError
-from lora_serve.server.settings import DEFAULT_ADAPTER_FOLDER_POLL_SECONDS, DEFAULT_MAX_ANSWERS_PER_REQUEST
+from lora_serve.server.settings import (
+    DEFAULT_ADAPTER_FOLDER_POLL_SECONDS,
+    DEFAULT_MAX_ANSWERS_PER_REQUEST,
+    REASONING_PARSERS,
+    TOOL_PARSERS,
+)
 
 if TYPE_CHECKING:
     from lora_serve.server.launch import AdapterModule, Launch
@@ -46,6 +51,17 @@ def _add_server_options(group: argparse._ArgumentGroup) -> None:
         metavar="N",
         default=DEFAULT_MAX_ANSWERS_PER_REQUEST,
         help="most answers (prompts times n) that one HTTP request may ask for (default: %(default)s)",
+    )
+    group.add_argument(
+        "--tool-call-parser",
+        choices=TOOL_PARSERS,
+        default="auto",
+        help="how the model writes tool calls; auto = as its chat template shows them (default: %(default)s)",
+    )
+    group.add_argument(
+        "--reasoning-parser",
+        choices=REASONING_PARSERS,
+        help="how the model writes its reasoning, which answers then give apart (default: it is content)",
     )
     group.add_argument(
         "--lora-dir",
@@ -134,6 +150,8 @@ def make_launch(args: argparse.Namespace) -> Launch:
             model_path=args.model,
             api_keys=tuple(api_keys),
             max_answers_per_request=args.max_answers_per_request,
+            tool_call_parser=args.tool_call_parser,
+            reasoning_parser=args.reasoning_parser,
         ),
         adapters=adapters,
         host=args.host,

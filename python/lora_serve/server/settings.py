@@ -13,6 +13,8 @@ DEFAULT_MAX_BODY_BYTES = 32 * 1024 * 1024
 DEFAULT_MAX_ANSWERS_PER_REQUEST = 1024
 DEFAULT_ADAPTER_FOLDER_POLL_SECONDS = 2.0
 MIN_ADAPTER_FOLDER_POLL_SECONDS = 0.01
+TOOL_PARSERS = ("auto", "hermes", "llama3_json")
+REASONING_PARSERS = ("qwen3",)
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,10 @@ class ServerSettings:
         Longest accepted request body in bytes.
     max_answers_per_request : int
         Most answers (prompts times n) that one HTTP request may ask for.
+    tool_call_parser : str
+        How the model writes tool calls: 'auto' (as its chat template shows them) or a name of TOOL_PARSERS.
+    reasoning_parser : str or None
+        How the model writes its reasoning, one of REASONING_PARSERS; None = reasoning is content.
 
     Raises
     ------
@@ -43,6 +49,8 @@ class ServerSettings:
     api_keys: tuple[str, ...] = ()
     max_body_bytes: int = DEFAULT_MAX_BODY_BYTES
     max_answers_per_request: int = DEFAULT_MAX_ANSWERS_PER_REQUEST
+    tool_call_parser: str = "auto"
+    reasoning_parser: str | None = None
 
     def __post_init__(self) -> None:
         if not self.served_model_name or not self.served_model_name.isprintable():
@@ -62,6 +70,16 @@ class ServerSettings:
             raise InvalidArgumentError(
                 f"max_answers_per_request is {self.max_answers_per_request} but must be at least 1; set "
                 "--max-answers-per-request"
+            )
+        if self.tool_call_parser not in TOOL_PARSERS:
+            raise InvalidArgumentError(
+                f"--tool-call-parser is {self.tool_call_parser!r} but must be one of "
+                f"{', '.join(TOOL_PARSERS)}"
+            )
+        if self.reasoning_parser not in (None, *REASONING_PARSERS):
+            raise InvalidArgumentError(
+                f"--reasoning-parser is {self.reasoning_parser!r} but must be one of "
+                f"{', '.join(REASONING_PARSERS)}"
             )
 
 

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Discriminator, Field, Tag
 
 from lora_serve.server.protocol.base import WRONG_KIND, RequestModel, ResponseModel, refuse_unless
+from lora_serve.server.protocol.structured import ResponseFormatField, StructuredOutputs
 
 
 def _kind_of_stop(value: object) -> str | None:
@@ -78,6 +79,9 @@ class GenerationRequest(RequestModel):
     return_token_ids: bool | None = None
     echo: bool | None = None
 
+    response_format: ResponseFormatField | None = None
+    structured_outputs: StructuredOutputs | None = None
+
     priority: int | None = None
     queue_timeout: float | None = None
 
@@ -116,5 +120,5 @@ class Usage(ResponseModel):
     prompt_tokens_details: PromptTokensDetails
 
 
-FinishReasonField = Literal["stop", "length", "abort"] | None
+FinishReasonField = Literal["stop", "length", "abort", "tool_calls"] | None
 StopReasonField = int | str | None
