@@ -64,6 +64,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
         The same for every prompt token; such a request does not reuse a prefix.
     skip_special_tokens : bool
         Leave special tokens out of the text.
+    allowed_token_ids : list of int or None
+        The answer has no other tokens. Not together with structured_outputs.
     structured_outputs : StructuredOutputsParams or None
         The form that the answer must have. It ends when the form is complete, so neither min_tokens nor
         ignore_eos can be asked for with it.
@@ -93,6 +95,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     skip_special_tokens: bool = True
+    allowed_token_ids: list[int] | None = None
     structured_outputs: StructuredOutputsParams | None = None
 
     def __post_init__(self) -> None:
@@ -178,6 +181,13 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
             check_float(f"logit_bias[{token_id}]", bias, -100.0, 100.0)
 
     def _validate_form(self) -> None:
+        if self.allowed_token_ids is not None:
+            if not isinstance(self.allowed_token_ids, list) or not self.allowed_token_ids:
+                refuse("allowed_token_ids", self.allowed_token_ids, "a list of at least one token id")
+            for token_id in self.allowed_token_ids:
+                check_int("a token id of allowed_token_ids", token_id, 0, _MAX_INT32)
+            if self.structured_outputs is not None:
+                refuse("allowed_token_ids", self.allowed_token_ids, "None with structured_outputs")
         if self.structured_outputs is None:
             return
         if not isinstance(self.structured_outputs, StructuredOutputsParams):

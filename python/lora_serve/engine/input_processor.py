@@ -222,6 +222,7 @@ class InputProcessor:
         for field, ids in (
             ("stop_token_ids", params.stop_token_ids),
             ("logit_bias", list(params.logit_bias or {})),
+            ("allowed_token_ids", params.allowed_token_ids or []),
         ):
             self._check_vocabulary(field, ids)
         if lora_name is not None:

@@ -25,7 +25,7 @@ class _Phase(Enum):
 
 
 class GrammarMatcher:
-    """Follows one answer through its grammar.
+    """Implements `TokenRestriction`: follows one answer through its grammar.
 
     Owns xgrammar's matcher and the mask that it fills. Knows nothing of logits: the sampler masks them, with
     what `next_mask` gives, once every earlier token of the request was given to `accept`.
@@ -39,6 +39,8 @@ class GrammarMatcher:
     reasoning : ReasoningTokens or None
         Tokens around the reasoning that may come first; there every token is allowed.
     """
+
+    needs_outputs = True
 
     def __init__(
         self, compiled: xgrammar.CompiledGrammar, vocab_size: int, reasoning: ReasoningTokens | None = None

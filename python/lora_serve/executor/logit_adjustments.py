@@ -99,9 +99,9 @@ def collect_changes(
             counted.append(start + state.token_counts.token_ids)
             counts.append(state.token_counts.output_counts)
             penalties[row] = params.repetition_penalty, params.frequency_penalty, params.presence_penalty
-        if state.grammar is not None and state.grammar.restricts:
+        if state.restriction is not None and state.restriction.restricts:
             masked.append(row)
-            masks.append(state.grammar.next_mask())
+            masks.append(state.restriction.next_mask())
     return LogitChanges(
         np.array(biased, dtype=np.int32),
         np.array(biases, dtype=np.float32),

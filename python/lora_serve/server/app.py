@@ -5,7 +5,13 @@ from __future__ import annotations
 from fastapi import FastAPI
 
 from lora_serve.engine.engine_client import AsyncEngineClient
-from lora_serve.server import routes_adapters, routes_chat, routes_completions, routes_status
+from lora_serve.server import (
+    routes_adapters,
+    routes_chat,
+    routes_completions,
+    routes_status,
+    routes_tokens,
+)
 from lora_serve.server.auth import ApiKeyMiddleware
 from lora_serve.server.cancellation import CancellationMiddleware
 from lora_serve.server.context import ServerContext
@@ -14,9 +20,17 @@ from lora_serve.server.openapi import install_openapi
 from lora_serve.server.protocol.adapters import LoadAdapterRequest, UnloadAdapterRequest
 from lora_serve.server.protocol.chat import ChatCompletionRequest
 from lora_serve.server.protocol.completion import CompletionRequest
+from lora_serve.server.protocol.tokenize import DetokenizeRequest, TokenizeRequest
 from lora_serve.server.settings import ServerSettings
 
-REQUEST_BODIES = (CompletionRequest, ChatCompletionRequest, LoadAdapterRequest, UnloadAdapterRequest)
+REQUEST_BODIES = (
+    CompletionRequest,
+    ChatCompletionRequest,
+    LoadAdapterRequest,
+    UnloadAdapterRequest,
+    TokenizeRequest,
+    DetokenizeRequest,
+)
 
 
 def create_app(client: AsyncEngineClient, settings: ServerSettings) -> FastAPI:
@@ -43,7 +57,7 @@ def create_app(client: AsyncEngineClient, settings: ServerSettings) -> FastAPI:
     )
     context = ServerContext(client=client, settings=settings)
     app.state.context = context
-    for routes in (routes_completions, routes_chat, routes_adapters, routes_status):
+    for routes in (routes_completions, routes_chat, routes_adapters, routes_status, routes_tokens):
         app.include_router(routes.router)
     install_error_handlers(app)
     install_openapi(app, REQUEST_BODIES)

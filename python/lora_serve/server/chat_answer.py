@@ -52,7 +52,7 @@ class ChatAnswer:
         self._request = request
         self._stream = stream
         self.streams = [stream]
-        self._header = AnswerHeader.make("chatcmpl", request.model)
+        self._header = AnswerHeader.make("chatcmpl", request.model, request.request_id)
         self._fingerprint = fingerprint(stream, served_model_name)
         self._formatter = LogprobFormatter(tokenizer, request.top_logprobs or 0)
         self._usage = UsageCounter([stream])
@@ -74,6 +74,10 @@ class ChatAnswer:
         )
         if self._request.return_token_ids:
             body.prompt_token_ids = self._stream.prompt_token_ids
+        if self._request.prompt_logprobs is not None:
+            body.prompt_logprobs = self._formatter.for_prompt(
+                self._stream.prompt_token_ids, output.prompt_logprobs or [], self._request.prompt_logprobs
+            )
         return body
 
     async def chunks(self) -> AsyncIterator[ChatCompletionChunk]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,12 +30,12 @@ class ModelFormats:
     ----------
     make_tool_parser : callable or None
         Makes what finds an answer's tool calls; None = nobody knows how the model writes them.
-    takes_tools : bool
-        The chat template shows tools to the model.
+    chat_template : str
+        The model's; empty = there is none.
     """
 
     make_tool_parser: MakeToolParser | None = None
-    takes_tools: bool = False
+    chat_template: str = ""
 
 
 @dataclass(frozen=True)
@@ -82,13 +82,7 @@ def plan_chat(request: ChatCompletionRequest, formats: ModelFormats) -> ChatPlan
     if choice == "none":
         return ChatPlan(form=form)
     functions = _functions(request)
-    if not formats.takes_tools:
-        raise RequestError(
-            "tools: the model's chat template does not show tools to the model; remove the field, or serve a "
-            "model whose template does",
-            param="tools",
-            code="unsupported_field",
-        )
+    check_takes_tools(formats.chat_template)
     if form is not None:
         raise RequestError(
             "tools and a form of the answer (response_format, structured_outputs) exclude each other; send "
@@ -97,7 +91,7 @@ def plan_chat(request: ChatCompletionRequest, formats: ModelFormats) -> ChatPlan
             code="unsupported_field",
         )
     is_parallel = request.parallel_tool_calls is not False
-    shown = [_show(function) for function in functions]
+    shown = tools_for_template(functions)
     max_calls = None if is_parallel else 1
     if isinstance(choice, NamedToolChoice):
         function = _find(functions, choice.function.name)
@@ -142,6 +136,26 @@ def _find(functions: list[FunctionDefinition], name: str) -> FunctionDefinition:
     )
 
 
-def _show(function: FunctionDefinition) -> dict[str, Any]:
-    """Give a tool as chat templates take it."""
-    return {"type": "function", "function": function.model_dump(exclude_none=True, exclude={"strict"})}
+def check_takes_tools(chat_template: str) -> None:
+    """Require a chat template that shows tools to the model.
+
+    Raises
+    ------
+    RequestError
+        It does not: the request's tools would be ignored.
+    """
+    if "tools" not in chat_template:
+        raise RequestError(
+            "tools: the model's chat template does not show tools to the model; remove the field, or serve a "
+            "model whose template does",
+            param="tools",
+            code="unsupported_field",
+        )
+
+
+def tools_for_template(functions: Sequence[FunctionDefinition]) -> list[dict[str, Any]]:
+    """Give functions as chat templates take them."""
+    return [
+        {"type": "function", "function": function.model_dump(exclude_none=True, exclude={"strict"})}
+        for function in functions
+    ]

@@ -16,7 +16,9 @@ from lora_serve.server.disconnect import cancel_and_wait
 from lora_serve.server.protocol.generation import PromptTokensDetails, Usage
 from lora_serve.server.request_errors import RequestError
 
-_CHECKED_BY_ENGINE = frozenset({"max_tokens", "min_tokens", "stop_token_ids", "logit_bias"})
+_CHECKED_BY_ENGINE = frozenset(
+    {"max_tokens", "min_tokens", "stop_token_ids", "logit_bias", "allowed_token_ids", "structured_outputs"}
+)
 
 
 @dataclass(frozen=True)
@@ -106,7 +108,7 @@ async def _submit(
 
 def name_field(message: str, prompt_param: str) -> RequestError:
     """Name the field in what the engine says of a request: its messages start with it, or with the prompt."""
-    field = message.split(" ", 1)[0]
+    field = message.split(" ", 1)[0].split(".", 1)[0]
     code = "context_length_exceeded" if "max_model_len" in message else "invalid_value"
     return RequestError(message, param=field if field in _CHECKED_BY_ENGINE else prompt_param, code=code)
 

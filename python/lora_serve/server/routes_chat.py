@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import msgspec
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
-from lora_serve.common.errors import InvalidArgumentError, LoraServeError
+from lora_serve.common.errors import LoraServeError
 from lora_serve.common.sampling_params import SamplingParams
 from lora_serve.engine.engine_client import AsyncEngineClient
 from lora_serve.server.adapter_selection import adapter_not_found, model_not_found, select_adapters
 from lora_serve.server.answer_parts import AnswerParts
 from lora_serve.server.chat_answer import ChatAnswer
 from lora_serve.server.chat_plan import ChatPlan, ModelFormats, plan_chat
+from lora_serve.server.chat_prompt import render_chat
 from lora_serve.server.context import ServerContext, context_of
 from lora_serve.server.disconnect import run_while_connected
-from lora_serve.server.generation import PromptJob, name_field, submit_all
+from lora_serve.server.generation import PromptJob, submit_all
 from lora_serve.server.openapi import body_schema
 from lora_serve.server.parsing.choice import choose_tool_parser
 from lora_serve.server.parsing.reasoning import (
@@ -29,33 +29,10 @@ from lora_serve.server.parsing.reasoning import (
 )
 from lora_serve.server.protocol.chat import ChatCompletionRequest, ChatCompletionResponse
 from lora_serve.server.request_body import read_body
-from lora_serve.server.request_errors import RequestError
 from lora_serve.server.sampling import chat_sampling_params, check_num_answers, request_queueing
 from lora_serve.server.streaming import answer_request
 
 router = APIRouter()
-
-_RESERVED_TEMPLATE_KWARGS = frozenset(
-    {
-        "add_generation_prompt",
-        "chat_template",
-        "continue_final_message",
-        "conversation",
-        "documents",
-        "max_length",
-        "messages",
-        "padding",
-        "processor_kwargs",
-        "return_assistant_tokens_mask",
-        "return_dict",
-        "return_tensors",
-        "tokenize",
-        "tokenizer_kwargs",
-        "tools",
-        "truncation",
-    }
-)
-"""Parameters of the renderer itself, which are not variables of the template."""
 
 
 @router.post(
@@ -93,7 +70,7 @@ async def _accept(
             return adapter_not_found(lora_name)
         return model_not_found(body.model, served_model_name)
 
-    prompt = await _render(context, body, plan)
+    prompt = await render_chat(context, body, plan.tools)
     start = None
     if context.settings.reasoning_parser is not None:
         start = find_start(prompt, client.tokenizer)
@@ -115,7 +92,7 @@ def _formats_of(context: ServerContext) -> ModelFormats:
     template, settings = context.client.tokenizer.chat_template, context.settings
     return ModelFormats(
         make_tool_parser=choose_tool_parser(settings.tool_call_parser, template),
-        takes_tools="tools" in template,
+        chat_template=template,
     )
 
 
@@ -128,47 +105,3 @@ def _after_reasoning(
         return params
     form = msgspec.structs.replace(form, reasoning=reasoning_tokens(start, client.tokenizer))
     return msgspec.structs.replace(params, structured_outputs=form)
-
-
-async def _render(context: ServerContext, body: ChatCompletionRequest, plan: ChatPlan) -> list[int]:
-    template_kwargs = dict(body.chat_template_kwargs or {})
-    for name in template_kwargs:
-        if name in _RESERVED_TEMPLATE_KWARGS:
-            raise RequestError(
-                f"chat_template_kwargs has {name!r}, which is not a variable of the chat template; remove it",
-                param="chat_template_kwargs",
-                code="invalid_value",
-            )
-    if plan.tools is not None:
-        template_kwargs["tools"] = plan.tools
-    if body.continue_final_message:
-        if body.add_generation_prompt:
-            raise RequestError(
-                "continue_final_message and add_generation_prompt exclude each other; send one of them",
-                param="continue_final_message",
-                code="invalid_value",
-            )
-        template_kwargs["continue_final_message"] = True
-    adds_prompt = body.add_generation_prompt is not False and not body.continue_final_message
-    try:
-        return await context.client.encode_chat(
-            _messages_of(body), add_generation_prompt=adds_prompt, template_kwargs=template_kwargs
-        )
-    except InvalidArgumentError as error:
-        if isinstance(error, RequestError):
-            raise
-        raise name_field(str(error), "messages") from None
-
-
-def _messages_of(body: ChatCompletionRequest) -> list[dict[str, Any]]:
-    messages = []
-    for index, message in enumerate(body.messages):
-        try:
-            messages.append(message.to_template())
-        except ValueError as error:
-            raise RequestError(
-                f"messages.{index}.tool_calls: the arguments of a call must be a JSON object's text: {error}",
-                param=f"messages.{index}.tool_calls",
-                code="invalid_value",
-            ) from None
-    return messages

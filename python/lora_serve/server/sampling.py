@@ -34,6 +34,8 @@ _SAME_NAME = (
     "include_stop_str_in_output",
     "ignore_eos",
     "skip_special_tokens",
+    "prompt_logprobs",
+    "allowed_token_ids",
 )
 
 
@@ -93,7 +95,7 @@ def completion_sampling_params(request: CompletionRequest) -> SamplingParams:
     if request.logprobs is not None:
         values["logprobs"] = request.logprobs
         if request.echo:
-            values["prompt_logprobs"] = request.logprobs
+            values["prompt_logprobs"] = max(request.logprobs, request.prompt_logprobs or 0)
     return _build(values, {})
 
 
@@ -181,6 +183,20 @@ def _shared_values(request: GenerationRequest) -> dict[str, Any]:
             "best of several answers is not supported; remove best_of or ask for n answers",
             param="best_of",
             code="unsupported_field",
+        )
+    if request.prompt_logprobs is not None and request.stream:
+        raise RequestError(
+            'prompt_logprobs cannot be streamed; send "stream": false, or echo and logprobs instead',
+            param="prompt_logprobs",
+            code="unsupported_field",
+        )
+    if request.request_id is not None and not (
+        request.request_id.isascii() and request.request_id.isprintable() and len(request.request_id) <= 256
+    ):
+        raise RequestError(
+            "request_id must have at most 256 printable ASCII characters; shorten it or leave it out",
+            param="request_id",
+            code="invalid_value",
         )
     if request.stream_options is not None and not request.stream:
         raise RequestError(

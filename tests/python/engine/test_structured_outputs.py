@@ -135,6 +135,21 @@ def test_stop_strings_penalties_and_bias_work_within_the_form(llm):
     assert set(llm.generate([PROMPT], penalised)[0].outputs[0].text) == {"a", "b"}
 
 
+def test_allowed_tokens_are_the_only_ones(llm):
+    allowed = llm.get_tokenizer().encode("xyz")
+    asked = SamplingParams(temperature=1.0, seed=1, max_tokens=30, allowed_token_ids=allowed)
+    [output] = llm.generate([PROMPT], asked)
+    assert {"x", "y"} <= set(output.outputs[0].text) <= set("xyz")
+
+
+def test_allowed_tokens_that_leave_none_are_refused(llm):
+    only_the_end = SamplingParams(allowed_token_ids=[END], min_tokens=2, max_tokens=5)
+    with pytest.raises(InvalidArgumentError, match="only tokens that end the answer"):
+        llm.generate([PROMPT], only_the_end)
+    with pytest.raises(InvalidArgumentError, match="allowed_token_ids has the token id 1000"):
+        llm.generate([PROMPT], SamplingParams(allowed_token_ids=[1000]))
+
+
 @pytest.mark.parametrize("is_open", [False, True])
 def test_the_form_begins_after_the_reasoning(llm, is_open):
     """The bytes '<' and '>' stand for the words around it."""

@@ -111,7 +111,7 @@ def test_only_masked_rows_lose_tokens_and_only_those_that_are_not_allowed(vocab_
     allowed = {1: {0, vocab_size - 1}, 3: set(rng.choice(vocab_size, 7, replace=False).tolist())}
     states = [make_state(vocab_size=vocab_size) for _ in range(5)]
     for row, tokens in allowed.items():
-        states[row].grammar = MaskOnly(tokens, vocab_size)
+        states[row].restriction = MaskOnly(tokens, vocab_size)
     adjusted = logits.clone()
     adjust_logits(adjusted, states)
     for row in range(5):

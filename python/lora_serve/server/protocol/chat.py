@@ -26,6 +26,7 @@ from lora_serve.server.protocol.base import (
 from lora_serve.server.protocol.generation import (
     FinishReasonField,
     GenerationRequest,
+    PromptLogprobs,
     StopReasonField,
     Usage,
 )
@@ -235,9 +236,36 @@ class ChatCompletionRequest(GenerationRequest):
             refuse_unless(because="it has no defined meaning here; use chat_template_kwargs instead")
         ),
     ] = None
+    verbosity: Annotated[
+        str | None, AfterValidator(refuse_unless("medium", because="say in the messages how long to answer"))
+    ] = None
+    add_special_tokens: Annotated[
+        bool | None,
+        AfterValidator(refuse_unless(False, because="the chat template writes its own; remove the field")),
+    ] = None
+    documents: Annotated[
+        Any, AfterValidator(refuse_unless([], because="it is not supported; put documents into messages"))
+    ] = None
+    chat_template: Annotated[
+        Any, AfterValidator(refuse_unless(because="the model's own template is used; remove the field"))
+    ] = None
+    media_io_kwargs: Annotated[
+        Any, AfterValidator(refuse_unless({}, because="only text is read; remove the field"))
+    ] = None
+    mm_processor_kwargs: Annotated[
+        Any, AfterValidator(refuse_unless({}, because="only text is read; remove the field"))
+    ] = None
+    return_prompt_text: Annotated[
+        bool | None, AfterValidator(refuse_unless(False, because="use return_token_ids and /detokenize"))
+    ] = None
     web_search_options: Annotated[
         Any, AfterValidator(refuse_unless(because="web search is not supported; remove the field"))
     ] = None
+
+    @property
+    def conversation(self) -> list[ChatMessage]:
+        """The messages."""
+        return self.messages
 
 
 class TopLogprob(ResponseModel):
@@ -293,6 +321,7 @@ class ChatCompletionResponse(ResponseModel):
     choices: list[ChatChoice]
     usage: Usage
     prompt_token_ids: list[int] | None = None
+    prompt_logprobs: PromptLogprobs | None = None
 
 
 class ChatDelta(ResponseModel):
