@@ -139,9 +139,8 @@ class SamplingState:
         self.stop_ids = sorted(token_id for token_id in stops if 0 <= token_id < vocab_size)
         if self.stop_ids and params.allowed_token_ids and set(params.allowed_token_ids) <= set(self.stop_ids):
             raise InvalidArgumentError(
-                f"allowed_token_ids has only tokens that end the answer but min_tokens is {params.min_tokens}: "
-                ""
-                "allow others, or leave min_tokens out"
+                "allowed_token_ids has only tokens that end the answer but min_tokens is "
+                f"{params.min_tokens}; allow others, or leave min_tokens out"
             )
         self.is_plain_greedy = (
             params.is_greedy and params.logprobs is None and not self.adjusts_every_step and not self.stop_ids

@@ -95,10 +95,10 @@ def plan_chat(request: ChatCompletionRequest, formats: ModelFormats) -> ChatPlan
     max_calls = None if is_parallel else 1
     if isinstance(choice, NamedToolChoice):
         function = _find(functions, choice.function.name)
-        form = build_form("tools", {"json": schema_of_arguments(function)})
+        form = _form_of_call(schema_of_arguments(function))
         return ChatPlan(form, shown, lambda: NamedCallParser(function.name), 1)
     if choice == "required":
-        form = build_form("tools", {"json": schema_of_calls(functions, is_parallel=is_parallel)})
+        form = _form_of_call(schema_of_calls(functions, is_parallel=is_parallel))
         return ChatPlan(form, shown, CallListParser, max_calls)
     if formats.make_tool_parser is None:
         raise RequestError(
@@ -109,6 +109,11 @@ def plan_chat(request: ChatCompletionRequest, formats: ModelFormats) -> ChatPlan
             code="unsupported_field",
         )
     return ChatPlan(None, shown, formats.make_tool_parser, max_calls)
+
+
+def _form_of_call(schema: dict[str, Any]) -> StructuredOutputsParams:
+    """Calls are for programs: nothing is laid out, which costs tokens."""
+    return build_form("tools", {"json": schema, "disable_any_whitespace": True})
 
 
 def _functions(request: ChatCompletionRequest) -> list[FunctionDefinition]:
