@@ -146,7 +146,7 @@ def _read_schema(schema: dict[str, Any] | str) -> Any:
         return schema
     try:
         return json.loads(schema)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InvalidArgumentError(
             f"structured_outputs.json is not valid JSON: {error}; send a JSON schema"
         ) from None

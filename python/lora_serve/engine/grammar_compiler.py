@@ -149,7 +149,9 @@ class GrammarCompiler:
         try:
             self.load()
             assert self._backend is not None
-            future.set_result(_compile(self._backend, source))
+            compiled = _compile(self._backend, source)
+            _require_an_answer(compiled, source)
+            future.set_result(compiled)
         except InvalidArgumentError as error:
             future.set_exception(error)
         except RuntimeError as error:  # xgrammar's errors of input have no class of their own.
@@ -210,6 +212,18 @@ def _compile(backend: xgrammar.GrammarCompiler, source: GrammarSource) -> xgramm
         choices = [_quote(choice) for choice in msgspec.json.decode(source.text)]
         return backend.compile_grammar(f"root ::= {' | '.join(choices)}")
     return backend.compile_grammar(source.text)
+
+
+def _require_an_answer(compiled: xgrammar.CompiledGrammar, source: GrammarSource) -> None:
+    import xgrammar
+
+    mask = xgrammar.allocate_token_bitmask(1, compiled.tokenizer_info.vocab_size)
+    needs_mask = xgrammar.GrammarMatcher(compiled).fill_next_token_bitmask(mask)
+    if needs_mask and not mask.any():
+        raise InvalidArgumentError(
+            f"structured_outputs.{source.kind} allows no answer at all, such as a schema that is its own; "
+            "correct it"
+        )
 
 
 def _quote(text: str) -> str:

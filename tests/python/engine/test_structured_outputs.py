@@ -13,8 +13,11 @@ from lora_serve.common.sampling_params import SamplingParams
 from lora_serve.common.structured_outputs import ReasoningTokens, StructuredOutputsParams
 from lora_serve.engine import grammar_compiler
 from lora_serve.engine.grammar_compiler import GrammarCompiler
+from lora_serve.engine.tokenizer import Tokenizer
 from lora_serve.llm import LLM
 from support.tiny_checkpoint import make_tiny_checkpoint
+
+from .tokenizers_for_tests import byte_fallback, byte_level_bpe
 
 END = 258  # <|im_end|>
 SCHEMA = {
@@ -180,6 +183,8 @@ def test_special_tokens_stand_for_no_part_of_the_form(llm):
         ({"regex": "a("}, "structured_outputs.regex cannot be compiled: Regex parsing error"),
         ({"grammar": "root ::= x"}, 'Rule "x" is not defined'),
         ({"json": {"$ref": "#/$defs/a"}}, "structured_outputs.json cannot be compiled"),
+        ({"json": {"$ref": "#"}}, "allows no answer at all"),
+        ({"json": "[" * 100_000}, "not valid JSON"),
     ],
 )
 def test_a_form_that_cannot_be_compiled_is_refused_every_time(llm, form, text):
@@ -194,6 +199,31 @@ def test_a_model_that_cannot_end_a_form_is_refused(tmp_path):
     compiler = GrammarCompiler(str(make_tiny_checkpoint(tmp_path / "m")), 259, ())
     with pytest.raises(InvalidArgumentError, match="no end-of-sequence token"):
         compiler.matcher(params({"regex": "a"}))
+
+
+@pytest.mark.parametrize("make_tokenizer", [byte_level_bpe, byte_fallback])
+def test_tokens_of_every_kind_of_vocabulary_spell_the_form(make_tokenizer, monkeypatch):
+    """Words with their space in front, bytes for characters that the vocabulary lacks.
+
+    An answer goes on from its prompt, so a space in front of its first word would be shown: it is no part.
+    """
+    tokenizer = make_tokenizer()
+    text = "ünï hello 🙂\n"
+    token_ids = tokenizer.encode(text, add_special_tokens=False)
+    if tokenizer.decode_token(token_ids[0]) in ("", " "):
+        del token_ids[0]
+    vocab_size = len(tokenizer.backend)
+    monkeypatch.setattr(Tokenizer, "from_pretrained", lambda model: tokenizer)
+    compiler = GrammarCompiler("any", vocab_size + 7, (vocab_size,))
+    for form in ({"choice": ["other", text]}, {"regex": "[a-zü]+[^a]*"}):
+        matcher = compiler.matcher(params(form))
+        for token_id in token_ids:
+            mask = matcher.next_mask()
+            assert mask[token_id // 32] >> (token_id % 32) & 1, (token_id, form)
+            matcher.accept(token_id)
+        mask = matcher.next_mask()
+        assert mask[vocab_size // 32] >> (vocab_size % 32) & 1
+    compiler.close()
 
 
 def test_a_grammar_is_compiled_once(model, monkeypatch):

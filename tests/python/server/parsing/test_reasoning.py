@@ -4,7 +4,13 @@ import random
 
 import pytest
 
-from lora_serve.server.parsing.reasoning import ReasoningSplitter, ReasoningStart, find_start
+from lora_serve.common.errors import InvalidArgumentError
+from lora_serve.server.parsing.reasoning import (
+    ReasoningSplitter,
+    ReasoningStart,
+    check_reasoning_tokens,
+    find_start,
+)
 from server.fake_engine_client import FakeTokenizer
 
 MAY_OPEN, OPEN, CLOSED = ReasoningStart.MAY_OPEN, ReasoningStart.OPEN, ReasoningStart.CLOSED
@@ -51,3 +57,10 @@ def test_reasoning_is_split_off_in_pieces_of_any_length(start, text, reasoning, 
 def test_the_prompt_tells_how_the_answer_begins(prompt, start):
     """In the fake tokenizer character 1 opens and character 2 closes."""
     assert find_start([ord(char) for char in prompt], FakeTokenizer()) is start
+
+
+def test_a_model_without_the_words_as_tokens_is_refused(monkeypatch):
+    check_reasoning_tokens("qwen3", FakeTokenizer())
+    monkeypatch.setattr(FakeTokenizer, "token_id", lambda self, text: None)
+    with pytest.raises(InvalidArgumentError, match="no token <think>"):
+        check_reasoning_tokens("qwen3", FakeTokenizer())
