@@ -14,7 +14,7 @@ from lora_serve.common.json_schema_check import check_json_schema
 
 KINDS = ("json", "json_object", "regex", "choice", "grammar")
 """The fields of which exactly one is set."""
-MAX_FORM_CHARACTERS = 256 * 1024
+MAX_FORM_CHARACTERS = 64 * 1024
 """Longest text of a schema, an expression or a grammar, and most text of all choices."""
 
 
@@ -50,6 +50,21 @@ class ReasoningTokens(msgspec.Struct, frozen=True, kw_only=True):
     start_token_id: int
     end_token_id: int
     is_open: bool = False
+
+
+class GrammarForm(msgspec.Struct, frozen=True, array_like=True):
+    """A form that was checked, as the engine takes it: cheap to read, however long its text is.
+
+    Parameters
+    ----------
+    source : GrammarSource
+        What its grammar is compiled from.
+    reasoning : ReasoningTokens or None
+        The answer may reason before it takes its form.
+    """
+
+    source: GrammarSource
+    reasoning: ReasoningTokens | None = None
 
 
 class StructuredOutputsParams(msgspec.Struct, frozen=True, kw_only=True):
@@ -132,6 +147,11 @@ class StructuredOutputsParams(msgspec.Struct, frozen=True, kw_only=True):
             if getattr(self, kind) is not None:
                 return GrammarSource(kind, getattr(self, kind))
         return GrammarSource("json_object", "", any_whitespace)
+
+    @property
+    def form(self) -> GrammarForm:
+        """The same for the engine."""
+        return GrammarForm(self.source, self.reasoning)
 
     @staticmethod
     def _check_choice(choice: Sequence[str]) -> None:

@@ -221,7 +221,7 @@ class EngineCore:
             waiting; empty = nothing is to be compiled.
         """
         self._require_running()
-        return self._grammars.prepare([request.sampling_params for request in requests])
+        return self._grammars.prepare([request.form for request in requests])
 
     def add_request(self, request: EngineRequest) -> AdmissionResult:
         """Accept one request; as `add_requests`."""
@@ -261,7 +261,7 @@ class EngineCore:
                 adapter_id,
                 eos_token_ids,
                 vocab_size,
-                self._grammars.matcher(request.sampling_params),
+                self._grammars.matcher(request.form),
             )
             for request in requests
         ]

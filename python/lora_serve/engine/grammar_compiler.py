@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from lora_serve.common.errors import InternalError, InvalidArgumentError
-from lora_serve.common.sampling_params import SamplingParams
-from lora_serve.common.structured_outputs import GrammarSource
+from lora_serve.common.structured_outputs import GrammarForm, GrammarSource
 from lora_serve.executor.grammar_matcher import GrammarMatcher
 
 if TYPE_CHECKING:
@@ -67,15 +66,15 @@ class GrammarCompiler:
         if self._backend is None:
             self._backend = _make_backend(self._model, self._vocab_size, self._eos_token_ids)
 
-    def prepare(self, all_params: Iterable[SamplingParams]) -> list[Future[Any]]:
-        """Begin to compile what these requests need and nobody has compiled.
+    def prepare(self, forms: Iterable[GrammarForm | None]) -> list[Future[Any]]:
+        """Begin to compile what nobody has compiled.
 
         Returns
         -------
         list of Future
             To wait for before `matcher` is called, which raises what has failed; empty = all is there.
         """
-        wanted = {p.structured_outputs.source for p in all_params if p.structured_outputs is not None}
+        wanted = {form.source for form in forms if form is not None}
         self._take_finished()
         waits_for: list[Future[Any]] = []
         for source in sorted(wanted - self._compiled.keys()):
@@ -87,7 +86,7 @@ class GrammarCompiler:
                 waits_for.append(future)
         return waits_for
 
-    def matcher(self, params: SamplingParams) -> GrammarMatcher | None:
+    def matcher(self, form: GrammarForm | None) -> GrammarMatcher | None:
         """Give a new answer's matcher; None when its form is free.
 
         Waits for the grammar where `prepare` was not called, or not waited for.
@@ -97,7 +96,6 @@ class GrammarCompiler:
         InvalidArgumentError
             The schema, expression or grammar is wrong, or there is no tokenizer to compile it for.
         """
-        form = params.structured_outputs
         if form is None:
             return None
         source = form.source
@@ -105,7 +103,7 @@ class GrammarCompiler:
         if compiled is None:
             future = self._under_way.get(source)
             if future is None:
-                self.prepare([params])
+                self.prepare([form])
                 future = self._under_way[source]
             try:
                 compiled = future.result()

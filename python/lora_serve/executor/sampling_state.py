@@ -83,6 +83,8 @@ class SamplingState:
 
     Attributes
     ----------
+    needs_outputs : bool
+        A token cannot be chosen before the host knows the one before: penalties, a grammar.
     output_token_ids : list of int
         Tokens sampled so far.
     prompt_logprobs : list of (TokenLogprobs or None), or None
@@ -93,6 +95,7 @@ class SamplingState:
         "adjusts_every_step",
         "eos_token_ids",
         "is_plain_greedy",
+        "needs_outputs",
         "output_token_ids",
         "params",
         "prompt_logprobs",
@@ -134,6 +137,8 @@ class SamplingState:
             or params.presence_penalty != 0.0
         )
         self.token_counts = TokenCounts(prompt_token_ids) if has_penalties else None
+        is_following = self.restriction is not None and self.restriction.needs_outputs
+        self.needs_outputs = has_penalties or is_following
         self.adjusts_every_step = has_penalties or bool(params.logit_bias) or self.restriction is not None
         stops = {*params.stop_token_ids, *self.eos_token_ids} if params.min_tokens > 0 else set()
         self.stop_ids = sorted(token_id for token_id in stops if 0 <= token_id < vocab_size)
@@ -172,12 +177,6 @@ class SamplingState:
     def num_prompt_tokens(self) -> int:
         """Length of the prompt."""
         return len(self.prompt_token_ids)
-
-    @property
-    def needs_outputs(self) -> bool:
-        """True when a token cannot be chosen before the host knows the one before: penalties, a grammar."""
-        is_restricted = self.restriction is not None and self.restriction.needs_outputs
-        return self.token_counts is not None or is_restricted
 
     @property
     def bans_stop_tokens(self) -> bool:

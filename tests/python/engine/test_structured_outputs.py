@@ -13,6 +13,7 @@ from lora_serve.common.sampling_params import SamplingParams
 from lora_serve.common.structured_outputs import ReasoningTokens, StructuredOutputsParams
 from lora_serve.engine import grammar_compiler
 from lora_serve.engine.grammar_compiler import GrammarCompiler
+from lora_serve.engine.messages import EngineRequest
 from lora_serve.engine.tokenizer import Tokenizer
 from lora_serve.llm import LLM
 from support.tiny_checkpoint import make_tiny_checkpoint
@@ -47,6 +48,10 @@ def llm(request, model):
 def params(form, **options):
     fields = {"temperature": 1.0, "max_tokens": 100, **options}
     return SamplingParams(structured_outputs=StructuredOutputsParams(**form), **fields)
+
+
+def form_of(**fields):
+    return StructuredOutputsParams(**fields).form
 
 
 @pytest.mark.parametrize(
@@ -198,7 +203,7 @@ def test_a_form_that_cannot_be_compiled_is_refused_every_time(llm, form, text):
 def test_a_model_that_cannot_end_a_form_is_refused(tmp_path):
     compiler = GrammarCompiler(str(make_tiny_checkpoint(tmp_path / "m")), 259, ())
     with pytest.raises(InvalidArgumentError, match="no end-of-sequence token"):
-        compiler.matcher(params({"regex": "a"}))
+        compiler.matcher(form_of(regex="a"))
 
 
 @pytest.mark.parametrize("make_tokenizer", [byte_level_bpe, byte_fallback])
@@ -216,7 +221,7 @@ def test_tokens_of_every_kind_of_vocabulary_spell_the_form(make_tokenizer, monke
     monkeypatch.setattr(Tokenizer, "from_pretrained", lambda model: tokenizer)
     compiler = GrammarCompiler("any", vocab_size + 7, (vocab_size,))
     for form in ({"choice": ["other", text]}, {"regex": "[a-zü]+[^a]*"}):
-        matcher = compiler.matcher(params(form))
+        matcher = compiler.matcher(form_of(**form))
         for token_id in token_ids:
             mask = matcher.next_mask()
             assert mask[token_id // 32] >> (token_id % 32) & 1, (token_id, form)
@@ -233,7 +238,7 @@ def test_a_grammar_is_compiled_once(model, monkeypatch):
         grammar_compiler, "_compile", lambda backend, source: compiled.append(source) or real(backend, source)
     )
     compiler = GrammarCompiler(str(model), 259, (END,))
-    forms = [params({"regex": "a"}), params({"regex": "a"}), params({"json": SCHEMA}), params({"regex": "a"})]
+    forms = [form_of(regex="a"), form_of(regex="a"), form_of(json=SCHEMA), form_of(regex="a")]
     matchers = [compiler.matcher(form) for form in forms]
     assert len(set(map(id, matchers))) == 4
     assert [source.kind for source in compiled] == ["regex", "json"]
@@ -244,10 +249,10 @@ def test_the_least_recently_used_grammars_are_forgotten(model, monkeypatch):
     monkeypatch.setattr(grammar_compiler, "CACHE_BYTES", 1)
     compiler = GrammarCompiler(str(model), 259, (END,))
     for regex in ("a", "b"):
-        assert compiler.prepare([params({"regex": regex})])
-        compiler.matcher(params({"regex": regex}))
-    assert not compiler.prepare([params({"regex": "b"})])
-    assert compiler.prepare([params({"regex": "a"})])
+        assert compiler.prepare([form_of(regex=regex)])
+        compiler.matcher(form_of(regex=regex))
+    assert not compiler.prepare([form_of(regex="b")])
+    assert compiler.prepare([form_of(regex="a")])
     compiler.close()
 
 
@@ -261,10 +266,16 @@ def test_preparing_does_not_wait_for_the_compiler(model, monkeypatch):
 
     monkeypatch.setattr(grammar_compiler, "_compile", wait)
     compiler = GrammarCompiler(str(model), 259, (END,))
-    [first] = compiler.prepare([params({"regex": "a"})])
-    assert compiler.prepare([params({"regex": "a"})]) == [first]
+    [first] = compiler.prepare([form_of(regex="a")])
+    assert compiler.prepare([form_of(regex="a")]) == [first]
     assert not first.done()
     may_go.set()
     first.result(30)
-    assert compiler.prepare([params({"regex": "a"})]) == []
+    assert compiler.prepare([form_of(regex="a")]) == []
     compiler.close()
+
+
+def test_the_engine_itself_takes_only_a_checked_form(llm):
+    request = EngineRequest(request_id=10**9, prompt_token_ids=[1], sampling_params=params({"regex": "a"}))
+    with pytest.raises(InvalidArgumentError, match="use InputProcessor"):
+        llm._core.add_request(request)
