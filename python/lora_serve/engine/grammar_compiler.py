@@ -176,8 +176,9 @@ def _make_backend(model: str, vocab_size: int, eos_token_ids: tuple[int, ...]) -
 
     if not eos_token_ids:
         raise InvalidArgumentError(
-            "the model names no end-of-sequence token, so an answer of a given form could not end; remove "
-            "structured_outputs, response_format and tool_choice, or set eos_token_id in the model's config"
+            "structured_outputs cannot be served: the model names no end-of-sequence token, so an answer of a "
+            "given form could not end; remove structured_outputs, response_format and tool_choice, or set "
+            "eos_token_id in the model's config"
         )
     backend = Tokenizer.from_pretrained(model).backend
     info = xgrammar.TokenizerInfo.from_huggingface(
