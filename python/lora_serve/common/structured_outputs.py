@@ -13,7 +13,9 @@ from lora_serve.common.field_checks import check_bool, check_int, is_valid_unico
 from lora_serve.common.json_schema_check import check_json_schema
 
 KINDS = ("json", "json_object", "regex", "choice", "grammar")
-"""The fields of which exactly one is set."""
+"""The forms that clients may ask for."""
+_ALL_KINDS = (*KINDS, "structural_tag")
+_TEXTS = ("regex", "grammar", "structural_tag")
 MAX_FORM_CHARACTERS = 64 * 1024
 """Longest text of a schema, an expression or a grammar, and most text of all choices."""
 
@@ -24,7 +26,7 @@ class GrammarSource(NamedTuple):
     Parameters
     ----------
     kind : str
-        One of KINDS.
+        One of KINDS, or 'structural_tag'.
     text : str
         The schema or the list of choices as JSON, the expression, or the grammar; empty for 'json_object'.
     any_whitespace : bool
@@ -68,7 +70,7 @@ class GrammarForm(msgspec.Struct, frozen=True, array_like=True):
 
 
 class StructuredOutputsParams(msgspec.Struct, frozen=True, kw_only=True):
-    """The form of an answer. Names and meanings are vLLM's; exactly one of the first five is set.
+    """The form of an answer. Names and meanings are vLLM's; exactly one of the first six is set.
 
     Parameters
     ----------
@@ -82,6 +84,9 @@ class StructuredOutputsParams(msgspec.Struct, frozen=True, kw_only=True):
         The answer is one of these strings.
     grammar : str or None
         A grammar in GBNF, whose first rule is 'root'.
+    structural_tag : str or None
+        A structural tag of xgrammar as JSON: an answer that is free but for what follows given words. Whether
+        its schemas are kept to exactly is not checked.
     disable_any_whitespace : bool
         JSON is written in one line, with one space after colons and commas.
     reasoning : ReasoningTokens or None
@@ -99,11 +104,12 @@ class StructuredOutputsParams(msgspec.Struct, frozen=True, kw_only=True):
     regex: str | None = None
     choice: list[str] | None = None
     grammar: str | None = None
+    structural_tag: str | None = None
     disable_any_whitespace: bool = False
     reasoning: ReasoningTokens | None = None
 
     def __post_init__(self) -> None:
-        given = [kind for kind in KINDS if getattr(self, kind) is not None]
+        given = [kind for kind in _ALL_KINDS if getattr(self, kind) is not None]
         if len(given) != 1:
             found = " and ".join(given) if given else "nothing"
             raise InvalidArgumentError(
@@ -111,7 +117,7 @@ class StructuredOutputsParams(msgspec.Struct, frozen=True, kw_only=True):
             )
         if self.json_object is not None and self.json_object is not True:
             refuse("structured_outputs.json_object", self.json_object, "true, or be left out")
-        for kind in ("regex", "grammar"):
+        for kind in _TEXTS:
             text = getattr(self, kind)
             if text is not None and (not isinstance(text, str) or not text):
                 refuse(f"structured_outputs.{kind}", text, "a non-empty string")
@@ -143,7 +149,7 @@ class StructuredOutputsParams(msgspec.Struct, frozen=True, kw_only=True):
             return GrammarSource("json", text, any_whitespace)
         if self.choice is not None:
             return GrammarSource("choice", json.dumps(self.choice, ensure_ascii=False))
-        for kind in ("regex", "grammar"):
+        for kind in _TEXTS:
             if getattr(self, kind) is not None:
                 return GrammarSource(kind, getattr(self, kind))
         return GrammarSource("json_object", "", any_whitespace)

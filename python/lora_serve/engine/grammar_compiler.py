@@ -176,8 +176,8 @@ def _make_backend(model: str, vocab_size: int, eos_token_ids: tuple[int, ...]) -
 
     if not eos_token_ids:
         raise InvalidArgumentError(
-            "structured_outputs cannot be served: the model names no end-of-sequence token, so an answer of a "
-            "given form could not end; remove structured_outputs, response_format and tool_choice, or set "
+            "structured_outputs cannot be served: the model names no end-of-sequence token, so an answer of "
+            "a given form could not end; remove structured_outputs, response_format and tool_choice, or set "
             "eos_token_id in the model's config"
         )
     backend = Tokenizer.from_pretrained(model).backend
@@ -210,6 +210,8 @@ def _compile(backend: xgrammar.GrammarCompiler, source: GrammarSource) -> xgramm
     if source.kind == "choice":
         choices = [_quote(choice) for choice in msgspec.json.decode(source.text)]
         return backend.compile_grammar(f"root ::= {' | '.join(choices)}")
+    if source.kind == "structural_tag":
+        return backend.compile_structural_tag(source.text)
     return backend.compile_grammar(source.text)
 
 

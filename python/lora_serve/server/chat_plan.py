@@ -6,13 +6,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from lora_serve.common.errors import InvalidArgumentError
 from lora_serve.common.structured_outputs import StructuredOutputsParams
 from lora_serve.server.parsing.forced_calls import (
     CallListParser,
     NamedCallParser,
     schema_of_arguments,
     schema_of_calls,
+    tag_of_strict_calls,
 )
+from lora_serve.server.parsing.hermes import HermesParser
 from lora_serve.server.parsing.parts import ToolParser
 from lora_serve.server.protocol.chat import ChatCompletionRequest
 from lora_serve.server.protocol.tools import FunctionDefinition, NamedToolChoice
@@ -108,12 +111,24 @@ def plan_chat(request: ChatCompletionRequest, formats: ModelFormats) -> ChatPlan
             param="tools",
             code="unsupported_field",
         )
-    return ChatPlan(None, shown, formats.make_tool_parser, max_calls)
+    if formats.make_tool_parser is HermesParser and any(function.strict for function in functions):
+        form = _form_of_strict_calls(functions, is_parallel=is_parallel)
+    return ChatPlan(form, shown, formats.make_tool_parser, max_calls)
 
 
 def _form_of_call(schema: dict[str, Any]) -> StructuredOutputsParams:
     """Calls are for programs: nothing is laid out, which costs tokens."""
     return build_form("tools", {"json": schema, "disable_any_whitespace": True})
+
+
+def _form_of_strict_calls(
+    functions: list[FunctionDefinition], *, is_parallel: bool
+) -> StructuredOutputsParams:
+    try:
+        tag = tag_of_strict_calls(functions, is_parallel=is_parallel)
+    except InvalidArgumentError as error:
+        raise RequestError(str(error), param="tools", code="invalid_value") from None
+    return build_form("tools", {"structural_tag": tag})
 
 
 def _functions(request: ChatCompletionRequest) -> list[FunctionDefinition]:

@@ -36,7 +36,7 @@ def form_of(request: HasForm) -> StructuredOutputsParams | None:
                 code="invalid_value",
             )
         fields = request.structured_outputs.model_dump(by_alias=True, exclude_none=True)
-        values = {kind: fields[kind] for kind in KINDS if kind in fields}
+        values: dict[str, Any] = {kind: fields[kind] for kind in KINDS if kind in fields}
         values["disable_any_whitespace"] = bool(request.structured_outputs.disable_any_whitespace)
         return build_form("structured_outputs", values)
     if wanted is None:

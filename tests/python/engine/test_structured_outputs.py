@@ -16,6 +16,8 @@ from lora_serve.engine.grammar_compiler import GrammarCompiler
 from lora_serve.engine.messages import EngineRequest
 from lora_serve.engine.tokenizer import Tokenizer
 from lora_serve.llm import LLM
+from lora_serve.server.parsing.forced_calls import tag_of_strict_calls
+from lora_serve.server.protocol.tools import FunctionDefinition
 from support.tiny_checkpoint import make_tiny_checkpoint
 
 from .tokenizers_for_tests import byte_fallback, byte_level_bpe
@@ -228,6 +230,40 @@ def test_tokens_of_every_kind_of_vocabulary_spell_the_form(make_tokenizer, monke
             matcher.accept(token_id)
         mask = matcher.next_mask()
         assert mask[vocab_size // 32] >> (vocab_size % 32) & 1
+    compiler.close()
+
+
+FREE_TAG = tag_of_strict_calls(
+    [
+        FunctionDefinition(
+            name="f", strict=True, parameters={"type": "object", "properties": {"a": {"type": "integer"}}}
+        ),
+        FunctionDefinition(name="ü"),
+    ],
+    is_parallel=True,
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "is_allowed"),
+    [
+        ("free text, even <tool_ and {", True),
+        ('a <tool_call>\n{"name": "f", "arguments": {"a": 1}}\n</tool_call> b', True),
+        ('<tool_call>\n{"name": "ü", "arguments": {"any": [1]}}\n</tool_call>', True),
+        ('<tool_call>\n{"name": "f", "arguments": {"a": "x"}}\n</tool_call>', False),
+        ('<tool_call>\n{"name": "g", "arguments": {}}\n</tool_call>', False),
+    ],
+)
+def test_calls_of_strict_functions_keep_to_their_schemas_in_free_text(model, text, is_allowed):
+    compiler = GrammarCompiler(str(model), 259, (END,))
+    matcher = compiler.matcher(form_of(structural_tag=FREE_TAG))
+    found = True
+    for token_id in [*Tokenizer.from_pretrained(str(model)).encode(text), END]:
+        found = found and bool(matcher.next_mask()[token_id // 32] >> (token_id % 32) & 1)
+        if not found:
+            break
+        matcher.accept(token_id)
+    assert found == is_allowed
     compiler.close()
 
 

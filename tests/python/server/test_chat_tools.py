@@ -74,7 +74,21 @@ def test_calls_of_the_answer_are_given_apart_from_its_text():
     assert message["content"] == "Let me see."
     assert calls_of(message) == [("weather", {"town": "Bonn"}), ("now", {})]
     assert reason == "tool_calls"
+    assert client.submissions[0].params.structured_outputs.structural_tag is not None
+
+
+def test_without_strict_functions_the_answer_is_free():
+    client, _ = ask(CALLS, tools=TOOLS[1:])
     assert client.submissions[0].params.structured_outputs is None
+
+
+def test_a_strict_schema_that_would_not_be_kept_to_is_refused():
+    function = {"name": "f", "parameters": {"not": {}}, "strict": True}
+    _, response = ask("a", tools=[{"type": "function", "function": function}])
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == "tools"
+    _, response = ask("a", tools=[{"type": "function", "function": {**function, "strict": False}}])
+    assert response.status_code == 200
 
 
 def test_template_is_shown_the_tools():

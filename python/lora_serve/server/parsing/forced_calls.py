@@ -1,4 +1,4 @@
-"""Tool calls of answers whose form was forced by a schema: `tool_choice` 'required', or a function."""
+"""Tool calls whose form is forced: by `tool_choice` 'required' or a function, or by strict functions."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from lora_serve.server.parsing.hermes import as_call
+from lora_serve.common.json_schema_check import check_json_schema
+from lora_serve.server.parsing.hermes import CLOSE, OPEN, as_call
 from lora_serve.server.parsing.parts import Call, MoreArguments, Part, content_of
 from lora_serve.server.protocol.tools import FunctionDefinition
 
@@ -41,6 +42,47 @@ def schema_of_calls(functions: Sequence[FunctionDefinition], *, is_parallel: boo
     if definitions:
         schema["$defs"] = definitions
     return schema
+
+
+def tag_of_strict_calls(functions: Sequence[FunctionDefinition], *, is_parallel: bool) -> str:
+    """Give a structural tag for answers that may call functions as Hermes and Qwen write it.
+
+    Text is free; calls are of the given functions, with arguments by the schemas of the strict ones.
+
+    Parameters
+    ----------
+    functions : sequence of FunctionDefinition
+        At least one.
+    is_parallel : bool
+        False: the answer ends with its first call.
+
+    Raises
+    ------
+    InvalidArgumentError
+        A strict function's schema would not be kept to exactly.
+    """
+    tags = []
+    for function in functions:
+        schema: dict[str, Any] = {"type": "object"}
+        if function.strict:
+            schema = schema_of_arguments(function)
+            check_json_schema(schema)
+        name = json.dumps(function.name, ensure_ascii=False)
+        tags.append(
+            {
+                "begin": f'{OPEN}\n{{"name": {name}, "arguments": ',
+                "content": {"type": "json_schema", "json_schema": schema},
+                "end": f"}}\n{CLOSE}",
+            }
+        )
+    form = {
+        "type": "triggered_tags",
+        "triggers": [OPEN],
+        "tags": tags,
+        "at_least_one": False,
+        "stop_after_first": not is_parallel,
+    }
+    return json.dumps({"type": "structural_tag", "format": form}, ensure_ascii=False)
 
 
 def _move_definitions(schema: dict[str, Any], prefix: str, definitions: dict[str, Any]) -> dict[str, Any]:

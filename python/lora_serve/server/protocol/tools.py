@@ -21,7 +21,8 @@ class FunctionDefinition(RequestModel):
     parameters : dict or None
         A JSON schema of the arguments; null = there are none.
     strict : bool or None
-        The arguments keep to the schema wherever the call is forced (`tool_choice` 'required' or a function).
+        The arguments keep to the schema, as they do in any case where a call is forced. Not where the model
+        decides whether to call and writes calls as Llama 3 does.
     """
 
     name: Annotated[str, Field(min_length=1)]
