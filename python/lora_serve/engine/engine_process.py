@@ -261,7 +261,9 @@ def _make_core(
 
     executor = None if executor_factory is None else _load_factory(executor_factory)(config)
     core = EngineCore(config, executor, on_read_done=on_read_done)
-    if executor is None:
+    # Seconds, most of them imports: little beside the start on a device, much beside that on a CPU, where the
+    # first request that needs it waits for it instead.
+    if executor is None and config.is_cuda:
         with log_stage(logger, "vocabulary of grammars"):
             core.load_vocabulary()
     return core

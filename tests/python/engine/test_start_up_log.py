@@ -62,15 +62,7 @@ def test_the_engine_process_logs_its_own_stages_around_the_executors(model, capf
 
     lines = capfd.readouterr().err.splitlines()
     logged = [match[1].strip() for line in lines if (match := re.search(STAGE.pattern + "$", line))]
-    stages = [
-        "modules of the engine",
-        "model",
-        "adapter memory",
-        "KV pages",
-        "vocabulary of grammars",
-        "engine",
-    ]
-    assert logged == stages
+    assert logged == ["modules of the engine", "model", "adapter memory", "KV pages", "engine"]
 
 
 def test_a_stage_that_fails_is_not_called_ready(caplog):
