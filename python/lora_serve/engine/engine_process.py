@@ -120,7 +120,7 @@ class EngineServer:
             self._clear_wake_ups()
             self._take_messages(core)
             for message in self._waiting_for_grammars.take_ready():
-                self._answer_or_refuse(message, partial(self._admit, core, message))
+                self._answer_or_refuse(message, partial(self._add_requests, core, message))
             outputs = core.step()
             if outputs:
                 self._send(wire.Outputs(outputs))

@@ -6,7 +6,7 @@ import re
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,8 @@ MAX_WHITESPACE = 16
 """Longest run of white space in JSON: enough for indents, and no answer is nothing but that."""
 CACHE_BYTES = 256 * 1024 * 1024
 """Compiled grammars that are kept, at most; requests that run keep theirs beyond."""
+MAX_FAILURES = 64
+"""Wrong grammars that are remembered, so that nobody compiles them again at once."""
 _LOG_PREFIX = re.compile(r"^\[[\d:]+\] \S+: (Check failed: \(.*?\) is false: )?")
 
 
@@ -53,6 +55,7 @@ class GrammarCompiler:
         self._thread: threading.Thread | None = None
         self._backend: xgrammar.GrammarCompiler | None = None
         self._compiled: OrderedDict[GrammarSource, xgrammar.CompiledGrammar] = OrderedDict()
+        self._failed: OrderedDict[GrammarSource, BaseException] = OrderedDict()
         self._under_way: dict[GrammarSource, Future[xgrammar.CompiledGrammar]] = {}
 
     def load(self) -> None:
@@ -77,7 +80,7 @@ class GrammarCompiler:
         wanted = {form.source for form in forms if form is not None}
         self._take_finished()
         waits_for: list[Future[Any]] = []
-        for source in sorted(wanted - self._compiled.keys()):
+        for source in sorted(wanted - self._compiled.keys() - self._failed.keys()):
             future = self._under_way.get(source)
             if future is None:
                 future = self._under_way[source] = Future()
@@ -99,36 +102,35 @@ class GrammarCompiler:
         if form is None:
             return None
         source = form.source
-        compiled = self._compiled.get(source)
-        if compiled is None:
-            future = self._under_way.get(source)
-            if future is None:
-                self.prepare([form])
-                future = self._under_way[source]
-            try:
-                compiled = future.result()
-            finally:
-                self._under_way.pop(source, None)
-            self._keep(source, compiled)
+        while source not in self._compiled and source not in self._failed:
+            wait(self.prepare([form]))
+            self._take_finished()
+        error = self._failed.get(source)
+        if error is not None:
+            self._failed.move_to_end(source)
+            raise type(error)(str(error))
         self._compiled.move_to_end(source)
-        return GrammarMatcher(compiled, self._vocab_size, form.reasoning)
+        return GrammarMatcher(self._compiled[source], self._vocab_size, form.reasoning)
 
     def close(self) -> None:
         """End the thread after the grammar that it compiles, without waiting."""
         self._jobs.put(None)
 
-    def _keep(self, source: GrammarSource, compiled: xgrammar.CompiledGrammar) -> None:
-        self._compiled[source] = compiled
+    def _take_finished(self) -> None:
+        """Keep what was compiled, and why others could not be: whoever asks again does not wait again."""
+        for source, future in list(self._under_way.items()):
+            if not future.done():
+                continue
+            del self._under_way[source]
+            error = future.exception()
+            if error is None:
+                self._compiled[source] = future.result()
+            else:
+                self._failed[source] = error
+        while len(self._failed) > MAX_FAILURES:
+            self._failed.popitem(last=False)
         while len(self._compiled) > 1 and self._num_bytes() > CACHE_BYTES:
             self._compiled.popitem(last=False)
-
-    def _take_finished(self) -> None:
-        """Keep what was compiled for requests that have gone; what has failed for them may be tried again."""
-        for source, future in list(self._under_way.items()):
-            if future.done():
-                del self._under_way[source]
-                if future.exception() is None:
-                    self._keep(source, future.result())
 
     def _num_bytes(self) -> int:
         return sum(int(compiled.memory_size_bytes) for compiled in self._compiled.values())

@@ -281,6 +281,23 @@ def test_a_grammar_is_compiled_once(model, monkeypatch):
     compiler.close()
 
 
+def test_a_wrong_grammar_is_compiled_once_and_refused_to_all_who_asked(model, monkeypatch):
+    compiled = []
+    real = grammar_compiler._compile
+    monkeypatch.setattr(
+        grammar_compiler, "_compile", lambda backend, source: compiled.append(source) or real(backend, source)
+    )
+    compiler = GrammarCompiler(str(model), 259, (END,))
+    [future] = compiler.prepare([form_of(regex="a(")])
+    assert future.exception(30) is not None
+    for _ in range(3):
+        assert compiler.prepare([form_of(regex="a("), form_of(regex="a(")]) == []
+        with pytest.raises(InvalidArgumentError, match="not closed"):
+            compiler.matcher(form_of(regex="a("))
+    assert len(compiled) == 1
+    compiler.close()
+
+
 def test_the_least_recently_used_grammars_are_forgotten(model, monkeypatch):
     monkeypatch.setattr(grammar_compiler, "CACHE_BYTES", 1)
     compiler = GrammarCompiler(str(model), 259, (END,))
