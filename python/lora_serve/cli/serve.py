@@ -14,6 +14,8 @@ from lora_serve.server.settings import (
     DEFAULT_MAX_ANSWERS_PER_REQUEST,
     DEFAULT_MAX_AUTOLOADED_ADAPTERS,
     DEFAULT_METRICS_MAX_ADAPTERS,
+    REASONING_PARSERS,
+    TOOL_PARSERS,
 )
 
 if TYPE_CHECKING:
@@ -60,6 +62,17 @@ def _add_server_options(group: argparse._ArgumentGroup) -> None:
         metavar="N",
         default=DEFAULT_METRICS_MAX_ADAPTERS,
         help="most adapters whose requests have series of their own in /metrics (default: %(default)s)",
+    )
+    group.add_argument(
+        "--tool-call-parser",
+        choices=TOOL_PARSERS,
+        default="auto",
+        help="how the model writes tool calls; auto = as its chat template shows them (default: %(default)s)",
+    )
+    group.add_argument(
+        "--reasoning-parser",
+        choices=REASONING_PARSERS,
+        help="how the model writes its reasoning, which answers then give apart (default: it is content)",
     )
     group.add_argument(
         "--lora-dir",
@@ -164,6 +177,8 @@ def make_launch(args: argparse.Namespace) -> Launch:
             max_answers_per_request=args.max_answers_per_request,
             autoload=_autoload_settings(args, config),
             metrics_max_adapters=args.metrics_max_adapters,
+            tool_call_parser=args.tool_call_parser,
+            reasoning_parser=args.reasoning_parser,
         ),
         adapters=adapters,
         host=args.host,

@@ -7,6 +7,7 @@ from typing import Any
 import msgspec
 
 from lora_serve.common.field_checks import check_bool, check_float, check_int, is_valid_unicode, refuse
+from lora_serve.common.structured_outputs import StructuredOutputsParams
 
 MAX_N = 128
 """Answers that one request may ask for."""
@@ -63,6 +64,11 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
         The same for every prompt token; such a request does not reuse a prefix.
     skip_special_tokens : bool
         Leave special tokens out of the text.
+    allowed_token_ids : list of int or None
+        The answer has no other tokens. Not together with structured_outputs.
+    structured_outputs : StructuredOutputsParams or None
+        The form that the answer must have. It ends when the form is complete, so neither min_tokens nor
+        ignore_eos can be asked for with it.
 
     Raises
     ------
@@ -89,6 +95,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     skip_special_tokens: bool = True
+    allowed_token_ids: list[int] | None = None
+    structured_outputs: StructuredOutputsParams | None = None
 
     def __post_init__(self) -> None:
         self._normalise()
@@ -128,6 +136,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
         for field in ("logprobs", "prompt_logprobs"):
             if getattr(self, field) is not None:
                 check_int(field, getattr(self, field), 0, MAX_LOGPROBS)
+        self._validate_form()
 
     def _normalise(self) -> None:
         stop: Any = self.stop
@@ -170,6 +179,23 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
         for token_id, bias in self.logit_bias.items():
             check_int("a token id of logit_bias", token_id, 0, _MAX_INT32)
             check_float(f"logit_bias[{token_id}]", bias, -100.0, 100.0)
+
+    def _validate_form(self) -> None:
+        if self.allowed_token_ids is not None:
+            if not isinstance(self.allowed_token_ids, list) or not self.allowed_token_ids:
+                refuse("allowed_token_ids", self.allowed_token_ids, "a list of at least one token id")
+            for token_id in self.allowed_token_ids:
+                check_int("a token id of allowed_token_ids", token_id, 0, _MAX_INT32)
+            if self.structured_outputs is not None:
+                refuse("allowed_token_ids", self.allowed_token_ids, "None with structured_outputs")
+        if self.structured_outputs is None:
+            return
+        if not isinstance(self.structured_outputs, StructuredOutputsParams):
+            refuse("structured_outputs", self.structured_outputs, "a StructuredOutputsParams")
+        if self.min_tokens > 0:
+            refuse("min_tokens", self.min_tokens, "0 with structured_outputs, whose form ends the answer")
+        if self.ignore_eos:
+            refuse("ignore_eos", self.ignore_eos, "False with structured_outputs, whose form ends the answer")
 
     def _validate_stops(self) -> None:
         if not isinstance(self.stop, list):

@@ -53,6 +53,11 @@ def _to_new_request(request: EngineRequest, adapter_id: int, arrival_us: int) ->
         raise InvalidArgumentError(
             f"request {request.request_id} has no max_tokens but the engine needs it; use InputProcessor"
         )
+    if params.structured_outputs is not None:
+        raise InvalidArgumentError(
+            f"request {request.request_id} has structured_outputs but the engine needs its form; use "
+            "InputProcessor"
+        )
     timeout_s = request.queue_timeout_s
     return NewRequest(
         request_id=request.request_id,

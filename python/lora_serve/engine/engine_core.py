@@ -15,6 +15,7 @@ from lora_serve.common.config import EngineConfig
 from lora_serve.common.errors import CapacityError, InternalError, InvalidArgumentError, LoraServeError
 from lora_serve.engine.adapter_operations import AdapterOperations
 from lora_serve.engine.admission import add_all, check_can_ever_fit
+from lora_serve.engine.grammar_compiler import GrammarCompiler
 from lora_serve.engine.kv_event_messages import NamedEvent
 from lora_serve.engine.kv_event_publisher import KVEventPublisher
 from lora_serve.engine.live_requests import LiveRequest, LiveRequests
@@ -123,6 +124,9 @@ class EngineCore:
             abort_requests=self._abort_adapter_requests,
             on_read_done=self._wake,
         )
+        self._grammars = GrammarCompiler(
+            config.model, self._executor.vocab_size, self._executor.eos_token_ids
+        )
         self._requests = LiveRequests()
         self._outputs: list[EngineOutput] = []
         self._seeds = SeedStream(config.seed)
@@ -207,6 +211,28 @@ class EngineCore:
 
     # --- Requests -----------------------------------------------------------------------------------------
 
+    def load_vocabulary(self) -> None:
+        """Read the tokenizer that grammars are compiled for, before requests come that would wait for it.
+
+        Where there is none, the log says so, and requests for an answer of a given form are refused.
+        """
+        try:
+            self._grammars.load()
+        except InvalidArgumentError as error:
+            logger.warning("answers cannot be given a form: %s", error)
+
+    def prepare_grammars(self, requests: Sequence[EngineRequest]) -> list[Future[Any]]:
+        """Begin to compile the grammars of requests that are to be added.
+
+        Returns
+        -------
+        list of Future
+            Whoever waits for them before `add_requests`, which raises what has failed, does not keep the loop
+            waiting; empty = nothing is to be compiled.
+        """
+        self._require_running()
+        return self._grammars.prepare([request.form for request in requests])
+
     def add_request(self, request: EngineRequest) -> AdmissionResult:
         """Accept one request; as `add_requests`."""
         return self.add_requests([request])
@@ -224,7 +250,7 @@ class EngineCore:
         AdapterNotFoundError
             The name does not serve.
         InvalidArgumentError
-            A field is wrong, or an id is in use.
+            A field is wrong, a grammar cannot be compiled, or an id is in use.
         CapacityError
             A limit on what waits is reached: `retry_after_s` estimates when another try is worth it. Or
             these requests exceed one by themselves: then it is None.
@@ -239,7 +265,16 @@ class EngineCore:
         generation = None if name is None else self._registry.resolve(name)
         adapter_id = 0 if generation is None else generation.adapter_id
         eos_token_ids, vocab_size = self._executor.eos_token_ids, self._executor.vocab_size
-        live = [LiveRequest.create(request, adapter_id, eos_token_ids, vocab_size) for request in requests]
+        live = [
+            LiveRequest.create(
+                request,
+                adapter_id,
+                eos_token_ids,
+                vocab_size,
+                self._grammars.matcher(request.form),
+            )
+            for request in requests
+        ]
         check_can_ever_fit(self._scheduler.options, requests)
         now_us = self._clock_us()
         try:
@@ -373,6 +408,7 @@ class EngineCore:
             self._stop("it was closed")
         if self._kv_events is not None:
             self._kv_events.close()
+        self._grammars.close()
         self._executor.close()
 
     @contextlib.contextmanager

@@ -34,6 +34,7 @@ from lora_serve.common.stage_log import log_stage
 from lora_serve.engine import wire
 from lora_serve.engine.loop_log import LoopLogHandler
 from lora_serve.engine.messages import LoadAdapterResult, UnloadAdapterResult, WireError
+from lora_serve.engine.waiting_for_grammars import WaitingForGrammars
 
 if TYPE_CHECKING:
     from lora_serve.engine.engine_core import EngineCore
@@ -78,6 +79,7 @@ class EngineServer:
         self._make_core = make_core
         self._decoder = msgspec.msgpack.Decoder(wire.ClientMessage)
         self._is_running = True
+        self._waiting_for_grammars = WaitingForGrammars()
         self._collected_at = time.monotonic()
         self._listings: deque[tuple[int, AdapterListing]] = deque()
         # Reader threads wake the loop through this pipe; a full pipe means that it is awake already.
@@ -124,6 +126,8 @@ class EngineServer:
                 poller.poll(STALLED_POLL_MS)
             self._clear_wake_ups()
             self._take_messages(core)
+            for message in self._waiting_for_grammars.take_ready():
+                self._answer_or_refuse(message, partial(self._add_requests, core, message))
             outputs = core.step()
             if outputs:
                 self._send(wire.Outputs(outputs))
@@ -158,19 +162,23 @@ class EngineServer:
             except zmq.Again:
                 return
             message = self._decoder.decode(data)
-            try:
-                self._handle(core, message)
-            except LoraServeError as error:
-                call_id = getattr(message, "call_id", None)
-                if call_id is None:
-                    raise
-                self._send(wire.CallFailed(call_id, WireError.from_exception(error)))
+            self._answer_or_refuse(message, partial(self._handle, core, message))
+
+    def _answer_or_refuse(self, message: wire.ClientMessage, answer: Callable[[], None]) -> None:
+        try:
+            answer()
+        except LoraServeError as error:
+            call_id = getattr(message, "call_id", None)
+            if call_id is None:
+                raise
+            self._send(wire.CallFailed(call_id, WireError.from_exception(error)))
 
     def _handle(self, core: EngineCore, message: wire.ClientMessage) -> None:
         match message:
             case wire.AddRequests():
-                self._send(wire.Admitted(message.call_id, core.add_requests(message.requests)))
+                self._add_requests(core, message)
             case wire.AbortRequests():
+                self._waiting_for_grammars.drop(message.request_ids)
                 for request_id in message.request_ids:
                     core.finish_request(request_id)
             case wire.LoadAdapter():
@@ -202,6 +210,18 @@ class EngineServer:
         if listing.go_on():
             self._listings.popleft()
             self._send(wire.Adapters(call_id, listing.infos))
+
+    def _add_requests(self, core: EngineCore, message: wire.AddRequests) -> None:
+        waits_for = core.prepare_grammars(message.requests)
+        if not waits_for:
+            self._admit(core, message)
+            return
+        self._waiting_for_grammars.add(message, waits_for)
+        for future in waits_for:
+            future.add_done_callback(lambda _: self._wake())
+
+    def _admit(self, core: EngineCore, message: wire.AddRequests) -> None:
+        self._send(wire.Admitted(message.call_id, core.add_requests(message.requests)))
 
     def _reply_loaded(self, call_id: int, load: Future[LoadAdapterResult]) -> None:
         error = load.exception()
@@ -256,7 +276,13 @@ def _make_core(
         from lora_serve.engine.engine_core import EngineCore
 
     executor = None if executor_factory is None else _load_factory(executor_factory)(config)
-    return EngineCore(config, executor, on_read_done=on_read_done)
+    core = EngineCore(config, executor, on_read_done=on_read_done)
+    # Seconds, most of them imports: little beside the start on a device, much beside that on a CPU, where the
+    # first request that needs it waits for it instead.
+    if executor is None and config.is_cuda:
+        with log_stage(logger, "vocabulary of grammars"):
+            core.load_vocabulary()
+    return core
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -222,10 +222,15 @@ class InputProcessor:
         for field, ids in (
             ("stop_token_ids", params.stop_token_ids),
             ("logit_bias", list(params.logit_bias or {})),
+            ("allowed_token_ids", params.allowed_token_ids or []),
         ):
             self._check_vocabulary(field, ids)
         if lora_name is not None:
             check_text("lora_name", lora_name)
+        form, engine_params = None, params
+        if params.structured_outputs is not None:
+            form = params.structured_outputs.form
+            engine_params = msgspec.structs.replace(params, structured_outputs=None)
         return ProcessedRequest(
             request_id=request_id,
             prompt=prompt,
@@ -236,10 +241,11 @@ class InputProcessor:
                 EngineRequest(
                     request_id=next(self._next_id),
                     prompt_token_ids=token_ids,
-                    sampling_params=params.child(index),
+                    sampling_params=engine_params.child(index),
                     lora_name=lora_name,
                     priority=queueing.priority,
                     queue_timeout_s=queueing.timeout_s,
+                    form=form,
                 )
                 for index in range(params.n)
             ],

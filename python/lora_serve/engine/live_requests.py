@@ -9,6 +9,7 @@ import numpy as np
 from lora_serve.common.errors import LoraServeError
 from lora_serve.common.outputs import FinishReason
 from lora_serve.engine.messages import EngineOutput, EngineRequest, PositionLogprobs, WireError
+from lora_serve.executor.grammar_matcher import GrammarMatcher
 from lora_serve.executor.logprobs import TokenLogprobs
 from lora_serve.executor.sampling_state import SamplingState
 from lora_serve.executor.uniform_stream import SeedStream
@@ -62,7 +63,12 @@ class LiveRequest:
 
     @classmethod
     def create(
-        cls, request: EngineRequest, adapter_id: int, eos_token_ids: tuple[int, ...], vocab_size: int
+        cls,
+        request: EngineRequest,
+        adapter_id: int,
+        eos_token_ids: tuple[int, ...],
+        vocab_size: int,
+        grammar: GrammarMatcher | None = None,
     ) -> LiveRequest:
         """Make the sampling state too; one that draws without a seed of its own gets it from `give_seed`.
 
@@ -77,6 +83,7 @@ class LiveRequest:
             eos_token_ids,
             vocab_size,
             request.sampling_params.seed,
+            grammar,
         )
         return cls(request, adapter_id, state)
 

@@ -7,6 +7,7 @@ import msgspec
 from lora_serve.common import errors
 from lora_serve.common.outputs import FinishReason
 from lora_serve.common.sampling_params import SamplingParams
+from lora_serve.common.structured_outputs import GrammarForm
 
 
 class WireError(msgspec.Struct, frozen=True):
@@ -55,7 +56,7 @@ class EngineRequest(msgspec.Struct, frozen=True, kw_only=True):
     prompt_token_ids : list of int
         Checked: in the vocabulary, 1 to max_model_len - 1 tokens.
     sampling_params : SamplingParams
-        With n = 1 and `max_tokens` set to what the context holds.
+        With n = 1, `max_tokens` set to what the context holds, and `form` in place of `structured_outputs`.
     lora_name : str or None
         The adapter; None = the base model.
     priority : int
@@ -63,6 +64,8 @@ class EngineRequest(msgspec.Struct, frozen=True, kw_only=True):
     queue_timeout_s : float or None
         Seconds, above 0: a request that has not begun to run by then fails with QueueTimeoutError. None = it
         waits as long as it must.
+    form : GrammarForm or None
+        That the answer must have.
     """
 
     request_id: int
@@ -71,6 +74,7 @@ class EngineRequest(msgspec.Struct, frozen=True, kw_only=True):
     lora_name: str | None = None
     priority: int = 0
     queue_timeout_s: float | None = None
+    form: GrammarForm | None = None
 
 
 class PositionLogprobs(msgspec.Struct, frozen=True, array_like=True):

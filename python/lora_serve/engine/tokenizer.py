@@ -66,6 +66,21 @@ class Tokenizer:
         """Tokens that are no text, such as the end of the sequence."""
         return frozenset(self.backend.all_special_ids)
 
+    @property
+    def chat_template(self) -> str:
+        """The chat template's source, of all templates where there are several; empty = there is none."""
+        template = self.backend.chat_template
+        if isinstance(template, dict):
+            return "\n".join(template.values())
+        return template or ""
+
+    def token_id(self, text: str) -> int | None:
+        """Give the token that stands for exactly this text in the vocabulary; None = there is none."""
+        token_id = self.backend.convert_tokens_to_ids(text)
+        if token_id is None or self.backend.convert_ids_to_tokens(token_id) != text:  # The unknown token's.
+            return None
+        return int(token_id)
+
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Give the text's token ids.
 

@@ -64,8 +64,8 @@ class CudaExecutor(ExecutorBase):
     stream is the one that is the device's current stream when the executor is made, whatever is current in
     the thread that calls it later. The thread is one.
 
-    Penalties are made from what the host knows of a row's output so far: the plan's forward pass is submitted
-    first, then the tokens of the plan before are waited for. So the device has work meanwhile.
+    Penalties and grammars need what the host knows of a row's output so far: the plan's forward pass is
+    submitted first, then the tokens of the plan before are waited for. So the device has work meanwhile.
 
     Parameters
     ----------
@@ -306,14 +306,15 @@ class CudaExecutor(ExecutorBase):
 
         Notes
         -----
-        Waits for the steps before where a row has penalties, for these count the tokens sampled so far.
+        Waits for the steps before where a row has penalties or a grammar, for these need the tokens sampled
+        so far.
         """
         pending.sampled_rows, pending.token_places = step.host_sampled_rows, places
         rows = step.host_sampled_rows.tolist()
         states = [pending.states[row] for row in rows]
         arrays = [best.tokens]
         if pending.row_errors or not all(state.is_plain_greedy for state in states):
-            if any(state.token_counts is not None for state in states):
+            if any(state.needs_outputs for state in states):
                 self._finish_earlier(pending)
             to_sample = RowsToSample(
                 places=places.tolist(),

@@ -35,7 +35,7 @@ class RowsToSample:
     places : list of int
         Each row's place in the logits [N, V], ascending.
     states : list of SamplingState
-        Their outputs are read only where there are penalties.
+        Their outputs are read only where there are penalties, and their grammars.
     num_outputs : list of int
         Tokens that each has sampled before.
     failed : list of int

@@ -1,4 +1,4 @@
-"""Changes of logits before temperature: bias, banned stop tokens, penalties."""
+"""Changes of logits before temperature: bias, banned stop tokens, penalties, grammars."""
 
 from __future__ import annotations
 
@@ -30,6 +30,10 @@ class LogitChanges(NamedTuple):
         [U] float32, how often each occurs in the output.
     penalties : numpy.ndarray
         [3 * N] float32: for each row its repetition, frequency and presence penalty.
+    masked_rows : numpy.ndarray
+        [M] int32, rows under a grammar, no two alike.
+    masks : numpy.ndarray
+        [M * ceil(V / 32)] int32: for each its allowed tokens, a bit each; the others become -inf.
     """
 
     biased_places: npt.NDArray[np.int32]
@@ -38,10 +42,12 @@ class LogitChanges(NamedTuple):
     counted_places: npt.NDArray[np.int32]
     output_counts: npt.NDArray[np.float32]
     penalties: npt.NDArray[np.float32]
+    masked_rows: npt.NDArray[np.int32]
+    masks: npt.NDArray[np.int32]
 
 
 def adjust_logits(logits: Tensor, states: Sequence[SamplingState]) -> None:
-    """Apply logit_bias, then the min_tokens ban, then penalties, each only to the rows that have it.
+    """Apply logit_bias, the min_tokens ban, penalties and grammars in turn, each to the rows that have it.
 
     Parameters
     ----------
@@ -52,7 +58,8 @@ def adjust_logits(logits: Tensor, states: Sequence[SamplingState]) -> None:
 
     Notes
     -----
-    O(entries touched): tokens with a bias, banned tokens, the distinct tokens of rows with penalties.
+    O(entries touched): tokens with a bias, banned tokens, the distinct tokens of rows with penalties, all of
+    rows under a grammar.
     """
     num_outputs = [len(state.output_token_ids) for state in states]
     changes = collect_changes(states, num_outputs, logits.shape[1])
@@ -67,7 +74,7 @@ def collect_changes(
     Parameters
     ----------
     states : sequence of SamplingState
-        N. Only for penalties their outputs are read.
+        N. Their outputs, and grammars, are read only where `needs_outputs` is true.
     num_outputs : sequence of int
         N, tokens that each has sampled before.
     vocab_size : int
@@ -79,6 +86,8 @@ def collect_changes(
     counted: list[npt.NDArray[np.int64]] = []
     counts: list[npt.NDArray[np.float32]] = []
     penalties = np.zeros((len(states), 3), dtype=np.float32)
+    masked: list[int] = []
+    masks: list[npt.NDArray[np.int32]] = []
     for row, (state, num_output) in enumerate(zip(states, num_outputs, strict=True)):
         params, start = state.params, row * vocab_size
         if params.logit_bias:
@@ -90,6 +99,9 @@ def collect_changes(
             counted.append(start + state.token_counts.token_ids)
             counts.append(state.token_counts.output_counts)
             penalties[row] = params.repetition_penalty, params.frequency_penalty, params.presence_penalty
+        if state.restriction is not None and state.restriction.restricts:
+            masked.append(row)
+            masks.append(state.restriction.next_mask())
     return LogitChanges(
         np.array(biased, dtype=np.int32),
         np.array(biases, dtype=np.float32),
@@ -97,6 +109,8 @@ def collect_changes(
         np.concatenate(counted, dtype=np.int32, casting="same_kind") if counted else np.empty(0, np.int32),
         np.concatenate(counts) if counts else np.empty(0, np.float32),
         penalties.reshape(-1),
+        np.array(masked, dtype=np.int32),
+        np.concatenate(masks) if masks else np.empty(0, np.int32),
     )
 
 
@@ -116,7 +130,7 @@ def apply_changes(logits: Tensor, changes: Sequence[Tensor]) -> None:
         l = l / repetition if l > 0 else l * repetition     (token in prompt or output)
         l = l - frequency * c - presence * [c > 0]
     """
-    biased, biases, banned, counted, counts, penalties = changes
+    biased, biases, banned, counted, counts, penalties, masked, masks = changes
     flat = logits.view(-1)
     if len(biased):
         flat.index_add_(0, biased.long(), biases)
@@ -130,3 +144,14 @@ def apply_changes(logits: Tensor, changes: Sequence[Tensor]) -> None:
         values = torch.where(values > 0, values / repetition, values * repetition)
         values -= frequency * counts + presence * (counts > 0)
         flat.index_copy_(0, places, values)
+    if len(masked):
+        rows = masked.long()
+        is_allowed = _unpack(masks.view(len(masked), -1), logits.shape[1])
+        logits.index_copy_(0, rows, logits.index_select(0, rows).masked_fill_(~is_allowed, -torch.inf))
+
+
+def _unpack(masks: Tensor, vocab_size: int) -> Tensor:
+    """[M, ceil(V / 32)] int32 to [M, V] bool, the lowest bit first; machines here are little-endian."""
+    shifts = torch.arange(8, dtype=torch.uint8, device=masks.device)
+    bits = masks.view(torch.uint8).unsqueeze(-1).bitwise_right_shift(shifts).bitwise_and_(1)
+    return bits.view(len(masks), -1)[:, :vocab_size].bool()

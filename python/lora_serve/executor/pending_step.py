@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from lora_serve.scheduler import ExecutionPlan
 
 _NO_TOKEN = "the model's logits are not finite, or the step before gave no token to go on from"
-_NO_ADJUSTED_TOKEN = f"{_NO_TOKEN}, or logit_bias, min_tokens and penalties leave no token to sample"
+_NO_ADJUSTED_TOKEN = f"{_NO_TOKEN}, or logit_bias, min_tokens, penalties and the form leave none to sample"
 
 
 class ResultBuffers:

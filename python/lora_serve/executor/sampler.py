@@ -37,7 +37,7 @@ class SampledTokens:
 
 
 def sample(logits: Tensor, states: Sequence[SamplingState]) -> SampledTokens:
-    """Choose one token a row: bias, min_tokens ban, penalties, temperature, min_p, top_k, top_p, draw.
+    """Choose one token a row: bias, min_tokens ban, penalties, form, temperature, min_p, top_k, top_p, draw.
 
     A row's token is a function of its logits, its parameters, its earlier tokens and, for random rows, of
     (seed, number of its earlier tokens). It does not depend on the other rows or on preemptions.
@@ -91,7 +91,7 @@ def _choose_special_rows(
     adjusted = logits[torch.tensor(rows, device=logits.device)]  # a copy: log probabilities stay raw
     adjust_logits(adjusted, chosen)
     best_values, best_ids = adjusted.max(dim=-1)
-    bad = _find_bad_rows(best_values, "logit_bias, min_tokens and penalties leave no token to sample")
+    bad = _find_bad_rows(best_values, "logit_bias, min_tokens, penalties and the form leave none to sample")
     row_errors.update({rows[i]: reason for i, reason in bad.items()})
     token_ids[rows] = best_ids.to(torch.int32).cpu().numpy()
 

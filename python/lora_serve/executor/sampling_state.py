@@ -10,6 +10,7 @@ import numpy.typing as npt
 from lora_serve.common.errors import InternalError, InvalidArgumentError
 from lora_serve.common.sampling_params import SamplingParams
 from lora_serve.executor.logprobs import TokenLogprobs
+from lora_serve.executor.token_restriction import AllowedTokens, TokenRestriction
 
 
 class TokenCounts:
@@ -71,14 +72,19 @@ class SamplingState:
         Number of logits.
     seed : int or None
         Seed of this answer; None only where nothing is drawn: greedy sampling.
+    grammar : TokenRestriction or None
+        Of this answer; the state gives it every token that is appended.
 
     Raises
     ------
     InvalidArgumentError
-        `logit_bias` names a token outside the vocabulary.
+        `logit_bias` or `allowed_token_ids` names a token outside the vocabulary, or `min_tokens` forbids all
+        that the latter allows.
 
     Attributes
     ----------
+    needs_outputs : bool
+        A token cannot be chosen before the host knows the one before: penalties, a grammar.
     output_token_ids : list of int
         Tokens sampled so far.
     prompt_logprobs : list of (TokenLogprobs or None), or None
@@ -89,10 +95,12 @@ class SamplingState:
         "adjusts_every_step",
         "eos_token_ids",
         "is_plain_greedy",
+        "needs_outputs",
         "output_token_ids",
         "params",
         "prompt_logprobs",
         "prompt_token_ids",
+        "restriction",
         "seed",
         "stop_ids",
         "token_counts",
@@ -106,18 +114,18 @@ class SamplingState:
         eos_token_ids: Iterable[int],
         vocab_size: int,
         seed: int | None,
+        grammar: TokenRestriction | None = None,
     ) -> None:
-        for token_id in params.logit_bias or {}:
-            if not 0 <= token_id < vocab_size:
-                raise InvalidArgumentError(
-                    f"logit_bias names token id {token_id} but the model's ids are in [0, {vocab_size}); "
-                    "remove it"
-                )
+        self._check_vocabulary("logit_bias", params.logit_bias or {}, vocab_size)
         self.params = params
         self.prompt_token_ids = prompt_token_ids
         self.eos_token_ids = tuple(eos_token_ids)
         self.vocab_size = vocab_size
         self.seed = seed
+        self.restriction = grammar
+        if params.allowed_token_ids is not None:
+            self._check_vocabulary("allowed_token_ids", params.allowed_token_ids, vocab_size)
+            self.restriction = AllowedTokens(params.allowed_token_ids, vocab_size)
         self.output_token_ids: list[int] = []
         self.prompt_logprobs: list[TokenLogprobs | None] | None = None
         if params.prompt_logprobs is not None:
@@ -129,12 +137,28 @@ class SamplingState:
             or params.presence_penalty != 0.0
         )
         self.token_counts = TokenCounts(prompt_token_ids) if has_penalties else None
-        self.adjusts_every_step = has_penalties or bool(params.logit_bias)
+        is_following = self.restriction is not None and self.restriction.needs_outputs
+        self.needs_outputs = has_penalties or is_following
+        self.adjusts_every_step = has_penalties or bool(params.logit_bias) or self.restriction is not None
         stops = {*params.stop_token_ids, *self.eos_token_ids} if params.min_tokens > 0 else set()
         self.stop_ids = sorted(token_id for token_id in stops if 0 <= token_id < vocab_size)
+        if self.stop_ids and params.allowed_token_ids and set(params.allowed_token_ids) <= set(self.stop_ids):
+            raise InvalidArgumentError(
+                "allowed_token_ids has only tokens that end the answer but min_tokens is "
+                f"{params.min_tokens}; allow others, or leave min_tokens out"
+            )
         self.is_plain_greedy = (
             params.is_greedy and params.logprobs is None and not self.adjusts_every_step and not self.stop_ids
         )
+
+    @staticmethod
+    def _check_vocabulary(field: str, token_ids: Iterable[int], vocab_size: int) -> None:
+        for token_id in token_ids:
+            if not 0 <= token_id < vocab_size:
+                raise InvalidArgumentError(
+                    f"{field} names token id {token_id} but the model's ids are in [0, {vocab_size}); "
+                    "remove it"
+                )
 
     @property
     def drawing_seed(self) -> int:
@@ -178,7 +202,7 @@ class SamplingState:
         Raises
         ------
         InternalError
-            Another position is next: a step was applied twice or left out.
+            Another position is next: a step was applied twice or left out. Or the grammar does not allow it.
         """
         expected = self.num_prompt_tokens + len(self.output_token_ids)
         if position != expected:
@@ -188,6 +212,8 @@ class SamplingState:
         self.output_token_ids.append(token_id)
         if self.token_counts is not None:
             self.token_counts.add(token_id)
+        if self.restriction is not None:
+            self.restriction.accept(token_id)
 
     def missing_prompt_logprobs(self) -> list[int]:
         """Prompt positions from 1 on that still lack log probabilities; none when they were not asked for."""

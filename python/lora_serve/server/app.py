@@ -13,6 +13,7 @@ from lora_serve.server import (
     routes_lorax,
     routes_metrics,
     routes_status,
+    routes_tokens,
 )
 from lora_serve.server.auth import ApiKeyMiddleware
 from lora_serve.server.autoload import AdapterAutoloader
@@ -25,6 +26,7 @@ from lora_serve.server.protocol.adapters import LoadAdapterRequest, LoadLoraRequ
 from lora_serve.server.protocol.chat import ChatCompletionRequest
 from lora_serve.server.protocol.completion import CompletionRequest
 from lora_serve.server.protocol.lorax import LoraxRequest
+from lora_serve.server.protocol.tokenize import DetokenizeRequest, TokenizeRequest
 from lora_serve.server.settings import ServerSettings
 
 REQUEST_BODIES = (
@@ -34,6 +36,8 @@ REQUEST_BODIES = (
     UnloadAdapterRequest,
     LoadLoraRequest,
     LoraxRequest,
+    TokenizeRequest,
+    DetokenizeRequest,
 )
 
 
@@ -73,6 +77,7 @@ def create_app(client: AsyncEngineClient, settings: ServerSettings) -> FastAPI:
         routes_lorax,
         routes_status,
         routes_metrics,
+        routes_tokens,
     ):
         app.include_router(routes.router)
     install_error_handlers(app)

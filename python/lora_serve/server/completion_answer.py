@@ -104,7 +104,7 @@ class CompletionAnswer:
         self.streams = [prompt.stream for prompt in prompts]
         self._tokenizer = tokenizer
         self._served_model_name = served_model_name
-        self._header = AnswerHeader.make("cmpl", request.model)
+        self._header = AnswerHeader.make("cmpl", request.model, request.request_id)
         self._formatter = LogprobFormatter(tokenizer, request.logprobs or 0)
         self._usage = UsageCounter(self.streams)
         # With max_tokens 0 the engine computes one token, which is not part of the answer.
@@ -182,6 +182,10 @@ class CompletionAnswer:
                     prompt.offsets = prompt_offsets(self._tokenizer, token_ids, echo)
                 of_prompt = self._formatter.for_completion(token_ids, prompt.logprobs, prompt.offsets)
                 choice.logprobs = join_completion_logprobs(of_prompt, choice.logprobs)
+        if self._request.prompt_logprobs is not None:
+            choice.prompt_logprobs = self._formatter.for_prompt(
+                self.streams[index].prompt_token_ids, prompt.logprobs or [], self._request.prompt_logprobs
+            )
         if self._request.return_token_ids:
             choice.token_ids = answer.token_ids
             if is_first:

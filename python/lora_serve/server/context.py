@@ -81,6 +81,7 @@ class AnswerHeader:
     model: str
 
     @classmethod
-    def make(cls, prefix: str, model: str) -> AnswerHeader:
-        """Give a new answer's header."""
-        return cls(answer_id=f"{prefix}-{uuid.uuid4().hex}", created=int(time.time()), model=model)
+    def make(cls, prefix: str, model: str, request_id: str | None = None) -> AnswerHeader:
+        """Give a new answer's header, with the client's id of the request where there is one."""
+        answer_id = f"{prefix}-{request_id or uuid.uuid4().hex}"
+        return cls(answer_id=answer_id, created=int(time.time()), model=model)

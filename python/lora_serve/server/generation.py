@@ -22,7 +22,9 @@ from lora_serve.server.disconnect import cancel_and_wait
 from lora_serve.server.protocol.generation import PromptTokensDetails, Usage
 from lora_serve.server.request_errors import RequestError
 
-_CHECKED_BY_ENGINE = frozenset({"max_tokens", "min_tokens", "stop_token_ids", "logit_bias"})
+_CHECKED_BY_ENGINE = frozenset(
+    {"max_tokens", "min_tokens", "stop_token_ids", "logit_bias", "allowed_token_ids", "structured_outputs"}
+)
 
 
 @dataclass(frozen=True)
@@ -144,7 +146,7 @@ async def _hand_over(
 
 def name_field(message: str, prompt_param: str) -> RequestError:
     """Name the field in what the engine says of a request: its messages start with it, or with the prompt."""
-    field = message.split(" ", 1)[0]
+    field = message.split(" ", 1)[0].split(".", 1)[0]
     code = "context_length_exceeded" if "max_model_len" in message else "invalid_value"
     return RequestError(message, param=field if field in _CHECKED_BY_ENGINE else prompt_param, code=code)
 

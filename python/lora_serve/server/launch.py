@@ -17,6 +17,7 @@ from lora_serve.engine.engine_client import AsyncEngineClient
 from lora_serve.server.adapter_folder import AdapterFolder
 from lora_serve.server.adapter_selection import check_adapter_name
 from lora_serve.server.app import create_app
+from lora_serve.server.parsing.reasoning import check_reasoning_tokens
 from lora_serve.server.settings import AdapterFolderSettings, ServerSettings
 
 GRACEFUL_SHUTDOWN_S = 5
@@ -188,7 +189,7 @@ async def _serve(launch: Launch, listener: socket.socket) -> bool:
         on_ready=lambda: launch.announce(_url(listener)),
         end_engine=end_engine,
     )
-    starting = asyncio.ensure_future(_start_engine(client, launch.adapters, folder))
+    starting = asyncio.ensure_future(_start_engine(client, launch, folder))
 
     def on_signal(number: int) -> None:
         starting.cancel()  # Changes nothing once the engine has started.
@@ -212,13 +213,13 @@ async def _serve(launch: Launch, listener: socket.socket) -> bool:
             loop.remove_signal_handler(number)
 
 
-async def _start_engine(
-    client: AsyncEngineClient, adapters: Sequence[AdapterModule], folder: AdapterFolder | None
-) -> None:
+async def _start_engine(client: AsyncEngineClient, launch: Launch, folder: AdapterFolder | None) -> None:
     if folder is not None:
         await folder.look()
     await client.start()
-    for adapter in adapters:
+    if launch.settings.reasoning_parser is not None:
+        check_reasoning_tokens(launch.settings.reasoning_parser, client.tokenizer)
+    for adapter in launch.adapters:
         try:
             await client.load_lora_adapter(adapter.name, adapter.path)
         except LoraServeError as error:

@@ -8,6 +8,7 @@ from lora_serve.common.outputs import Logprob
 from lora_serve.engine.tokenizer import Tokenizer
 from lora_serve.server.protocol.chat import ChatLogprobs, TokenLogprob, TopLogprob
 from lora_serve.server.protocol.completion import CompletionLogprobs
+from lora_serve.server.protocol.generation import PromptLogprob, PromptLogprobs
 
 LOWEST_LOGPROB = -9999.0
 """Written for a probability of zero: JSON has no infinity."""
@@ -88,9 +89,41 @@ class LogprobFormatter:
         ]
         return ChatLogprobs(content=content, refusal=None)
 
+    def for_prompt(
+        self, token_ids: Sequence[int], positions: Sequence[dict[int, Logprob] | None], num_top: int
+    ) -> PromptLogprobs:
+        """Write the prompt's log probabilities as vLLM does: by token id, the prompt's own token first.
+
+        Parameters
+        ----------
+        token_ids : sequence of int
+            The prompt.
+        positions : sequence of (dict from int to Logprob, or None)
+            One entry a token; None for the first.
+        num_top : int
+            Most probable tokens to show at a position.
+        """
+        entries: PromptLogprobs = []
+        for token_id, position in zip(token_ids, positions, strict=True):
+            if position is None:
+                entries.append(None)
+                continue
+            shown = dict.fromkeys([token_id, *_best(position, num_top)])
+            entries.append(
+                {
+                    shown_id: PromptLogprob(
+                        logprob=finite_logprob(position[shown_id].logprob),
+                        rank=position[shown_id].rank,
+                        decoded_token=self._text(shown_id, position),
+                    )
+                    for shown_id in shown
+                }
+            )
+        return entries
+
     def _most_probable(self, position: dict[int, Logprob]) -> list[int]:
         """Give the ids of the most probable tokens, best first; the sampled one only if it is among them."""
-        return sorted(position, key=lambda token_id: (position[token_id].rank, token_id))[: self._num_top]
+        return _best(position, self._num_top)
 
     def _top_logprob(self, token_id: int, position: dict[int, Logprob]) -> TopLogprob:
         text = self._text(token_id, position)
@@ -111,6 +144,10 @@ def join_completion_logprobs(first: CompletionLogprobs, second: CompletionLogpro
         top_logprobs=first.top_logprobs + second.top_logprobs,
         text_offset=first.text_offset + second.text_offset,
     )
+
+
+def _best(position: dict[int, Logprob], num_top: int) -> list[int]:
+    return sorted(position, key=lambda token_id: (position[token_id].rank, token_id))[:num_top]
 
 
 def finite_logprob(logprob: float) -> float:

@@ -16,7 +16,9 @@ from lora_serve.server.request_errors import BodyTooLargeError, RequestError
 RequestModelT = TypeVar("RequestModelT", bound=RequestModel)
 
 # Tags of the protocol's unions: no names of fields.
-_UNION_TAGS = frozenset({"#string", "#list", "#parts", "#text", "#texts", "#tokens", "#token_lists", "#name"})
+_UNION_TAGS = frozenset(
+    {"#string", "#list", "#parts", "#text", "#texts", "#tokens", "#token_lists", "#name", "#object"}
+)
 _WHAT_TO_DO = {
     "string_type": "a string",
     "int_type": "an integer",

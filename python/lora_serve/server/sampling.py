@@ -10,10 +10,12 @@ import msgspec
 from lora_serve.common.errors import InvalidArgumentError
 from lora_serve.common.queueing import Queueing
 from lora_serve.common.sampling_params import SamplingParams
+from lora_serve.common.structured_outputs import StructuredOutputsParams
 from lora_serve.server.protocol.chat import ChatCompletionRequest
 from lora_serve.server.protocol.completion import CompletionRequest
 from lora_serve.server.protocol.generation import GenerationRequest
 from lora_serve.server.request_errors import RequestError
+from lora_serve.server.structured_form import form_of
 
 _SAME_NAME = (
     "n",
@@ -32,6 +34,8 @@ _SAME_NAME = (
     "include_stop_str_in_output",
     "ignore_eos",
     "skip_special_tokens",
+    "prompt_logprobs",
+    "allowed_token_ids",
 )
 
 
@@ -87,10 +91,11 @@ def completion_sampling_params(request: CompletionRequest) -> SamplingParams:
     if request.max_tokens == 0:
         _require_echo_for_no_tokens(request)
         values["max_tokens"] = 1  # one step is needed to compute the prompt; its token is not shown
+    values["structured_outputs"] = form_of(request)
     if request.logprobs is not None:
         values["logprobs"] = request.logprobs
         if request.echo:
-            values["prompt_logprobs"] = request.logprobs
+            values["prompt_logprobs"] = max(request.logprobs, request.prompt_logprobs or 0)
     return build_params(values, {})
 
 
@@ -104,8 +109,17 @@ def with_default_max_tokens(params: SamplingParams, room: int) -> SamplingParams
     return msgspec.structs.replace(params, max_tokens=max_tokens)
 
 
-def chat_sampling_params(request: ChatCompletionRequest) -> SamplingParams:
+def chat_sampling_params(
+    request: ChatCompletionRequest, form: StructuredOutputsParams | None = None
+) -> SamplingParams:
     """Give the sampling parameters of a chat completion; without max_tokens the context is the limit.
+
+    Parameters
+    ----------
+    request : ChatCompletionRequest
+        The request.
+    form : StructuredOutputsParams or None
+        That its answer must have.
 
     Raises
     ------
@@ -128,6 +142,7 @@ def chat_sampling_params(request: ChatCompletionRequest) -> SamplingParams:
             code="invalid_value",
         )
     values["max_tokens"] = next(iter(limits), None)
+    values["structured_outputs"] = form
     if request.top_logprobs is not None and not request.logprobs:
         raise RequestError(
             'top_logprobs needs logprobs; send "logprobs": true too',
@@ -168,6 +183,20 @@ def _shared_values(request: GenerationRequest) -> dict[str, Any]:
             "best of several answers is not supported; remove best_of or ask for n answers",
             param="best_of",
             code="unsupported_field",
+        )
+    if request.prompt_logprobs is not None and request.stream:
+        raise RequestError(
+            'prompt_logprobs cannot be streamed; send "stream": false, or echo and logprobs instead',
+            param="prompt_logprobs",
+            code="unsupported_field",
+        )
+    if request.request_id is not None and not (
+        request.request_id.isascii() and request.request_id.isprintable() and len(request.request_id) <= 256
+    ):
+        raise RequestError(
+            "request_id must have at most 256 printable ASCII characters; shorten it or leave it out",
+            param="request_id",
+            code="invalid_value",
         )
     if request.stream_options is not None and not request.stream:
         raise RequestError(

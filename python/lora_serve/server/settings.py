@@ -14,6 +14,8 @@ DEFAULT_MAX_ANSWERS_PER_REQUEST = 1024
 DEFAULT_METRICS_MAX_ADAPTERS = 100
 DEFAULT_ADAPTER_FOLDER_POLL_SECONDS = 2.0
 MIN_ADAPTER_FOLDER_POLL_SECONDS = 0.01
+TOOL_PARSERS = ("auto", "hermes", "llama3_json")
+REASONING_PARSERS = ("qwen3",)
 DEFAULT_MAX_AUTOLOADED_ADAPTERS = 64
 
 
@@ -64,6 +66,10 @@ class ServerSettings:
         How adapters are loaded on first use; None = they are not.
     metrics_max_adapters : int
         Most adapters whose requests have series of their own in /metrics; those of others are added up.
+    tool_call_parser : str
+        How the model writes tool calls: 'auto' (as its chat template shows them) or a name of TOOL_PARSERS.
+    reasoning_parser : str or None
+        How the model writes its reasoning, one of REASONING_PARSERS; None = reasoning is content.
 
     Raises
     ------
@@ -78,6 +84,8 @@ class ServerSettings:
     max_answers_per_request: int = DEFAULT_MAX_ANSWERS_PER_REQUEST
     autoload: AutoloadSettings | None = None
     metrics_max_adapters: int = DEFAULT_METRICS_MAX_ADAPTERS
+    tool_call_parser: str = "auto"
+    reasoning_parser: str | None = None
 
     def __post_init__(self) -> None:
         if not self.served_model_name or not self.served_model_name.isprintable():
@@ -102,6 +110,16 @@ class ServerSettings:
             raise InvalidArgumentError(
                 f"metrics_max_adapters is {self.metrics_max_adapters} but must be at least 0; set "
                 "--metrics-max-adapters"
+            )
+        if self.tool_call_parser not in TOOL_PARSERS:
+            raise InvalidArgumentError(
+                f"--tool-call-parser is {self.tool_call_parser!r} but must be one of "
+                f"{', '.join(TOOL_PARSERS)}"
+            )
+        if self.reasoning_parser not in (None, *REASONING_PARSERS):
+            raise InvalidArgumentError(
+                f"--reasoning-parser is {self.reasoning_parser!r} but must be one of "
+                f"{', '.join(REASONING_PARSERS)}"
             )
 
 

@@ -266,10 +266,14 @@ def test_errors_are_the_exceptions_of_the_package(client, server):
         client.chat.completions.create(model="red", messages=MESSAGES, temperature=-1)
     assert bad.value.param == "temperature"
     with pytest.raises(openai.BadRequestError) as unsupported:
+        client.chat.completions.create(model="red", messages=MESSAGES, reasoning_effort="low")
+    assert "use chat_template_kwargs" in str(unsupported.value)
+    with pytest.raises(openai.BadRequestError) as endless:
         client.chat.completions.create(
             model="red", messages=MESSAGES, response_format={"type": "json_object"}
         )
-    assert "not supported yet" in str(unsupported.value)
+    assert "names no end-of-sequence token" in str(endless.value)
+    assert endless.value.param == "structured_outputs"
     with pytest.raises(openai.AuthenticationError):
         openai.OpenAI(base_url=f"{server.url}/v1", api_key="wrong", max_retries=0).models.list()
 

@@ -21,8 +21,15 @@ VOCABULARY = 256
 MAX_MODEL_LEN = 128
 
 
+TEMPLATE = "{{ tools }} <tool_call> {{ messages }}"
+
+
 class FakeTokenizer:
     special_token_ids = frozenset({0})
+    chat_template = TEMPLATE
+
+    def token_id(self, text: str) -> int | None:
+        return {"<think>": 1, "</think>": 2}.get(text)
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         return "".join(chr(token_id) for token_id in token_ids)
@@ -61,6 +68,7 @@ class FakeEngineClient:
         self.observe: Callable[[RequestStream, int, float], StreamObserver] | None = None
         self.config = EngineConfig(model="/models/base")
         self.tokenizer = FakeTokenizer()
+        self.answer_text: str | None = None
         self.model_info = ModelInfo(
             model="/models/base",
             max_model_len=MAX_MODEL_LEN,
@@ -113,7 +121,8 @@ class FakeEngineClient:
         return stream
 
     def _answer(self, stream: RequestStream, params: SamplingParams, lora_name: str | None) -> None:
-        text = f"{lora_name or 'base'}!"[: params.max_tokens]
+        text = f"{lora_name or 'base'}!" if self.answer_text is None else self.answer_text
+        text = text[: params.max_tokens]
         for position, char in enumerate(text):
             if self.num_tokens_before_hold is not None and position >= self.num_tokens_before_hold:
                 return

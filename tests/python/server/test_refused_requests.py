@@ -16,7 +16,48 @@ def user(content):
     return {"messages": [{"role": "user", "content": content}]}
 
 
+CALL = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+BROKEN_CALL = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{"}}
+JSON_OBJECT = {"response_format": {"type": "json_object"}}
+
+
+def tool(name, parameters=None):
+    return {"type": "function", "function": {"name": name, "parameters": parameters}}
+
+
+def named(name):
+    return {"type": "function", "function": {"name": name}}
+
+
+REFUSED_FORMS = [
+    ({"response_format": {"type": "xml"}}, "response_format.type", "'json_schema'"),
+    ({"response_format": {"type": "structural_tag", "format": {}}}, "response_format", "use json_schema"),
+    ({"response_format": {"type": "json_schema"}}, "response_format.json_schema", "missing"),
+    (
+        {"response_format": {"type": "json_schema", "json_schema": {"name": "a"}}},
+        "response_format.json_schema.schema",
+        "missing",
+    ),
+    (
+        {"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": {"not": {}}}}},
+        "response_format.json_schema.schema",
+        "kept to exactly: # has not",
+    ),
+    ({"structured_outputs": {}}, "structured_outputs", "exactly one of"),
+    ({"structured_outputs": {"regex": "a", "choice": ["b"]}}, "structured_outputs", "has regex and choice"),
+    ({"structured_outputs": {"json_object": False}}, "structured_outputs", "must be true"),
+    ({"structured_outputs": {"json": 3}}, "structured_outputs.json", "a JSON schema or its text"),
+    ({"structured_outputs": {"json": "{"}}, "structured_outputs", "not valid JSON"),
+    ({"structured_outputs": {"choice": []}}, "structured_outputs", "at least one string"),
+    ({"structured_outputs": {"structural_tag": "x"}}, "structured_outputs.structural_tag", "not supported"),
+    ({"structured_outputs": {"regexp": "x"}}, "structured_outputs.regexp", "not a field"),
+    ({"structured_outputs": {"regex": "x"}, **JSON_OBJECT}, "structured_outputs", "both ask for a form"),
+    ({"min_tokens": 1, **JSON_OBJECT}, "min_tokens", "0 with structured_outputs"),
+    ({"ignore_eos": True, **JSON_OBJECT}, "ignore_eos", "False with structured_outputs"),
+]
+
 REFUSED_COMPLETIONS = [
+    *REFUSED_FORMS,
     ({"prompt": ""}, "prompt", "is empty"),
     ({"prompt": []}, "prompt", "is empty"),
     ({"prompt": ["a", ""]}, "prompt", "prompt 1 is empty"),
@@ -71,18 +112,46 @@ REFUSED_COMPLETIONS = [
 ]
 
 REFUSED_CHATS = [
+    *REFUSED_FORMS,
     ({"messages": []}, "messages", "at least one"),
     ({"messages": "hi"}, "messages", "must be a list"),
     ({"messages": [{"role": "user"}]}, "messages.0.content", "missing"),
     ({"messages": [{"content": "a"}]}, "messages.0.role", "missing"),
     ({"messages": [{"role": "boss", "content": "a"}]}, "messages.0.role", "'assistant'"),
-    ({"messages": [{"role": "tool", "content": "a"}]}, "messages.0.role", "not supported yet"),
+    ({"messages": [{"role": "tool", "tool_call_id": "c"}]}, "messages.0.content", "missing"),
+    ({"messages": [{"role": "function", "content": "a"}]}, "messages.0.role", "with role 'tool'"),
+    ({"messages": [{"role": "assistant"}]}, "messages.0.content", "missing"),
+    (
+        {"messages": [{"role": "user", "content": "a", "tool_calls": [CALL]}]},
+        "messages.0.tool_calls",
+        "'assistant' have it",
+    ),
+    (
+        {"messages": [{"role": "user", "content": "a", "tool_call_id": "c"}]},
+        "messages.0.tool_call_id",
+        "'tool' have it",
+    ),
+    (
+        {"messages": [{"role": "assistant", "tool_calls": [BROKEN_CALL]}]},
+        "messages.0.tool_calls",
+        "must be a JSON object",
+    ),
     (user([IMAGE]), "messages.0.content.0", "'image_url' are not supported"),
     (user([{"type": "text"}]), "messages.0.content.0.text", "missing"),
     (user(3), "messages.0.content", "a string or a list of parts"),
-    ({"tools": [{"type": "function"}]}, "tools", "not supported yet"),
-    ({"tool_choice": "required"}, "tool_choice", "not supported yet"),
-    ({"response_format": {"type": "json_object"}}, "response_format.type", "not supported yet"),
+    ({"tools": [{"type": "function"}]}, "tools.0.function", "missing"),
+    ({"tools": [tool("")]}, "tools.0.function.name", "at least 1 character"),
+    ({"tools": [tool("f"), tool("f")]}, "tools.1.function.name", "two functions with the name 'f'"),
+    ({"tools": [tool("f")], **JSON_OBJECT}, "tools", "exclude each other"),
+    ({"tool_choice": "required"}, "tool_choice", "tools is empty"),
+    ({"tools": [tool("f")], "tool_choice": "any"}, "tool_choice", "'required'"),
+    ({"tools": [tool("f")], "tool_choice": 3}, "tool_choice", "a function's name in an object"),
+    ({"tools": [tool("f")], "tool_choice": named("g")}, "tool_choice.function.name", "tools has 'f'"),
+    ({"tools": [tool("f", {"not": {}})], "tool_choice": named("f")}, "tools", "kept to exactly"),
+    ({"tools": [tool("f", {"not": {}})], "tool_choice": "required"}, "tools", "kept to exactly"),
+    ({"functions": [{"name": "f"}]}, "functions", "OpenAI's old form"),
+    ({"function_call": {"name": "f"}}, "function_call", "OpenAI's old form"),
+    ({"continue_final_message": True, "add_generation_prompt": True}, "continue_final_message", "exclude"),
     ({"audio": {"voice": "x"}}, "audio", "not supported"),
     ({"modalities": ["audio"]}, "modalities", "only text"),
     ({"reasoning_effort": "low"}, "reasoning_effort", "chat_template_kwargs"),

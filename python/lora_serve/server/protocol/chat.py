@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationInfo,
+    field_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from lora_serve.server.protocol.base import (
@@ -17,9 +26,11 @@ from lora_serve.server.protocol.base import (
 from lora_serve.server.protocol.generation import (
     FinishReasonField,
     GenerationRequest,
+    PromptLogprobs,
     StopReasonField,
     Usage,
 )
+from lora_serve.server.protocol.tools import PastToolCall, Tool, ToolCall, ToolCallDelta, ToolChoice
 
 
 class TextPart(RequestModel):
@@ -59,14 +70,16 @@ Content = Annotated[
 ]
 
 
-def _refuse_tool_roles(value: object) -> object:
-    if value in ("tool", "function"):
+def _refuse_function_role(value: object) -> object:
+    if value == "function":
         raise PydanticCustomError(
             UNSUPPORTED_FIELD,
-            "messages with role '{role}' are not supported yet; send the result as a message of the user",
-            {"role": value},
+            "messages with role 'function' are not supported; send the result with role 'tool'",
         )
     return value
+
+
+_OLD_CALLS = "function_call is OpenAI's old form; use tools, tool_choice and tool_calls instead"
 
 
 class ChatMessage(RequestModel):
@@ -74,47 +87,91 @@ class ChatMessage(RequestModel):
 
     Parameters
     ----------
-    role : {'system', 'developer', 'user', 'assistant'}
+    role : {'system', 'developer', 'user', 'assistant', 'tool'}
         'developer' is OpenAI's newer word for 'system' and is given to the chat template as that.
+    tool_calls : list of PastToolCall or None
+        The assistant's calls, which the messages with role 'tool' answer.
+    tool_call_id : str or None
+        With role 'tool': the call that the message answers.
     content : str or list of TextPart
-        The text; parts are joined by newlines.
+        The text; parts are joined by newlines. The assistant's may be left out beside tool calls.
     name : str or None
         Given to the chat template, which may use it.
+    reasoning_content, reasoning : str or None
+        The assistant's reasoning, under OpenAI-like servers' two names for it. Given to the template.
     """
 
-    role: Annotated[Literal["system", "developer", "user", "assistant"], BeforeValidator(_refuse_tool_roles)]
-    content: Content
+    role: Annotated[
+        Literal["system", "developer", "user", "assistant", "tool"], BeforeValidator(_refuse_function_role)
+    ]
+    tool_calls: Annotated[list[PastToolCall], Field(fail_fast=True)] | None = None
+    tool_call_id: str | None = None
+    content: Content | None = Field(None, validate_default=True)
     name: str | None = None
+    reasoning_content: str | None = None
+    reasoning: str | None = None
     refusal: None = None
-    tool_calls: Annotated[
-        Any, AfterValidator(refuse_unless([], because="tool calls are not supported yet; remove the field"))
+    annotations: Annotated[
+        Any, AfterValidator(refuse_unless([], because="annotations are not supported; remove the field"))
     ] = None
+    audio: Annotated[
+        Any, AfterValidator(refuse_unless(because="audio is not supported; remove the field"))
+    ] = None
+    function_call: Annotated[Any, AfterValidator(refuse_unless(because=_OLD_CALLS))] = None
+
+    @field_validator("content")
+    @classmethod
+    def _require_content(cls, value: Any, info: ValidationInfo) -> Any:
+        if value is None and "role" in info.data and not info.data.get("tool_calls"):
+            raise PydanticCustomError("missing", "missing")
+        return value
+
+    @field_validator("tool_calls", "tool_call_id", "reasoning_content", "reasoning")
+    @classmethod
+    def _require_role(cls, value: Any, info: ValidationInfo) -> Any:
+        role = "tool" if info.field_name == "tool_call_id" else "assistant"
+        if value and info.data.get("role", role) != role:
+            raise PydanticCustomError(
+                UNSUPPORTED_FIELD, "only messages with role '{role}' have it; remove it", {"role": role}
+            )
+        return value
 
     def to_template(self) -> dict[str, Any]:
-        """Give the message in the form that chat templates take."""
-        text = self.content if isinstance(self.content, str) else "\n".join(p.text for p in self.content)
+        """Give the message in the form that chat templates take.
+
+        Raises
+        ------
+        ValueError
+            The arguments of a call are no JSON object.
+        """
+        content = self.content or ""
+        text = content if isinstance(content, str) else "\n".join(part.text for part in content)
         message: dict[str, Any] = {
             "role": "system" if self.role == "developer" else self.role,
             "content": text,
         }
         if self.name is not None:
             message["name"] = self.name
+        if self.tool_calls:
+            message["tool_calls"] = [_to_template(call) for call in self.tool_calls]
+        if self.tool_call_id is not None:
+            message["tool_call_id"] = self.tool_call_id
+        reasoning = self.reasoning_content or self.reasoning
+        if reasoning:
+            message["reasoning_content"] = reasoning
         return message
 
 
-class ResponseFormat(RequestModel):
-    """The shape of the answer; only plain text is served."""
-
-    type: Annotated[
-        str,
-        AfterValidator(
-            refuse_unless("text", because="structured output is not supported yet; send type 'text'")
-        ),
-    ]
-    json_schema: Any = None
-
-
-_TOOLS = "tool calls are not supported yet; remove the field"
+def _to_template(call: PastToolCall) -> dict[str, Any]:
+    """Templates write the arguments themselves, so they take them as an object."""
+    arguments = json.loads(call.function.arguments or "{}")
+    if not isinstance(arguments, dict):
+        raise ValueError("they are no JSON object")
+    return {
+        "id": call.id,
+        "type": call.type,
+        "function": {"name": call.function.name, "arguments": arguments},
+    }
 
 
 class ChatCompletionRequest(GenerationRequest):
@@ -134,8 +191,18 @@ class ChatCompletionRequest(GenerationRequest):
         With logprobs: also so many of the most probable tokens.
     add_generation_prompt : bool or None
         End the prompt with the template's opening of the assistant's message; default true.
+    continue_final_message : bool or None
+        The answer continues the last message, which the template leaves open, without generation prompt.
     chat_template_kwargs : dict or None
         Variables for the chat template, such as {"enable_thinking": false}.
+    tools : list of Tool or None
+        Functions that the model may call.
+    tool_choice : 'none', 'auto', 'required', NamedToolChoice or None
+        Whether it calls some, or one of them; null = 'auto' with tools. 'none' leaves them out of the prompt.
+    parallel_tool_calls : bool or None
+        False: an answer has at most one call.
+    include_reasoning : bool or None
+        False: reasoning is left out of the answer.
     """
 
     messages: Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True)]
@@ -144,14 +211,15 @@ class ChatCompletionRequest(GenerationRequest):
     logprobs: bool | None = None
     top_logprobs: int | None = None
     add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
 
-    response_format: ResponseFormat | None = None
-    tools: Annotated[Any, AfterValidator(refuse_unless([], because=_TOOLS))] = None
-    tool_choice: Annotated[Any, AfterValidator(refuse_unless("none", "auto", because=_TOOLS))] = None
+    tools: Annotated[list[Tool], Field(fail_fast=True)] | None = None
+    tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
-    functions: Annotated[Any, AfterValidator(refuse_unless([], because=_TOOLS))] = None
-    function_call: Annotated[Any, AfterValidator(refuse_unless("none", "auto", because=_TOOLS))] = None
+    include_reasoning: bool | None = None
+    functions: Annotated[Any, AfterValidator(refuse_unless([], because=_OLD_CALLS))] = None
+    function_call: Annotated[Any, AfterValidator(refuse_unless("none", "auto", because=_OLD_CALLS))] = None
     modalities: Annotated[
         list[str] | None,
         AfterValidator(refuse_unless(["text"], because="only text is generated; send ['text'] or nothing")),
@@ -168,9 +236,36 @@ class ChatCompletionRequest(GenerationRequest):
             refuse_unless(because="it has no defined meaning here; use chat_template_kwargs instead")
         ),
     ] = None
+    verbosity: Annotated[
+        str | None, AfterValidator(refuse_unless("medium", because="say in the messages how long to answer"))
+    ] = None
+    add_special_tokens: Annotated[
+        bool | None,
+        AfterValidator(refuse_unless(False, because="the chat template writes its own; remove the field")),
+    ] = None
+    documents: Annotated[
+        Any, AfterValidator(refuse_unless([], because="it is not supported; put documents into messages"))
+    ] = None
+    chat_template: Annotated[
+        Any, AfterValidator(refuse_unless(because="the model's own template is used; remove the field"))
+    ] = None
+    media_io_kwargs: Annotated[
+        Any, AfterValidator(refuse_unless({}, because="only text is read; remove the field"))
+    ] = None
+    mm_processor_kwargs: Annotated[
+        Any, AfterValidator(refuse_unless({}, because="only text is read; remove the field"))
+    ] = None
+    return_prompt_text: Annotated[
+        bool | None, AfterValidator(refuse_unless(False, because="use return_token_ids and /detokenize"))
+    ] = None
     web_search_options: Annotated[
         Any, AfterValidator(refuse_unless(because="web search is not supported; remove the field"))
     ] = None
+
+    @property
+    def conversation(self) -> list[ChatMessage]:
+        """The messages."""
+        return self.messages
 
 
 class TopLogprob(ResponseModel):
@@ -198,8 +293,10 @@ class AssistantMessage(ResponseModel):
     """The answer."""
 
     role: Literal["assistant"]
-    content: str
+    content: str | None
     refusal: None
+    reasoning_content: str | None = None
+    tool_calls: list[ToolCall] | None = None
 
 
 class ChatChoice(ResponseModel):
@@ -224,6 +321,7 @@ class ChatCompletionResponse(ResponseModel):
     choices: list[ChatChoice]
     usage: Usage
     prompt_token_ids: list[int] | None = None
+    prompt_logprobs: PromptLogprobs | None = None
 
 
 class ChatDelta(ResponseModel):
@@ -231,6 +329,8 @@ class ChatDelta(ResponseModel):
 
     role: Literal["assistant"] | None = None
     content: str | None = None
+    reasoning_content: str | None = None
+    tool_calls: list[ToolCallDelta] | None = None
 
 
 class ChatChunkChoice(ResponseModel):

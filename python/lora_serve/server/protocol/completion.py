@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Discriminator, Field, Tag
 
@@ -10,6 +10,7 @@ from lora_serve.server.protocol.base import WRONG_KIND, ResponseModel, refuse_un
 from lora_serve.server.protocol.generation import (
     FinishReasonField,
     GenerationRequest,
+    PromptLogprobs,
     StopReasonField,
     TokenIds,
     Usage,
@@ -83,6 +84,9 @@ class CompletionRequest(GenerationRequest):
             refuse_unless("", because="insertion before a suffix is not supported; remove the field")
         ),
     ] = None
+    prompt_embeds: Annotated[
+        Any, AfterValidator(refuse_unless(because="prompts are text or token ids; send prompt"))
+    ] = None
 
 
 class CompletionLogprobs(ResponseModel):
@@ -104,6 +108,7 @@ class CompletionChoice(ResponseModel):
     stop_reason: StopReasonField
     token_ids: list[int] | None = None
     prompt_token_ids: list[int] | None = None
+    prompt_logprobs: PromptLogprobs | None = None
 
 
 class CompletionResponse(ResponseModel):

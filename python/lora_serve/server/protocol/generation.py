@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Discriminator, Field, Tag
 
 from lora_serve.server.protocol.base import WRONG_KIND, RequestModel, ResponseModel, refuse_unless
+from lora_serve.server.protocol.known_fields import KnownFields
+from lora_serve.server.protocol.structured import ResponseFormatField, StructuredOutputs
 
 
 def _kind_of_stop(value: object) -> str | None:
@@ -47,11 +49,11 @@ class StreamOptions(RequestModel):
     ] = None
 
 
-class GenerationRequest(RequestModel):
+class GenerationRequest(KnownFields):
     """What a completion and a chat completion have in common. A field that is null takes its default.
 
     The sampling fields have the names, meanings and limits of `SamplingParams`, which checks their values;
-    `priority` and `queue_timeout` (seconds) those of `Queueing`.
+    `priority` and `queue_timeout` (seconds) those of `Queueing`. `request_id` is shown in the answer's id.
     """
 
     model: str
@@ -75,29 +77,18 @@ class GenerationRequest(RequestModel):
     include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
+    allowed_token_ids: TokenIds | None = None
     return_token_ids: bool | None = None
+    prompt_logprobs: int | None = None
+    request_id: str | None = None
     echo: bool | None = None
+
+    response_format: ResponseFormatField | None = None
+    structured_outputs: StructuredOutputs | None = None
 
     priority: int | None = None
     queue_timeout: float | None = None
 
-    # Known, and accepted as long as they change nothing.
-    user: str | None = None
-    metadata: dict[str, Any] | None = None
-    safety_identifier: str | None = None
-    prompt_cache_key: str | None = None
-    service_tier: Annotated[
-        str | None,
-        AfterValidator(
-            refuse_unless(
-                "auto", "default", because="service tiers are not supported; send 'auto' or nothing"
-            )
-        ),
-    ] = None
-    store: Annotated[
-        bool | None,
-        AfterValidator(refuse_unless(False, because="nothing is stored; send false or nothing")),
-    ] = None
     best_of: int | None = None
 
 
@@ -116,5 +107,15 @@ class Usage(ResponseModel):
     prompt_tokens_details: PromptTokensDetails
 
 
-FinishReasonField = Literal["stop", "length", "abort"] | None
+class PromptLogprob(ResponseModel):
+    """A token of the prompt, or one of the most probable ones in its place, as vLLM writes it."""
+
+    logprob: float
+    rank: int
+    decoded_token: str
+
+
+PromptLogprobs = list[dict[int, PromptLogprob] | None]
+"""One entry a token of the prompt, by token id: the token and the most probable ones; null for the first."""
+FinishReasonField = Literal["stop", "length", "abort", "tool_calls"] | None
 StopReasonField = int | str | None

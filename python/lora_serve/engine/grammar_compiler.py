@@ -1,0 +1,235 @@
+"""Compiles the grammars of structured answers, once each, on a thread of its own."""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, wait
+from queue import SimpleQueue
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from lora_serve.common.errors import InternalError, InvalidArgumentError
+from lora_serve.common.structured_outputs import GrammarForm, GrammarSource
+from lora_serve.executor.grammar_matcher import GrammarMatcher
+
+if TYPE_CHECKING:
+    import xgrammar
+
+MAX_WHITESPACE = 16
+"""Longest run of white space in JSON: enough for indents, and no answer is nothing but that."""
+CACHE_BYTES = 256 * 1024 * 1024
+"""Compiled grammars that are kept, at most; requests that run keep theirs beyond."""
+MAX_FAILURES = 64
+"""Wrong grammars that are remembered, so that nobody compiles them again at once."""
+_LOG_PREFIX = re.compile(r"^\[[\d:]+\] \S+: (Check failed: \(.*?\) is false: )?")
+
+
+class GrammarCompiler:
+    """Compiles grammars for one model's vocabulary, and remembers them by what they were made from.
+
+    Compiling takes from a millisecond to seconds, with the interpreter lock released; reading the tokenizer,
+    which the first grammar needs, may hold it for some hundred milliseconds. `load` does that ahead of need.
+
+    Owns the thread, the vocabulary as xgrammar has it, and the grammars, of which the least recently used go
+    when they take too much memory. One thread calls the methods.
+
+    Parameters
+    ----------
+    model : str
+        The Hugging Face directory or hub id whose tokenizer is read.
+    vocab_size : int
+        Number of logits.
+    eos_token_ids : tuple of int
+        Tokens that end an answer whose form is complete.
+    """
+
+    def __init__(self, model: str, vocab_size: int, eos_token_ids: tuple[int, ...]) -> None:
+        self._model = model
+        self._vocab_size = vocab_size
+        self._eos_token_ids = eos_token_ids
+        self._jobs: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        self._thread: threading.Thread | None = None
+        self._backend: xgrammar.GrammarCompiler | None = None
+        self._compiled: OrderedDict[GrammarSource, xgrammar.CompiledGrammar] = OrderedDict()
+        self._failed: OrderedDict[GrammarSource, BaseException] = OrderedDict()
+        self._under_way: dict[GrammarSource, Future[xgrammar.CompiledGrammar]] = {}
+
+    def load(self) -> None:
+        """Read the tokenizer now.
+
+        Raises
+        ------
+        InvalidArgumentError
+            It cannot be read, or the model has no end-of-sequence token: no grammar can be compiled.
+        """
+        if self._backend is None:
+            self._backend = _make_backend(self._model, self._vocab_size, self._eos_token_ids)
+
+    def prepare(self, forms: Iterable[GrammarForm | None]) -> list[Future[Any]]:
+        """Begin to compile what nobody has compiled.
+
+        Returns
+        -------
+        list of Future
+            To wait for before `matcher` is called, which raises what has failed; empty = all is there.
+        """
+        wanted = {form.source for form in forms if form is not None}
+        self._take_finished()
+        waits_for: list[Future[Any]] = []
+        for source in sorted(wanted - self._compiled.keys() - self._failed.keys()):
+            future = self._under_way.get(source)
+            if future is None:
+                future = self._under_way[source] = Future()
+                self._start(source, future)
+            if not future.done():
+                waits_for.append(future)
+        return waits_for
+
+    def matcher(self, form: GrammarForm | None) -> GrammarMatcher | None:
+        """Give a new answer's matcher; None when its form is free.
+
+        Waits for the grammar where `prepare` was not called, or not waited for.
+
+        Raises
+        ------
+        InvalidArgumentError
+            The schema, expression or grammar is wrong, or there is no tokenizer to compile it for.
+        """
+        if form is None:
+            return None
+        source = form.source
+        while source not in self._compiled and source not in self._failed:
+            wait(self.prepare([form]))
+            self._take_finished()
+        error = self._failed.get(source)
+        if error is not None:
+            self._failed.move_to_end(source)
+            raise type(error)(str(error))
+        self._compiled.move_to_end(source)
+        return GrammarMatcher(self._compiled[source], self._vocab_size, form.reasoning)
+
+    def close(self) -> None:
+        """End the thread after the grammar that it compiles, without waiting."""
+        self._jobs.put(None)
+
+    def _take_finished(self) -> None:
+        """Keep what was compiled, and why others could not be: whoever asks again does not wait again."""
+        for source, future in list(self._under_way.items()):
+            if not future.done():
+                continue
+            del self._under_way[source]
+            error = future.exception()
+            if error is None:
+                self._compiled[source] = future.result()
+            else:
+                self._failed[source] = error
+        while len(self._failed) > MAX_FAILURES:
+            self._failed.popitem(last=False)
+        while len(self._compiled) > 1 and self._num_bytes() > CACHE_BYTES:
+            self._compiled.popitem(last=False)
+
+    def _num_bytes(self) -> int:
+        return sum(int(compiled.memory_size_bytes) for compiled in self._compiled.values())
+
+    def _start(self, source: GrammarSource, future: Future[xgrammar.CompiledGrammar]) -> None:
+        if self._thread is None:  # A daemon: a grammar that takes long does not hold up the process's end.
+            self._thread = threading.Thread(
+                target=_run_jobs, args=[self._jobs], name="lora-serve-grammars", daemon=True
+            )
+            self._thread.start()
+        self._jobs.put(lambda: self._run(source, future))
+
+    # --- In the thread ------------------------------------------------------------------------------------
+
+    def _run(self, source: GrammarSource, future: Future[xgrammar.CompiledGrammar]) -> None:
+        try:
+            self.load()
+            assert self._backend is not None
+            compiled = _compile(self._backend, source)
+            _require_an_answer(compiled, source)
+            future.set_result(compiled)
+        except InvalidArgumentError as error:
+            future.set_exception(error)
+        except RuntimeError as error:  # xgrammar's errors of input have no class of their own.
+            reason = _LOG_PREFIX.sub("", str(error)).strip()
+            future.set_exception(
+                InvalidArgumentError(
+                    f"structured_outputs.{source.kind} cannot be compiled: {reason}; correct it"
+                )
+            )
+        except BaseException as error:
+            future.set_exception(InternalError(f"a grammar could not be compiled: {error!r}"))
+
+
+def _run_jobs(jobs: SimpleQueue[Callable[[], None] | None]) -> None:
+    while (job := jobs.get()) is not None:
+        job()
+        del job
+
+
+def _make_backend(model: str, vocab_size: int, eos_token_ids: tuple[int, ...]) -> xgrammar.GrammarCompiler:
+    import xgrammar
+
+    from lora_serve.engine.tokenizer import Tokenizer
+
+    if not eos_token_ids:
+        raise InvalidArgumentError(
+            "structured_outputs cannot be served: the model names no end-of-sequence token, so an answer of "
+            "a given form could not end; remove structured_outputs, response_format and tool_choice, or set "
+            "eos_token_id in the model's config"
+        )
+    backend = Tokenizer.from_pretrained(model).backend
+    info = xgrammar.TokenizerInfo.from_huggingface(
+        backend, vocab_size=vocab_size, stop_token_ids=list(eos_token_ids)
+    )
+    # Special tokens have a text, too, but it is left out of answers: none may stand for a part of the form.
+    special = {id_ for id_, token in backend.added_tokens_decoder.items() if token.special}
+    vocab = [b"" if id_ in special else entry for id_, entry in enumerate(info.decoded_vocab)]
+    plain = xgrammar.TokenizerInfo(
+        vocab,
+        xgrammar.VocabType.RAW,
+        vocab_size=vocab_size,
+        stop_token_ids=list(eos_token_ids),
+        add_prefix_space=info.add_prefix_space,
+    )
+    return xgrammar.GrammarCompiler(plain, max_threads=1, cache_enabled=False)
+
+
+def _compile(backend: xgrammar.GrammarCompiler, source: GrammarSource) -> xgrammar.CompiledGrammar:
+    if source.kind in ("json", "json_object"):
+        schema = source.text or '{"type": "object"}'
+        return backend.compile_json_schema(
+            schema,
+            any_whitespace=source.any_whitespace,
+            max_whitespace_cnt=MAX_WHITESPACE if source.any_whitespace else None,
+        )
+    if source.kind == "regex":
+        return backend.compile_regex(source.text)
+    if source.kind == "choice":
+        choices = [_quote(choice) for choice in msgspec.json.decode(source.text)]
+        return backend.compile_grammar(f"root ::= {' | '.join(choices)}")
+    if source.kind == "structural_tag":
+        return backend.compile_structural_tag(source.text)
+    return backend.compile_grammar(source.text)
+
+
+def _require_an_answer(compiled: xgrammar.CompiledGrammar, source: GrammarSource) -> None:
+    import xgrammar
+
+    mask = xgrammar.allocate_token_bitmask(1, compiled.tokenizer_info.vocab_size)
+    needs_mask = xgrammar.GrammarMatcher(compiled).fill_next_token_bitmask(mask)
+    if needs_mask and not mask.any():
+        raise InvalidArgumentError(
+            f"structured_outputs.{source.kind} allows no answer at all, such as a schema that is its own; "
+            "correct it"
+        )
+
+
+def _quote(text: str) -> str:
+    """Write a string literal of the grammar language."""
+    escapes = {"\\": "\\\\", '"': '\\"', "\n": "\\n", "\r": "\\r", "\t": "\\t"}
+    return '"' + "".join(escapes.get(char, char) for char in text) + '"'
