@@ -63,6 +63,8 @@ class EngineRequest(msgspec.Struct, frozen=True, kw_only=True):
     queue_timeout_s : float or None
         Seconds, above 0: a request that has not begun to run by then fails with QueueTimeoutError. None = it
         waits as long as it must.
+    isolation_domain : bytes
+        Prefixes are shared within one domain only, whatever the adapter; empty = the default domain.
     """
 
     request_id: int
@@ -71,6 +73,7 @@ class EngineRequest(msgspec.Struct, frozen=True, kw_only=True):
     lora_name: str | None = None
     priority: int = 0
     queue_timeout_s: float | None = None
+    isolation_domain: bytes = b""
 
 
 class PositionLogprobs(msgspec.Struct, frozen=True, array_like=True):
