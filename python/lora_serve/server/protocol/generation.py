@@ -51,7 +51,8 @@ class GenerationRequest(RequestModel):
     """What a completion and a chat completion have in common. A field that is null takes its default.
 
     The sampling fields have the names, meanings and limits of `SamplingParams`, which checks their values;
-    `priority` and `queue_timeout` (seconds) those of `Queueing`.
+    `priority` and `queue_timeout` (seconds) those of `Queueing`. Requests share cached prefixes with those of
+    the same `cache_salt` only; null is a salt of its own.
     """
 
     model: str
@@ -80,6 +81,7 @@ class GenerationRequest(RequestModel):
 
     priority: int | None = None
     queue_timeout: float | None = None
+    cache_salt: Annotated[str, Field(min_length=1, max_length=1024)] | None = None
 
     # Known, and accepted as long as they change nothing.
     user: str | None = None
