@@ -3,6 +3,7 @@
 
 #include <memory>
 #include <optional>
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -26,6 +27,8 @@ request_id : int
     Unique among the live requests.
 adapter_id : int
     The adapter's generation; 0 = the base model.
+isolation_domain : bytes
+    Prefixes are shared within one domain only, whatever the adapter; empty = the default domain.
 prompt_token_ids : array-like of int, range int32
     1 to ``max_model_len - 1`` tokens; copied.
 max_tokens : int
@@ -48,10 +51,11 @@ InvalidArgumentError
                        const py::object& prompt_token_ids, std::int32_t max_tokens,
                        bool reuse_prefix, std::int32_t priority,
                        std::optional<std::int64_t> arrival_us,
-                       std::optional<std::int64_t> deadline_us) {
+                       std::optional<std::int64_t> deadline_us, const py::bytes& isolation_domain) {
              return NewRequest{
                  .request_id = RequestId(request_id),
                  .adapter_id = AdapterId(adapter_id),
+                 .isolation_domain = std::string(isolation_domain),
                  .prompt_token_ids = ToVector<TokenId>(prompt_token_ids, "prompt_token_ids"),
                  .max_tokens = max_tokens,
                  .reuse_prefix = reuse_prefix,
@@ -61,7 +65,8 @@ InvalidArgumentError
            }),
            py::kw_only(), py::arg("request_id"), py::arg("adapter_id"), py::arg("prompt_token_ids"),
            py::arg("max_tokens"), py::arg("reuse_prefix") = true, py::arg("priority") = 0,
-           py::arg("arrival_us") = py::none(), py::arg("deadline_us") = py::none())
+           py::arg("arrival_us") = py::none(), py::arg("deadline_us") = py::none(),
+           py::arg("isolation_domain") = py::bytes())
       .def_property_readonly("request_id",
                              [](const NewRequest& self) { return self.request_id.value(); })
       .def_property_readonly("adapter_id",

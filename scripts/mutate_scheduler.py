@@ -16,6 +16,25 @@ import sys
 from planted_faults import Campaign, Fault, main
 
 FAULTS = (
+    # isolation domains
+    Fault("adapter_domains.cc", "if (domain.empty()) return", "return"),
+    Fault("adapter_domains.cc", "if (IsUsed(found)) continue;", ""),
+    Fault("adapter_domains.cc", "if (HasPages(found)) {", "if (false) {"),
+    Fault("adapter_domains.cc", "if (!are_too_many ||", "if (true ||"),
+    Fault(
+        "adapter_domains.cc", "std::ranges::sort(idle, {}, &Idle::last_used);", "std::ranges::reverse(idle);"
+    ),
+    Fault(
+        "adapter_domains.cc",
+        "adapter.domains.num_dropped_missed_tokens += found.num_missed_tokens;",
+        "",
+    ),
+    Fault(
+        "adapter_table.cc",
+        "for (const NamespaceId namespace_id : NamespacesOf(adapter)) {",
+        "for (const NamespaceId namespace_id : {adapter.namespace_id}) {",
+    ),
+    Fault("adapter_table.cc", "num_domains_ -= std::ssize(adapter.domains.by_name);", ""),
     # overlap: what an outstanding plan touches
     Fault(
         "scheduler_step.cc",

@@ -5,6 +5,7 @@
 #include <map>
 
 #include "common/strong_id.h"
+#include "scheduler/adapter_domains.h"
 #include "scheduler/request.h"
 #include "scheduler/scheduler_options.h"
 
@@ -54,7 +55,9 @@ struct LineKey {
 struct Adapter {
   AdapterId id;
   AdapterOptions options;
+  /// Of the default domain.
   NamespaceId namespace_id;
+  AdapterDomains domains;
   LoadState load_state = LoadState::kRegistered;
   AdapterSlot slot = kNoAdapterSlot;
   bool is_draining = false;

@@ -173,7 +173,9 @@ void AdapterTable::Unlist(const Adapter& adapter) {
 void AdapterTable::CheckInvariants() const {
   std::set<AdapterSlot> slots;
   std::int64_t num_bytes = 0;
+  std::int64_t num_domains = 0;
   for (const auto& [id, adapter] : adapters_) {
+    num_domains += std::ssize(adapter.domains.by_name);
     if (adapter.IsBase()) continue;
     num_bytes += adapter.HoldsBytes() ? adapter.options.size_bytes : 0;
     LS_CHECK(!adapter.is_in_place ||
@@ -198,15 +200,16 @@ void AdapterTable::CheckInvariants() const {
              adapter.is_drained ? " is drained but in use" : " drains but waits for nothing");
     LS_CHECK(!waits_for_copies || (adapter.is_draining && adapter.num_requests() == 0), "adapter ",
              id, " waits for copies too early");
-    LS_CHECK(cache_backptr_->HasNamespace(adapter.namespace_id) ==
+    LS_CHECK(HasNamespace(adapter) ==
                  (!adapter.is_draining || adapter.num_requests() > 0 || waits_for_copies),
-             "adapter ", id, " and its namespace ", adapter.namespace_id, " disagree");
+             "adapter ", id, " and its namespaces disagree");
   }
   const auto num_taken = std::count(slot_is_taken_.begin(), slot_is_taken_.end(), true);
   LS_CHECK(std::cmp_equal(num_taken, slots.size()), num_taken, " slots taken by ", slots.size(),
            " adapters");
   LS_CHECK(num_bytes == num_bytes_, num_bytes, " bytes in use, counted ", num_bytes_);
   LS_CHECK(num_bytes_ <= max_bytes_, num_bytes_, " bytes in use of ", max_bytes_);
+  LS_CHECK(num_domains == num_domains_, num_domains, " domains, counted ", num_domains_);
   LS_CHECK(num_free_places() >= 0, placed_.size(), " places taken, max_loras is ", max_loras_);
   CheckLists();
 }

@@ -156,7 +156,9 @@ void AdapterTable::Drain(AdapterId id) {
         "adapter 0 cannot be drained: it is the base model, which is permanent");
   }
   if (adapter.is_draining) return;
-  cache_backptr_->DrainNamespace(adapter.namespace_id);
+  for (const NamespaceId namespace_id : NamespacesOf(adapter)) {
+    cache_backptr_->DrainNamespace(namespace_id);
+  }
   adapter.is_draining = true;
   Relist(adapter);
   CompleteDrainIfUnused(adapter);
@@ -236,7 +238,7 @@ void AdapterTable::Evict(Adapter& adapter) {
   adapter.slot = kNoAdapterSlot;
   SetLoadState(adapter, LoadState::kRegistered);
   ++adapter.num_evictions;
-  cache_backptr_->SetAdapterResident(adapter.namespace_id, false);
+  SetResidentInCache(adapter, false);
   Relist(adapter);
 }
 
@@ -249,6 +251,12 @@ void AdapterTable::SetLoadState(Adapter& adapter, LoadState state) {
   count(-1);
   adapter.load_state = state;
   count(+1);
+}
+
+void AdapterTable::SetResidentInCache(const Adapter& adapter, bool is_resident) {
+  for (const NamespaceId id : NamespacesOf(adapter)) {
+    cache_backptr_->SetAdapterResident(id, is_resident);
+  }
 }
 
 bool AdapterTable::IsLoading(AdapterId id) const {
@@ -272,9 +280,7 @@ void AdapterTable::OnStagedFailed(AdapterId id) {
   UncountSize(adapter);
   if (adapter.is_in_place) LeavePlace(adapter);
   SetLoadState(adapter, LoadState::kFailed);
-  if (cache_backptr_->HasNamespace(adapter.namespace_id)) {
-    cache_backptr_->SetAdapterResident(adapter.namespace_id, false);
-  }
+  SetResidentInCache(adapter, false);
   Relist(adapter);
 }
 
@@ -283,9 +289,7 @@ void AdapterTable::FinishLoad(AdapterId id, LoadState outcome) {
   LS_CHECK(adapter.load_state == LoadState::kLoading, "adapter ", id, " was not loading");
   SetLoadState(adapter, outcome);
   adapter.last_used = next_use_number_++;
-  if (outcome == LoadState::kResident && cache_backptr_->HasNamespace(adapter.namespace_id)) {
-    cache_backptr_->SetAdapterResident(adapter.namespace_id, true);
-  }
+  if (outcome == LoadState::kResident) SetResidentInCache(adapter, true);
   Relist(adapter);
   CompleteDrainIfUnused(adapter);
 }
@@ -300,7 +304,7 @@ void AdapterTable::OnCopiesEnded() {
 
 void AdapterTable::CompleteDrainIfUnused(Adapter& adapter) {
   if (!adapter.is_draining || adapter.is_drained || adapter.num_requests() > 0) return;
-  if (cache_backptr_->HasNamespace(adapter.namespace_id)) {
+  if (HasNamespace(adapter)) {
     waiting_for_copies_.insert(adapter.id);
     return;
   }
@@ -321,7 +325,11 @@ void AdapterTable::Remove(AdapterId id) {
   if (adapter.slot != kNoAdapterSlot) {
     slot_is_taken_[static_cast<std::size_t>(adapter.slot.value())] = false;
   }
+  num_domains_ -= std::ssize(adapter.domains.by_name);
   by_namespace_.erase(adapter.namespace_id);
+  for (const auto& [name, domain] : adapter.domains.by_name) {
+    by_namespace_.erase(domain.namespace_id);
+  }
   adapters_.erase(id);
 }
 

@@ -5,6 +5,7 @@
 #include <map>
 #include <optional>
 #include <set>
+#include <string>
 #include <unordered_set>
 #include <vector>
 
@@ -96,6 +97,14 @@ class AdapterTable {
            !line_.empty();
   }
 
+  // --- Domains ----------------------------------------------------------------------------------
+  /// A handle on the adapter's namespace of this isolation domain, which the first request of the
+  /// domain opens; empty = the default domain. Requires: the adapter is open.
+  /// Complexity: O(log domains), amortised.
+  [[nodiscard]] NamespaceHandle RetainNamespace(Adapter& adapter, const std::string& domain);
+  /// Those that exist, the default domain's first.
+  [[nodiscard]] std::vector<NamespaceId> NamespacesOf(const Adapter& adapter) const;
+
   // --- Requests ---------------------------------------------------------------------------------
   /// A request moved from one list of its adapter to another. When it ended (`to` is kNone) its
   /// namespace handle must be gone: this may complete a drain.
@@ -157,6 +166,10 @@ class AdapterTable {
   void UncountSize(const Adapter& adapter);
   void CheckLists() const;
   [[nodiscard]] AdapterSlot TakeLowestFreeSlot();
+  /// True while the namespace of any of its domains exists.
+  [[nodiscard]] bool HasNamespace(const Adapter& adapter) const;
+  void SetResidentInCache(const Adapter& adapter, bool is_resident);
+  void DropIdleDomains();
   void FinishLoad(AdapterId id, LoadState outcome);
   void SetLoadState(Adapter& adapter, LoadState state);
   void CompleteDrainIfUnused(Adapter& adapter);
@@ -179,7 +192,7 @@ class AdapterTable {
   const std::int64_t priority_ageing_us_;
   std::map<AdapterId, Adapter> adapters_;
   Adapter& base_;
-  /// Of every adapter in `adapters_`, also when its namespace has destroyed itself.
+  /// Of every adapter in `adapters_` and its domains, also when the namespace has destroyed itself.
   std::map<NamespaceId, AdapterId> by_namespace_;
   std::unordered_set<AdapterId> used_ids_;  // looked up only, never iterated
   std::vector<AdapterId> due_;              // in the order of becoming so
@@ -201,6 +214,12 @@ class AdapterTable {
   std::int32_t num_resident_ = 0;
   std::int64_t next_join_number_ = 0;
   std::int64_t next_use_number_ = 0;
+  /// Namespaces beside those of the default domain, over all adapters.
+  std::int64_t num_domains_ = 0;
+  std::int64_t num_domains_to_drop_at_ = 64;
+  /// Still in `by_namespace_`: the events of their end may not have been taken yet.
+  std::vector<NamespaceId> dropped_namespaces_;
+  std::int64_t next_domain_use_number_ = 0;
   std::int64_t virtual_time_ = 0;
   std::int64_t now_us_ = 0;
   std::int64_t num_steps_ = 0;

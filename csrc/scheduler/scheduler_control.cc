@@ -86,7 +86,7 @@ void Scheduler::Impl::AddRequests(std::vector<NewRequest>&& requests) {
   CheckLimits(requests, num_of_adapter);
   for (NewRequest& request : requests) {
     Adapter& adapter = adapters_.GetOpen(request.adapter_id);
-    NamespaceHandle handle = cache_.RetainNamespace(adapter.namespace_id);
+    NamespaceHandle handle = adapters_.RetainNamespace(adapter, request.isolation_domain);
     if (request.arrival_us < 0) request.arrival_us = last_now_us_;
     requests_.Add(std::move(request), adapter, std::move(handle));
   }

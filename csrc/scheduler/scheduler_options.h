@@ -2,6 +2,7 @@
 
 #include <cstdint>
 #include <limits>
+#include <string>
 #include <vector>
 
 #include "common/strong_id.h"
@@ -81,6 +82,9 @@ struct NewRequest {
   RequestId request_id;
   /// kBaseAdapter = the base model. Never defaulted on the Python side.
   AdapterId adapter_id = kBaseAdapter;
+  /// Prefixes are shared within one domain only, whatever the adapter; any bytes. Empty = the
+  /// default domain.
+  std::string isolation_domain = {};
   /// 1 to max_model_len - 1 tokens.
   std::vector<TokenId> prompt_token_ids;
   /// Output tokens, at least 1; prompt + max_tokens <= max_model_len.

@@ -103,12 +103,15 @@ SchedulerStats Scheduler::Impl::Stats() const {
     entry.total_queue_us = adapter.total_queue_us;
     entry.num_loads = adapter.num_loads;
     entry.num_evictions = adapter.num_evictions;
-    if (const NamespaceStats* found = FindNamespace(namespaces, adapter.namespace_id)) {
-      entry.num_tree_pages = found->num_tree_pages;
-      entry.num_private_pages = found->num_private_pages;
-      entry.num_host_pages = found->num_host_pages;
-      entry.num_hit_tokens = found->num_hit_tokens;
-      entry.num_missed_tokens = found->num_missed_tokens;
+    entry.num_hit_tokens = adapter.domains.num_dropped_hit_tokens;
+    entry.num_missed_tokens = adapter.domains.num_dropped_missed_tokens;
+    for (const NamespaceId namespace_id : adapters_.NamespacesOf(adapter)) {
+      const NamespaceStats* found = FindNamespace(namespaces, namespace_id);
+      entry.num_tree_pages += found->num_tree_pages;
+      entry.num_private_pages += found->num_private_pages;
+      entry.num_host_pages += found->num_host_pages;
+      entry.num_hit_tokens += found->num_hit_tokens;
+      entry.num_missed_tokens += found->num_missed_tokens;
     }
   }
   return stats;
@@ -134,8 +137,9 @@ void Scheduler::Impl::CheckInvariants() const {
   for (const Request* request : requests_.running()) {
     const RunningResources& running = request->running();
     const auto num_pages = static_cast<std::int64_t>(running.lease.pages().size());
-    LS_CHECK(running.namespace_handle.id() == request->adapter().namespace_id, "request ",
-             request->id(), " is in namespace ", running.namespace_handle.id());
+    LS_CHECK(std::ranges::count(adapters_.NamespacesOf(request->adapter()),
+                                running.namespace_handle.id()) == 1,
+             "request ", request->id(), " is in namespace ", running.namespace_handle.id());
     LS_CHECK(running.num_computed_tokens <= num_pages * options_.page_size, "request ",
              request->id(), " computed ", running.num_computed_tokens, " tokens in ", num_pages,
              " pages");
@@ -153,13 +157,18 @@ void Scheduler::Impl::CheckInvariants() const {
   }
   const std::vector<NamespaceStats> namespaces = cache_.NamespaceStatsList();
   for (const auto& [id, adapter] : adapters_.adapters()) {
-    const NamespaceStats* found = FindNamespace(namespaces, adapter.namespace_id);
-    if (found == nullptr) continue;  // drained; AdapterTable has checked that
-    const std::int64_t num_live = adapter.num_requests();
-    LS_CHECK(found->num_handles == num_live, "adapter ", id, " has ", num_live, " requests and ",
-             found->num_handles, " namespace handles");
-    LS_CHECK(found->num_leases == adapter.num_running_requests, "adapter ", id, " runs ",
-             adapter.num_running_requests, " requests with ", found->num_leases, " leases");
+    std::int64_t num_handles = 0;
+    std::int64_t num_leases = 0;
+    for (const NamespaceId namespace_id : adapters_.NamespacesOf(adapter)) {
+      const NamespaceStats* found = FindNamespace(namespaces, namespace_id);
+      num_handles += found->num_handles;
+      num_leases += found->num_leases;
+    }
+    // 0 and 0 once it has drained; AdapterTable has checked that.
+    LS_CHECK(num_handles == adapter.num_requests(), "adapter ", id, " has ", adapter.num_requests(),
+             " requests and ", num_handles, " namespace handles");
+    LS_CHECK(num_leases == adapter.num_running_requests, "adapter ", id, " runs ",
+             adapter.num_running_requests, " requests with ", num_leases, " leases");
   }
 }
 

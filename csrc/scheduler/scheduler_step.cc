@@ -157,8 +157,12 @@ void Scheduler::Impl::AdvanceLoads(const ExecutionEvent& event,
 }
 
 void Scheduler::Impl::End(Request& request, void (RequestTable::*move)(Request&)) {
-  const auto num_pages = request.IsRunning() ? std::ssize(request.running().lease.pages()) : 0;
-  transfers_.EndLease(request.adapter().namespace_id, num_pages,
+  if (!request.IsRunning()) {
+    (requests_.*move)(request);
+    return;
+  }
+  const RunningResources& running = request.running();
+  transfers_.EndLease(running.namespace_handle.id(), std::ssize(running.lease.pages()),
                       [&] { (requests_.*move)(request); });
 }
 

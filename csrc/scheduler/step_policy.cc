@@ -141,7 +141,7 @@ void StepPolicy::Preempt(Request& victim) {
     static_cast<void>(parts_.cache->StartWriteBack(running.lease));
     parts_.transfers->Collect();
   }
-  parts_.transfers->EndLease(victim.adapter().namespace_id, std::ssize(running.lease.pages()),
+  parts_.transfers->EndLease(running.namespace_handle.id(), std::ssize(running.lease.pages()),
                              [&] { parts_.requests->Preempt(victim); });
   ++counters_.num_preemptions;
   has_preempted_ = true;

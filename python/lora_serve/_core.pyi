@@ -661,6 +661,8 @@ class NewRequest:
         Unique among the live requests.
     adapter_id : int
         The adapter's generation; 0 = the base model.
+    isolation_domain : bytes
+        Prefixes are shared within one domain only, whatever the adapter; empty = the default domain.
     prompt_token_ids : array-like of int, range int32
         1 to ``max_model_len - 1`` tokens; copied.
     max_tokens : int
@@ -690,6 +692,7 @@ class NewRequest:
         priority: typing.SupportsInt | typing.SupportsIndex = 0,
         arrival_us: typing.SupportsInt | typing.SupportsIndex | None = None,
         deadline_us: typing.SupportsInt | typing.SupportsIndex | None = None,
+        isolation_domain: bytes = b"",
     ) -> None: ...
     @property
     def adapter_id(self) -> int: ...

@@ -65,6 +65,7 @@ def _to_new_request(request: EngineRequest, adapter_id: int, arrival_us: int) ->
         prompt_token_ids=request.prompt_token_ids,
         max_tokens=params.max_tokens,
         reuse_prefix=params.prompt_logprobs is None,
+        isolation_domain=request.isolation_domain,
         priority=request.priority,
         arrival_us=arrival_us,
         deadline_us=None if timeout_s is None else arrival_us + round(timeout_s * 1_000_000),

@@ -7,12 +7,13 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
 from typing import Any, TypeVar
 
 from lora_serve.common.config import EngineConfig
-from lora_serve.common.errors import InvalidArgumentError, LoraServeError
+from lora_serve.common.errors import InternalError, InvalidArgumentError, LoraServeError
 from lora_serve.common.field_checks import check_adapter_weight, check_text
 from lora_serve.common.outputs import RequestOutput
 from lora_serve.common.queueing import DEFAULT_QUEUEING, Queueing
@@ -20,6 +21,7 @@ from lora_serve.common.sampling_params import SamplingParams
 from lora_serve.engine import wire
 from lora_serve.engine.engine_connection import EngineConnection
 from lora_serve.engine.input_processor import InputProcessor, ProcessedRequest, PromptTokenizer
+from lora_serve.engine.isolation import DEFAULT_DOMAIN
 from lora_serve.engine.messages import (
     AdmissionResult,
     EngineOutput,
@@ -33,6 +35,25 @@ from lora_serve.engine.status import AdapterInfo, EngineStats
 from lora_serve.engine.tokenizer import Tokenizer
 
 _Result = TypeVar("_Result")
+
+
+@dataclass(frozen=True)
+class LoadedAdapter:
+    """How an adapter that serves was loaded.
+
+    Parameters
+    ----------
+    name, path, pinned, weight
+        As of `AsyncEngineClient.load_lora_adapter`.
+    content_digest : str
+        What was read then.
+    """
+
+    name: str
+    path: str
+    pinned: bool
+    weight: float
+    content_digest: str
 
 
 class AsyncEngineClient:
@@ -69,9 +90,10 @@ class AsyncEngineClient:
     def __init__(self, config: EngineConfig, *, executor_factory: str | None = None) -> None:
         self.config = config
         self.observe: Callable[[RequestStream, int, float], StreamObserver] | None = None
-        self._connection = EngineConnection(
-            executor_factory, on_outputs=self._take_outputs, on_failure=self._fail_streams
-        )
+        self._executor_factory = executor_factory
+        self._connection = self._make_connection()
+        self._loaded: dict[str, LoadedAdapter] = {}
+        self._has_failed = asyncio.Event()
         self._streams: dict[str, RequestStream] = {}
         # Tokenising has a thread and a tokenizer of its own: a long prompt holds up nobody's stream. Prompts
         # wait for each other here, so the tokenizer refuses text that cannot fit before it begins.
@@ -100,6 +122,37 @@ class AsyncEngineClient:
         self._input_processor = InputProcessor(self.model_info)
         self._output_processor = OutputProcessor(self.tokenizer)
 
+    async def restart(self) -> None:
+        """Start another process in place of one that has ended, with the same configuration and no adapters.
+
+        Until then, and when it fails, every call fails as before.
+
+        Raises
+        ------
+        LoraServeError
+            As of `start`; or InternalError when the process has not ended.
+        """
+        if self._connection.is_healthy:
+            raise InternalError("the engine runs; only one that has ended is started again")
+        await self._connection.close()
+        connection = self._make_connection()
+        try:
+            await connection.start(self.config)
+        except BaseException:
+            await connection.close()
+            raise
+        self._has_failed.clear()
+        self._connection = connection
+
+    async def wait_for_failure(self) -> None:
+        """Return when the engine's process has ended, or at once when it has since the last (re)start."""
+        await self._has_failed.wait()
+
+    @property
+    def loaded_adapters(self) -> list[LoadedAdapter]:
+        """How to load again what serves, in the order of the loads; kept when the process ends."""
+        return list(self._loaded.values())
+
     async def submit(
         self,
         prompt: str | Sequence[int],
@@ -108,6 +161,7 @@ class AsyncEngineClient:
         lora_name: str | None = None,
         request_id: str | None = None,
         queueing: Queueing = DEFAULT_QUEUEING,
+        isolation_domain: bytes = DEFAULT_DOMAIN,
     ) -> RequestStream:
         """Hand a request to the engine; return once it is accepted and its adapter is resolved.
 
@@ -123,6 +177,8 @@ class AsyncEngineClient:
             The caller's id, for outputs and `abort`; None = one is made up.
         queueing : Queueing
             Priority, and how long the request may wait.
+        isolation_domain : bytes
+            From `make_domain`: prefixes are shared within one domain only.
 
         Returns
         -------
@@ -149,7 +205,7 @@ class AsyncEngineClient:
         if request_id in self._streams:
             raise InvalidArgumentError(f"request_id {request_id!r} is in use; choose another")
         request = self._input_processor.process(
-            request_id, text, token_ids, sampling_params, lora_name, queueing
+            request_id, text, token_ids, sampling_params, lora_name, queueing, isolation_domain
         )
         stream = RequestStream(
             request_id=request_id,
@@ -240,10 +296,12 @@ class AsyncEngineClient:
         check_text("lora_name", name)
         check_text("lora_path", path)
         check_adapter_weight(weight)
-        return await self._connection.call(
+        result = await self._connection.call(
             lambda call_id: wire.LoadAdapter(call_id, name, path, load_inplace, pinned, weight),
             LoadAdapterResult,
         )
+        self._loaded[name] = LoadedAdapter(name, path, pinned, weight, result.content_digest)
+        return result
 
     async def unload_lora_adapter(self, name: str, *, force: bool = False) -> UnloadAdapterResult:
         """Refuse newcomers at once; return when running requests have ended and everything is freed.
@@ -263,6 +321,7 @@ class AsyncEngineClient:
             The engine has stopped.
         """
         check_text("lora_name", name)
+        self._loaded.pop(name, None)
         return await self._connection.call(
             lambda call_id: wire.UnloadAdapter(call_id, name, force), UnloadAdapterResult
         )
@@ -302,6 +361,11 @@ class AsyncEngineClient:
 
     # --- Inside -------------------------------------------------------------------------------------------
 
+    def _make_connection(self) -> EngineConnection:
+        return EngineConnection(
+            self._executor_factory, on_outputs=self._take_outputs, on_failure=self._fail_streams
+        )
+
     async def _admit(self, request: ProcessedRequest) -> AdmissionResult:
         admission = await self._connection.call(
             lambda call_id: wire.AddRequests(call_id, request.engine_requests), AdmissionResult
@@ -333,6 +397,7 @@ class AsyncEngineClient:
             self._connection.send(wire.AbortRequests(unfinished))
 
     def _fail_streams(self, error: LoraServeError) -> None:
+        self._has_failed.set()
         streams, self._streams = self._streams, {}
         for request_id, stream in streams.items():
             self._output_processor.remove(request_id)

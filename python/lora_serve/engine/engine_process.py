@@ -30,6 +30,7 @@ import zmq
 
 from lora_serve.common.config import EngineConfig
 from lora_serve.common.errors import InternalError, LoraServeError
+from lora_serve.common.log_format import format_of_environment, make_formatter
 from lora_serve.common.stage_log import log_stage
 from lora_serve.engine import wire
 from lora_serve.engine.loop_log import LoopLogHandler
@@ -293,7 +294,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--executor-factory", help="module:function that makes the executor, for tests")
     options = parser.parse_args(arguments)
     line_format = "%(asctime)s %(levelname)s engine[%(process)d] %(name)s: %(message)s"
-    logging.basicConfig(level=logging.INFO, handlers=[LoopLogHandler(sys.stderr, line_format)])
+    formatter = make_formatter(format_of_environment(), "engine", line_format)
+    logging.basicConfig(level=logging.INFO, handlers=[LoopLogHandler(sys.stderr, formatter)])
     # Ctrl-C reaches the whole process group; the client decides when the engine ends.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = socket.socket(fileno=options.parent_fd)

@@ -13,6 +13,7 @@ from lora_serve.common.errors import InvalidArgumentError
 from lora_serve.common.field_checks import check_text
 from lora_serve.common.queueing import DEFAULT_QUEUEING, Queueing
 from lora_serve.common.sampling_params import SamplingParams
+from lora_serve.engine.isolation import DEFAULT_DOMAIN
 from lora_serve.engine.messages import EngineRequest, ModelInfo
 from lora_serve.engine.tokenizer import Tokenizer
 
@@ -208,6 +209,7 @@ class InputProcessor:
         sampling_params: SamplingParams,
         lora_name: str | None,
         queueing: Queueing = DEFAULT_QUEUEING,
+        isolation_domain: bytes = DEFAULT_DOMAIN,
     ) -> ProcessedRequest:
         """Check one request.
 
@@ -246,6 +248,7 @@ class InputProcessor:
                     priority=queueing.priority,
                     queue_timeout_s=queueing.timeout_s,
                     form=form,
+                    isolation_domain=isolation_domain,
                 )
                 for index in range(params.n)
             ],

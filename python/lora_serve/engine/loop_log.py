@@ -21,15 +21,17 @@ class LoopLogHandler(logging.handlers.QueueHandler):
     stream
         Where the lines go.
     line_format
-        As ``logging.Formatter`` takes it.
+        As ``logging.Formatter`` takes it, or a formatter.
     """
 
-    def __init__(self, stream: TextIO, line_format: str) -> None:
+    def __init__(self, stream: TextIO, line_format: str | logging.Formatter) -> None:
         lines: SimpleQueue[Any] = SimpleQueue()
         super().__init__(lines)
         self.setFormatter(logging.Formatter("%(message)s"))  # The writer's adds the rest, once.
         writer = logging.StreamHandler(stream)
-        writer.setFormatter(logging.Formatter(line_format))
+        if isinstance(line_format, str):
+            line_format = logging.Formatter(line_format)
+        writer.setFormatter(line_format)
         self._writer: logging.handlers.QueueListener | None = logging.handlers.QueueListener(lines, writer)
         self._writer.start()
 

@@ -66,6 +66,8 @@ class EngineRequest(msgspec.Struct, frozen=True, kw_only=True):
         waits as long as it must.
     form : GrammarForm or None
         That the answer must have.
+    isolation_domain : bytes
+        Prefixes are shared within one domain only, whatever the adapter; empty = the default domain.
     """
 
     request_id: int
@@ -75,6 +77,7 @@ class EngineRequest(msgspec.Struct, frozen=True, kw_only=True):
     priority: int = 0
     queue_timeout_s: float | None = None
     form: GrammarForm | None = None
+    isolation_domain: bytes = b""
 
 
 class PositionLogprobs(msgspec.Struct, frozen=True, array_like=True):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from fastapi import FastAPI
 
+from lora_serve.common.errors import InvalidArgumentError
 from lora_serve.engine.engine_client import AsyncEngineClient
 from lora_serve.server import (
     routes_adapters,
@@ -15,6 +16,7 @@ from lora_serve.server import (
     routes_status,
     routes_tokens,
 )
+from lora_serve.server.admission import AdmissionMiddleware, BodyTimeoutMiddleware
 from lora_serve.server.auth import ApiKeyMiddleware
 from lora_serve.server.autoload import AdapterAutoloader
 from lora_serve.server.cancellation import CancellationMiddleware
@@ -27,6 +29,7 @@ from lora_serve.server.protocol.chat import ChatCompletionRequest
 from lora_serve.server.protocol.completion import CompletionRequest
 from lora_serve.server.protocol.lorax import LoraxRequest
 from lora_serve.server.protocol.tokenize import DetokenizeRequest, TokenizeRequest
+from lora_serve.server.request_ids import RequestIdMiddleware
 from lora_serve.server.settings import ServerSettings
 
 REQUEST_BODIES = (
@@ -55,6 +58,11 @@ def create_app(client: AsyncEngineClient, settings: ServerSettings) -> FastAPI:
     -------
     FastAPI
         An ASGI application.
+
+    Raises
+    ------
+    InvalidArgumentError
+        Traces are asked for without the packages that they need.
     """
     app = FastAPI(
         title="lora_serve",
@@ -82,7 +90,25 @@ def create_app(client: AsyncEngineClient, settings: ServerSettings) -> FastAPI:
         app.include_router(routes.router)
     install_error_handlers(app)
     install_openapi(app, REQUEST_BODIES)
-    if settings.api_keys:
-        app.add_middleware(ApiKeyMiddleware, api_keys=settings.api_keys)
+    limits = settings.limits
+    app.add_middleware(BodyTimeoutMiddleware, timeout_s=limits.body_timeout_s)
+    app.add_middleware(
+        AdmissionMiddleware,
+        lifecycle=context.lifecycle,
+        shutdown=context.shutdown,
+        max_requests=limits.max_concurrent_requests,
+        max_requests_per_key=limits.max_concurrent_requests_per_key,
+    )
+    app.add_middleware(ApiKeyMiddleware, keys=settings.keys)
     app.add_middleware(CancellationMiddleware, shutdown=context.shutdown)
+    if settings.otlp_traces_endpoint is not None:
+        try:
+            from lora_serve.server.tracing import TracingMiddleware, make_tracer
+        except ImportError:
+            raise InvalidArgumentError(
+                "--otlp-traces-endpoint needs packages that are not installed; install them with pip install "
+                "'lora-serve[tracing]'"
+            ) from None
+        app.add_middleware(TracingMiddleware, tracer=make_tracer(settings.otlp_traces_endpoint))
+    app.add_middleware(RequestIdMiddleware, shutdown=context.shutdown)
     return app

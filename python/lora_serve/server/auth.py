@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
 import hmac
-from collections.abc import Sequence
+import os
 
 from fastapi.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from lora_serve.server.api_keys import ApiKeys
+from lora_serve.server.caller import STRANGER, Caller, set_caller
 from lora_serve.server.error_handlers import error_body
 
-OPEN_PATHS = frozenset({"/health"})
+OPEN_PATHS = frozenset({"/health", "/health/live", "/health/ready"})
 """Paths that need no key, so that a load balancer can probe them."""
 
 
 class ApiKeyMiddleware:
-    """Answers 401 unless a request shows one of the keys as `Authorization: Bearer KEY`.
+    """Answers 401 unless a request shows one of the keys as `Authorization: Bearer KEY`; notes whose it is.
 
     A plain ASGI layer in front of the routes: unknown paths need a key too, so that nothing can be probed.
 
@@ -23,17 +26,28 @@ class ApiKeyMiddleware:
     ----------
     app : ASGI application
         What serves requests that show a key.
-    api_keys : sequence of str
-        At least one key.
+    keys : ApiKeys
+        The keys; it may want none.
     """
 
-    def __init__(self, app: ASGIApp, api_keys: Sequence[str]) -> None:
+    def __init__(self, app: ASGIApp, keys: ApiKeys) -> None:
         self._app = app
-        self._api_keys = [key.encode("ascii") for key in api_keys]
+        self._keys = keys
+        # Looked up by a digest that nobody outside can compute, so the time tells nothing about a key, and
+        # does not grow with their number.
+        self._secret = os.urandom(32)
+        self._callers = {self._digest(key.encode("ascii")): who for key, who in keys.callers().items()}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
-        if scope["type"] != "http" or scope["path"] in OPEN_PATHS or self._shows_key(scope):
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        caller = self._find_caller(scope)
+        if caller is None and scope["path"] in OPEN_PATHS:
+            caller = STRANGER
+        if caller is not None:
+            set_caller(scope, caller)
             await self._app(scope, receive, send)
             return
         body = error_body(
@@ -45,14 +59,17 @@ class ApiKeyMiddleware:
         response = JSONResponse(body, status_code=401, headers={"WWW-Authenticate": "Bearer"})
         await response(scope, receive, send)
 
-    def _shows_key(self, scope: Scope) -> bool:
-        """Compare with every key in constant time, whichever matches."""
+    def _find_caller(self, scope: Scope) -> Caller | None:
+        """Give whose key the request shows; None when it shows none and has to."""
         shown: bytes = b""
         for name, value in scope["headers"]:
             if name == b"authorization":
                 shown = value
         scheme, _, key = shown.partition(b" ")
-        is_known = False
-        for api_key in self._api_keys:
-            is_known |= hmac.compare_digest(key.strip(), api_key)
-        return is_known and scheme.lower() == b"bearer"
+        caller = self._callers.get(self._digest(key.strip()))
+        if caller is not None and scheme.lower() == b"bearer":
+            return caller
+        return None if self._keys.asks_for_key else self._keys.nobody
+
+    def _digest(self, key: bytes) -> bytes:
+        return hmac.new(self._secret, key, hashlib.sha256).digest()

@@ -112,6 +112,14 @@ class AdapterAutoloader:
         if name in self._loads:
             self._disowned.add(name)
 
+    def owns(self, name: str) -> bool:
+        """True for an adapter that was loaded here, and may be unloaded here."""
+        return name in self._owned
+
+    def forget_all(self) -> None:
+        """Note that the engine has lost its adapters: those from here are loaded again on their next use."""
+        self._owned.clear()
+
     def _may_load(self, path: str) -> bool:
         """Tell whether a text can be a path: a plain word is a name that somebody has to load."""
         if "/" not in path or path == self._served_model_name:

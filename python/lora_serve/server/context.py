@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import time
 import uuid
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from fastapi import Request
 
 from lora_serve.engine.engine_client import AsyncEngineClient
 from lora_serve.server.autoload import AdapterAutoloader
+from lora_serve.server.caller import STRANGER, Caller, caller_of
+from lora_serve.server.caller_client import CallerClient
+from lora_serve.server.lifecycle import Lifecycle
 from lora_serve.server.metrics.server_metrics import ServerMetrics
 from lora_serve.server.settings import ServerSettings
 
@@ -43,8 +46,12 @@ class ServerContext:
         Unix time in seconds.
     shutdown : Shutdown
         Set by whoever closes the client while requests run.
+    lifecycle : Lifecycle
+        Where the server is in its life.
     autoloader : AdapterAutoloader or None
         Loads adapters on first use; None = that is off.
+    caller : Caller
+        Who sent the request that the context is for.
     """
 
     client: AsyncEngineClient
@@ -52,14 +59,25 @@ class ServerContext:
     metrics: ServerMetrics
     started_at: int = field(default_factory=lambda: int(time.time()))
     shutdown: Shutdown = field(default_factory=Shutdown)
+    lifecycle: Lifecycle = field(default_factory=Lifecycle)
     autoloader: AdapterAutoloader | None = None
+    caller: Caller = STRANGER
+
+    def narrowed_to(self, caller: Caller) -> ServerContext:
+        """Give the context with a client that does for this caller what its key allows, and no more."""
+        if caller.sees_everything and caller.may_load:
+            return replace(self, caller=caller)
+        # A path outside the key's adapters must not be tried: how that fails tells what is there.
+        autoloader = self.autoloader if caller.adapters is None else None
+        client = CallerClient(self.client, caller)
+        return replace(self, client=client, autoloader=autoloader, caller=caller)
 
 
 def context_of(request: Request) -> ServerContext:
-    """Give the context of the application that serves `request`."""
+    """Give the context of the application that serves `request`, narrowed to whoever sent it."""
     context = request.app.state.context
     assert isinstance(context, ServerContext)
-    return context
+    return context.narrowed_to(caller_of(request))
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,15 @@ from lora_serve.common.errors import (
     NotFoundError,
     QueueTimeoutError,
 )
+from lora_serve.server.caller import PermissionDeniedError
 from lora_serve.server.context import Shutdown, context_of
-from lora_serve.server.request_errors import BodyTooLargeError, GenerationAbortedError, ServerShutdownError
+from lora_serve.server.lifecycle import NotServingError
+from lora_serve.server.request_errors import (
+    BodyTimeoutError,
+    BodyTooLargeError,
+    GenerationAbortedError,
+    ServerShutdownError,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -34,13 +41,16 @@ ErrorShape = Callable[[int, dict[str, Any]], tuple[int, dict[str, Any]]]
 """From a status and a body in OpenAI's shape to what is sent."""
 
 _STATUS_OF_ERROR: tuple[tuple[type[LoraServeError], int, str, str | None], ...] = (
+    (BodyTimeoutError, 408, "invalid_request_error", "body_timeout"),
     (BodyTooLargeError, 413, "invalid_request_error", "body_too_large"),
     (InvalidArgumentError, 400, "invalid_request_error", None),
     (AdapterNotFoundError, 404, "invalid_request_error", "model_not_found"),
     (NotFoundError, 404, "invalid_request_error", "not_found"),
+    (PermissionDeniedError, 403, "permission_error", "permission_denied"),
     (AdapterConflictError, 409, "invalid_request_error", "adapter_conflict"),
     (QueueTimeoutError, 503, "rate_limit_error", "queue_timeout"),
     (CapacityError, 429, "rate_limit_error", "no_capacity"),
+    (NotServingError, 503, "internal_error", None),
     (ServerShutdownError, 503, "internal_error", "shutting_down"),
     (GenerationAbortedError, 424, "internal_error", "aborted"),
 )
@@ -97,9 +107,12 @@ def translate_error(error: BaseException, shutdown: Shutdown) -> tuple[int, dict
 
 
 def retry_header(error: BaseException) -> dict[str, str]:
-    """Give the header that says when another try is worth it, where waiting helps."""
+    """Give the headers that say when another try is worth it, where waiting helps, and over what."""
     retry_after_s = getattr(error, "retry_after_s", None)
-    return {} if retry_after_s is None else {"Retry-After": str(retry_after_s)}
+    headers = {} if retry_after_s is None else {"Retry-After": str(retry_after_s)}
+    if isinstance(error, BodyTimeoutError):  # The rest of the body would be read as the next request.
+        headers["Connection"] = "close"
+    return headers
 
 
 def install_error_handlers(app: FastAPI) -> None:

@@ -16,8 +16,10 @@ from lora_serve.common.outputs import RequestOutput
 from lora_serve.common.queueing import DEFAULT_QUEUEING, Queueing
 from lora_serve.common.sampling_params import SamplingParams
 from lora_serve.engine.engine_client import AsyncEngineClient
+from lora_serve.engine.isolation import make_domain
 from lora_serve.engine.request_stream import RequestStream
 from lora_serve.server.autoload import AdapterAutoloader
+from lora_serve.server.caller_client import HIDDEN_GENERATION
 from lora_serve.server.disconnect import cancel_and_wait
 from lora_serve.server.protocol.generation import PromptTokensDetails, Usage
 from lora_serve.server.request_errors import RequestError
@@ -45,6 +47,8 @@ class PromptJob:
         The text that token ids were made of, when there was one.
     queueing : Queueing
         Priority, and how long it may wait.
+    cache_salt : str or None
+        Cached prefixes are shared among requests of one salt only.
     autoload : bool
         The adapter's name may be a path that is loaded on first use.
     """
@@ -55,6 +59,7 @@ class PromptJob:
     param: str
     text: str | None = None
     queueing: Queueing = DEFAULT_QUEUEING
+    cache_salt: str | None = None
     autoload: bool = False
 
 
@@ -132,7 +137,11 @@ async def _hand_over(
 ) -> RequestStream:
     try:
         return await client.submit(
-            job.prompt, job.sampling_params, lora_name=job.lora_name, queueing=job.queueing
+            job.prompt,
+            job.sampling_params,
+            lora_name=job.lora_name,
+            queueing=job.queueing,
+            isolation_domain=make_domain(None, job.cache_salt),
         )
     except AdapterNotFoundError:
         if job.lora_name is None:
@@ -246,9 +255,14 @@ class UsageCounter:
 
 
 def fingerprint(stream: RequestStream, served_model_name: str) -> str:
-    """Name the generation that answers, such as 'sql-v2-g3-5f0c2a91'; the base model is generation 0."""
+    """Name the generation that answers, such as 'sql-v2-g3-5f0c2a91'; the base model is generation 0.
+
+    For a caller who may not see how many adapters others load, the number is left out.
+    """
     if stream.lora_name is None:
         return f"{served_model_name}-g0"
+    if stream.adapter_id == HIDDEN_GENERATION:
+        return f"{stream.lora_name}-{stream.content_digest[:8]}"
     return f"{stream.lora_name}-g{stream.adapter_id}-{stream.content_digest[:8]}"
 
 

@@ -4,28 +4,40 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
+import math
+import os
 import signal
 import socket
 from collections.abc import Awaitable, Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import uvicorn
 
 from lora_serve.common.config import EngineConfig
 from lora_serve.common.errors import InvalidArgumentError, LoraServeError
-from lora_serve.engine.engine_client import AsyncEngineClient
+from lora_serve.common.field_checks import check_float
+from lora_serve.engine.engine_client import AsyncEngineClient, LoadedAdapter
 from lora_serve.server.adapter_folder import AdapterFolder
 from lora_serve.server.adapter_selection import check_adapter_name
 from lora_serve.server.app import create_app
+from lora_serve.server.autoload import AdapterAutoloader
+from lora_serve.server.connections import ConnectionTable, make_protocol
+from lora_serve.server.engine_supervisor import EngineSupervisor, RestartSettings
+from lora_serve.server.lifecycle import Lifecycle
+from lora_serve.server.limits import make_room
 from lora_serve.server.parsing.reasoning import check_reasoning_tokens
 from lora_serve.server.settings import AdapterFolderSettings, ServerSettings
 
-GRACEFUL_SHUTDOWN_S = 5
+DEFAULT_DRAIN_TIMEOUT_S = 5.0
 """Running requests get so long to end after the first signal; then the engine ends them."""
+GRACEFUL_SHUTDOWN_S = 0.5
+"""After that time, connections whose last answer has been given get so long to be closed."""
 LAST_ANSWERS_S = 1
 """Their last bytes get so long to be sent; then what still runs is cancelled."""
 KEEP_ALIVE_S = 75
 """Longer than clients keep idle connections, so that none is closed just as it is used again."""
+logger = logging.getLogger(__name__)
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -65,6 +77,10 @@ class Launch:
         Called with the server's URL when it answers.
     adapter_folder : AdapterFolderSettings or None
         A folder whose subfolders are adapters, for as long as the server runs.
+    restart : RestartSettings
+        Whether the engine is started again when its process has ended.
+    drain_timeout_s : float
+        How long running requests get to end after a signal; a second signal ends them at once.
     """
 
     config: EngineConfig
@@ -74,6 +90,11 @@ class Launch:
     port: int
     announce: Callable[[str], None]
     adapter_folder: AdapterFolderSettings | None = None
+    restart: RestartSettings = field(default_factory=RestartSettings)
+    drain_timeout_s: float = DEFAULT_DRAIN_TIMEOUT_S
+
+    def __post_init__(self) -> None:
+        check_float("--drain-timeout", self.drain_timeout_s, 0.0)
 
 
 def serve(launch: Launch) -> bool:
@@ -132,6 +153,10 @@ class _Server(uvicorn.Server):
     ----------
     config : uvicorn.Config
         With a graceful shutdown that is longer than GRACEFUL_SHUTDOWN_S.
+    lifecycle : Lifecycle
+        Told when the server drains.
+    drain_timeout_s : float
+        How long requests get to end then.
     on_ready : callable
         Called when the server answers.
     end_engine : callable
@@ -142,16 +167,38 @@ class _Server(uvicorn.Server):
         self,
         config: uvicorn.Config,
         *,
+        lifecycle: Lifecycle,
+        drain_timeout_s: float,
         on_ready: Callable[[], None],
         end_engine: Callable[[], Awaitable[None]],
     ) -> None:
         super().__init__(config)
+        self._lifecycle = lifecycle
+        self._drain_timeout_s = drain_timeout_s
+        self._draining: asyncio.Task[None] | None = None
         self._on_ready = on_ready
         self._end_engine = end_engine
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield
+
+    def take_signal(self, number: int) -> None:
+        """Drain at the first signal, while newcomers are still told so; end at the second."""
+        if self.started and self._draining is None:
+            self._lifecycle.begin_drain()
+            self._draining = asyncio.ensure_future(self._drain())
+            return
+        if self._draining is not None:
+            self._draining.cancel()
+        self.handle_exit(number, None)
+
+    async def _drain(self) -> None:
+        try:
+            await asyncio.wait_for(self._lifecycle.wait_until_idle(), self._drain_timeout_s)
+        except asyncio.TimeoutError:
+            logger.warning("requests still run %g s after the signal; they are ended", self._drain_timeout_s)
+        self.should_exit = True
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets=sockets)
@@ -167,33 +214,39 @@ class _Server(uvicorn.Server):
 
 
 async def _serve(launch: Launch, listener: socket.socket) -> bool:
+    limits = launch.settings.limits
+    room = make_room(limits.max_connections)
     client = AsyncEngineClient(launch.config)
     app = create_app(client, launch.settings)
-    folder = None if launch.adapter_folder is None else AdapterFolder(client, launch.adapter_folder)
+    lifecycle: Lifecycle = app.state.context.lifecycle
+    engine = _SupervisedEngine(client, launch, lifecycle, app.state.context.autoloader)
 
     async def end_engine() -> None:
         app.state.context.shutdown.has_begun = True
-        if folder is not None:
-            await folder.close()
-        await client.close()
+        await engine.close()
 
     server = _Server(
         uvicorn.Config(
             app,
             lifespan="off",
+            log_config=None,  # Its lines go where ours go, and look like them.
             log_level="warning",
             access_log=False,
             timeout_keep_alive=KEEP_ALIVE_S,
-            timeout_graceful_shutdown=GRACEFUL_SHUTDOWN_S + LAST_ANSWERS_S,
+            timeout_graceful_shutdown=math.ceil(GRACEFUL_SHUTDOWN_S + LAST_ANSWERS_S),
+            http=make_protocol(ConnectionTable(room.max_connections, limits.header_timeout_s)),
+            backlog=room.backlog,
         ),
+        lifecycle=lifecycle,
+        drain_timeout_s=launch.drain_timeout_s,
         on_ready=lambda: launch.announce(_url(listener)),
         end_engine=end_engine,
     )
-    starting = asyncio.ensure_future(_start_engine(client, launch, folder))
+    starting = asyncio.ensure_future(engine.start())
 
     def on_signal(number: int) -> None:
         starting.cancel()  # Changes nothing once the engine has started.
-        server.handle_exit(number, None)
+        server.take_signal(number)
 
     loop = asyncio.get_running_loop()
     for number in _SIGNALS:
@@ -206,26 +259,83 @@ async def _serve(launch: Launch, listener: socket.socket) -> bool:
         await server.serve(sockets=[listener])
         return server.started
     finally:
-        if folder is not None:
-            await folder.close()
-        await client.close()
+        await engine.close()
         for number in _SIGNALS:
             loop.remove_signal_handler(number)
 
 
-async def _start_engine(client: AsyncEngineClient, launch: Launch, folder: AdapterFolder | None) -> None:
-    if folder is not None:
-        await folder.look()
-    await client.start()
-    if launch.settings.reasoning_parser is not None:
-        check_reasoning_tokens(launch.settings.reasoning_parser, client.tokenizer)
-    for adapter in launch.adapters:
-        try:
-            await client.load_lora_adapter(adapter.name, adapter.path)
-        except LoraServeError as error:
-            raise type(error)(f"adapter {adapter.name!r} cannot be loaded: {error}") from error
-    if folder is not None:
-        await folder.start()
+class _SupervisedEngine:
+    """The engine of a server with its adapters and its watched folder, started again when it has ended.
+
+    Parameters
+    ----------
+    client : AsyncEngineClient
+        Not started; this object starts and closes it.
+    launch : Launch
+        What to run.
+    lifecycle : Lifecycle
+        Told of restarts.
+    autoloader : AdapterAutoloader or None
+        What loads adapters on first use.
+    """
+
+    def __init__(
+        self,
+        client: AsyncEngineClient,
+        launch: Launch,
+        lifecycle: Lifecycle,
+        autoloader: AdapterAutoloader | None,
+    ) -> None:
+        self._client = client
+        self._launch = launch
+        self._autoloader = autoloader
+        self._folder = self._make_folder()
+        self._supervisor = EngineSupervisor(
+            client, lifecycle, launch.restart, is_ours=self._is_ours, reload=self._watch_again
+        )
+
+    async def start(self) -> None:
+        if self._folder is not None:
+            await self._folder.look()
+        await self._client.start()
+        if self._launch.settings.reasoning_parser is not None:
+            check_reasoning_tokens(self._launch.settings.reasoning_parser, self._client.tokenizer)
+        for adapter in self._launch.adapters:
+            try:
+                await self._client.load_lora_adapter(adapter.name, adapter.path)
+            except LoraServeError as error:
+                raise type(error)(f"adapter {adapter.name!r} cannot be loaded: {error}") from error
+        if self._folder is not None:
+            await self._folder.start()
+        self._supervisor.start()
+
+    async def close(self) -> None:
+        await self._supervisor.close()
+        if self._folder is not None:
+            await self._folder.close()
+        await self._client.close()
+
+    def _make_folder(self) -> AdapterFolder | None:
+        settings = self._launch.adapter_folder
+        return None if settings is None else AdapterFolder(self._client, settings)
+
+    def _is_ours(self, adapter: LoadedAdapter) -> bool:
+        """Not those of the folder, nor those loaded on first use: they are loaded again by who owns them."""
+        if self._autoloader is not None and self._autoloader.owns(adapter.name):
+            return False
+        settings = self._launch.adapter_folder
+        return settings is None or adapter.path != os.path.join(os.path.abspath(settings.path), adapter.name)
+
+    async def _watch_again(self) -> None:
+        """Watch as from the start: what the folder had loaded was lost with the engine."""
+        if self._autoloader is not None:
+            self._autoloader.forget_all()
+        if self._folder is not None:
+            await self._folder.close()
+            self._folder = self._make_folder()
+            assert self._folder is not None
+            await self._folder.look()
+            await self._folder.start()
 
 
 def _url(listener: socket.socket) -> str:

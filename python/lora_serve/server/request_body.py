@@ -71,12 +71,16 @@ async def read_body(request: Request, model: type[RequestModelT], max_body_bytes
 async def _read_bytes(request: Request, max_body_bytes: int) -> bytes:
     chunks: list[bytes] = []
     num_bytes = 0
+    too_large = BodyTooLargeError(
+        f"the request's body has more than {max_body_bytes} bytes; send fewer or shorter prompts"
+    )
+    announced = request.headers.get("content-length", "")
+    if announced.isdecimal() and int(announced[:20]) > max_body_bytes:
+        raise too_large
     async for chunk in request.stream():
         num_bytes += len(chunk)
         if num_bytes > max_body_bytes:
-            raise BodyTooLargeError(
-                f"the request's body has more than {max_body_bytes} bytes; send fewer or shorter prompts"
-            )
+            raise too_large
         chunks.append(chunk)
     return b"".join(chunks)
 

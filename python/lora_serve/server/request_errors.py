@@ -47,6 +47,22 @@ class ServerShutdownError(LoraServeError):
         super().__init__("the server is shutting down; send the request again, to another server or later")
 
 
+class BodyTimeoutError(LoraServeError):
+    """The client has not sent its request's body in time (HTTP 408).
+
+    Parameters
+    ----------
+    timeout_s : float
+        How long it had.
+    """
+
+    def __init__(self, timeout_s: float) -> None:
+        super().__init__(
+            f"the request's body was not complete after {timeout_s:g} s; send it faster, or let the "
+            "operator start the server with a higher --body-timeout"
+        )
+
+
 class BodyTooLargeError(LoraServeError):
     """The request's body is longer than the server accepts (HTTP 413)."""
 

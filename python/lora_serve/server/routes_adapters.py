@@ -13,6 +13,7 @@ from lora_serve.common.field_checks import check_adapter_weight
 from lora_serve.engine.messages import LoadAdapterResult, UnloadAdapterResult
 from lora_serve.engine.status import AdapterInfo
 from lora_serve.server.adapter_selection import check_adapter_name
+from lora_serve.server.caller import Caller
 from lora_serve.server.context import ServerContext, context_of
 from lora_serve.server.error_handlers import set_error_shape
 from lora_serve.server.openapi import body_schema
@@ -28,6 +29,8 @@ from lora_serve.server.request_body import read_body
 from lora_serve.server.request_errors import RequestError
 
 router = APIRouter()
+
+_TENANT_FIELDS = ("name", "path", "content_digest", "lora_rank", "num_bytes", "is_serving")
 
 
 @router.post(
@@ -107,9 +110,12 @@ async def unload_adapter(context: ServerContext, body: UnloadAdapterRequest) -> 
         The name is empty.
     AdapterNotFoundError
         It does not serve.
+    PermissionDeniedError
+        The caller may not unload.
     """
     if not body.lora_name:
         raise RequestError("lora_name is empty; name an adapter", param="lora_name", code="invalid_value")
+    context.caller.require_may_load()
     if context.autoloader is not None:
         context.autoloader.disown(body.lora_name)
     return await context.client.unload_lora_adapter(body.lora_name, force=bool(body.force))
@@ -189,23 +195,41 @@ async def list_loras(request: Request) -> JSONResponse:
     """Give every adapter generation with its state, bytes, requests and pages, and the engine's totals.
 
     `status`, `loras` and `count` are Dynamo's: the names that serve, with their generations.
+    A tenant gets its own adapters, without what others could have changed, and no totals.
     """
     context = context_of(request)
     adapters = await context.client.list_lora_adapters()
+    answer = {
+        "object": "list",
+        "status": "success",
+        "base_model": context.settings.served_model_name,
+        "data": [shown_adapter(adapter, context.caller) for adapter in adapters],
+    }
+    if not context.caller.sees_everything:
+        return JSONResponse(answer)
     stats = await context.client.stats()
     loras = {adapter.name: adapter.adapter_id for adapter in adapters if adapter.is_serving}
     return JSONResponse(
         {
-            "object": "list",
-            "status": "success",
+            **answer,
             "count": len(loras),
             "loras": loras,
-            "base_model": context.settings.served_model_name,
-            "data": [msgspec.to_builtins(adapter) for adapter in adapters],
             "tiers": {tier: _tier_totals(adapters, tier) for tier in ("device", "host")},
             "stats": msgspec.to_builtins(stats),
         }
     )
+
+
+def shown_adapter(adapter: AdapterInfo, caller: Caller) -> dict[str, Any]:
+    """Give an adapter as JSON, with those fields that the caller may see.
+
+    A tenant sees what the adapter is, and whether it serves. Its counts, place and generation
+    depend on what others do with it, or with the memory.
+    """
+    fields: dict[str, Any] = msgspec.to_builtins(adapter)
+    if caller.sees_everything:
+        return fields
+    return {name: fields[name] for name in _TENANT_FIELDS}
 
 
 def _tier_totals(adapters: list[AdapterInfo], tier: str) -> dict[str, Any]:

@@ -59,6 +59,7 @@ async def create_chat_completion(request: Request) -> Response:
         lora_name=lora_name,
         param="messages",
         queueing=request_queueing(body),
+        cache_salt=body.cache_salt,
         autoload=may_autoload(body.model, body.lora_path, context.settings.served_model_name),
     )
     answer = await run_while_connected(request, _accept(context, body, plan, job))

@@ -121,6 +121,7 @@ def _make_jobs(
             lora_name=lora_name,
             param="prompt",
             queueing=queueing,
+            cache_salt=body.cache_salt,
             autoload=may_autoload(body.model, body.lora_path, settings.served_model_name),
         )
         for prompt, lora_name in zip(prompts, lora_names, strict=True)

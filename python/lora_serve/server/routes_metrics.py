@@ -12,6 +12,8 @@ router = APIRouter()
 
 @router.get("/metrics", response_class=Response)
 async def metrics(request: Request) -> Response:
-    """Give the server's metrics as Prometheus reads them."""
-    page, content_type = await context_of(request).metrics.page(request.headers.get("accept", ""))
+    """Give the server's metrics as Prometheus reads them; not to tenants, whom they would tell of others."""
+    context = context_of(request)
+    context.caller.require_sees_everything()
+    page, content_type = await context.metrics.page(request.headers.get("accept", ""))
     return Response(page, headers={"Content-Type": content_type})

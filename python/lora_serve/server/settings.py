@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from lora_serve.common.errors import InvalidArgumentError
 from lora_serve.common.field_checks import check_float, check_int
+from lora_serve.server.api_keys import ApiKeys, KeyEntry
+from lora_serve.server.limits import ServerLimits
 
 DEFAULT_MAX_BODY_BYTES = 32 * 1024 * 1024
 DEFAULT_MAX_ANSWERS_PER_REQUEST = 1024
@@ -58,6 +60,14 @@ class ServerSettings:
         The base model's path or hub id, shown as `root` in /v1/models.
     api_keys : tuple of str
         Bearer keys of which a request must show one; empty = no key is asked for.
+    admin_api_keys : tuple of str
+        Bearer keys that may do everything; with one, other keys may not load and unload adapters.
+    key_entries : tuple of KeyEntry
+        More keys, with restrictions.
+    limits : ServerLimits
+        What clients may take of the server at once, and for how long.
+    otlp_traces_endpoint : str or None
+        URL of an OpenTelemetry collector that gets a span of each request.
     max_body_bytes : int
         Longest accepted request body in bytes.
     max_answers_per_request : int
@@ -86,6 +96,15 @@ class ServerSettings:
     metrics_max_adapters: int = DEFAULT_METRICS_MAX_ADAPTERS
     tool_call_parser: str = "auto"
     reasoning_parser: str | None = None
+    admin_api_keys: tuple[str, ...] = ()
+    key_entries: tuple[KeyEntry, ...] = ()
+    limits: ServerLimits = field(default_factory=ServerLimits)
+    otlp_traces_endpoint: str | None = None
+
+    @property
+    def keys(self) -> ApiKeys:
+        """All keys, and whose they are."""
+        return ApiKeys(full=self.api_keys, admin=self.admin_api_keys, entries=self.key_entries)
 
     def __post_init__(self) -> None:
         if not self.served_model_name or not self.served_model_name.isprintable():
@@ -93,12 +112,7 @@ class ServerSettings:
                 f"served_model_name is {self.served_model_name!r} but must be a non-empty printable name; "
                 "set --served-model-name"
             )
-        for key in self.api_keys:
-            if not key or not key.isascii() or not key.isprintable() or key != key.strip():
-                raise InvalidArgumentError(
-                    "an API key is empty, or holds spaces at an end or characters that an HTTP header cannot "
-                    "carry; set --api-key to printable ASCII"
-                )
+        _ = self.keys  # Refuses bad ones.
         if self.max_body_bytes < 1:
             raise InvalidArgumentError(f"max_body_bytes is {self.max_body_bytes} but must be at least 1")
         if self.max_answers_per_request < 1:

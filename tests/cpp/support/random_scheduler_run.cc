@@ -3,6 +3,7 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <array>
 #include <ostream>
 #include <utility>
 
@@ -216,6 +217,9 @@ NewRequest RandomSchedulerRun::MakeRequest(std::int64_t id) {
                             static_cast<std::int32_t>(request.prompt_token_ids.size());
   request.max_tokens = 1 + script_.Below(room);
   request.reuse_prefix = script_.Chance(85);
+  // Not drawn, so that the other choices of a seed stay what they are.
+  const auto domain = static_cast<std::size_t>(id / request_id_factor % 5);
+  request.isolation_domain = std::array{"", "", "", "acme", "bolt"}[domain];
   if (script_.Chance(30)) request.priority = script_.Below(5) - 2;
   if (script_.Chance(10)) {
     request.arrival_us = std::max<std::int64_t>(0, harness_.now_us() - script_.Below(100));

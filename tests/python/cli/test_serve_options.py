@@ -5,16 +5,20 @@ import socket
 import pytest
 
 from lora_serve.cli.main import main, make_parser
-from lora_serve.cli.serve import API_KEY_VARIABLE, make_launch
+from lora_serve.cli.serve import ADMIN_API_KEY_VARIABLE, API_KEY_VARIABLE, make_launch
 from lora_serve.common.config import EngineConfig
 from lora_serve.common.errors import InvalidArgumentError
-from lora_serve.server.launch import AdapterModule
+from lora_serve.server.api_keys import KeyEntry
+from lora_serve.server.engine_supervisor import RestartSettings
+from lora_serve.server.launch import DEFAULT_DRAIN_TIMEOUT_S, AdapterModule
+from lora_serve.server.limits import ServerLimits
 from lora_serve.server.settings import AdapterFolderSettings
 
 
 @pytest.fixture(autouse=True)
 def _no_key_in_the_environment(monkeypatch):
     monkeypatch.delenv(API_KEY_VARIABLE, raising=False)
+    monkeypatch.delenv(ADMIN_API_KEY_VARIABLE, raising=False)
 
 
 def launch_of(*arguments):
@@ -100,6 +104,31 @@ def test_api_keys_come_from_options_and_environment(monkeypatch):
     assert launch.settings.api_keys == ("one", "two", "three")
 
 
+def test_admin_keys_and_keys_of_a_file_come_beside_them(monkeypatch, tmp_path):
+    monkeypatch.setenv(ADMIN_API_KEY_VARIABLE, "admin-2")
+    path = tmp_path / "keys.json"
+    path.write_text('{"keys": [{"name": "acme", "key": "secret", "adapters": ["sql"]}]}')
+    settings = launch_of("m", "--admin-api-key", "admin-1", "--api-keys-file", str(path)).settings
+    assert settings.admin_api_keys == ("admin-1", "admin-2")
+    assert settings.key_entries == (KeyEntry(name="acme", key="secret", adapters=["sql"]),)
+
+
+def test_limits_and_life_reach_the_server():
+    options = (
+        "--max-body-bytes 10 --max-concurrent-requests 11 --max-concurrent-requests-per-key 12 "
+        "--max-connections 13 --header-timeout 14 --body-timeout 15 --drain-timeout 16 --restart-engine "
+        "--max-engine-restarts 17"
+    )
+    launch = launch_of("m", *options.split())
+    assert launch.settings.max_body_bytes == 10
+    assert launch.settings.limits == ServerLimits(11, 12, 13, 14.0, 15.0)
+    assert launch.drain_timeout_s == 16.0
+    assert launch.restart == RestartSettings(max_restarts=17)
+    without = launch_of("m")
+    assert without.settings.limits == ServerLimits()
+    assert (without.restart.max_restarts, without.drain_timeout_s) == (0, DEFAULT_DRAIN_TIMEOUT_S)
+
+
 def test_limit_of_answers_per_request_reaches_the_server():
     assert launch_of("m").settings.max_answers_per_request == 1024
     assert launch_of("m", "--max-answers-per-request", "9").settings.max_answers_per_request == 9
@@ -123,6 +152,13 @@ def test_an_adapter_given_twice_is_refused():
         (["--max-num-seqs", "9", "--max-num-batched-tokens", "8"], "max_num_batched_tokens is 8"),
         (["--served-model-name", ""], "--served-model-name"),
         (["--api-key", ""], "--api-key"),
+        (["--admin-api-key", " "], "--admin-api-key"),
+        (["--api-key", "same", "--admin-api-key", "same"], "there twice"),
+        (["--api-keys-file", "/nowhere"], "--api-keys-file '/nowhere' cannot be read"),
+        (["--max-connections", "-1"], "--max-connections is -1"),
+        (["--body-timeout", "0"], "--body-timeout is 0"),
+        (["--drain-timeout", "-1"], "--drain-timeout is -1"),
+        (["--restart-engine", "--max-engine-restarts", "-1"], "--max-engine-restarts is -1"),
         (["--kv-host-memory-gb", "-1"], "kv_host_memory_gb is -1.0"),
         (["--lora-memory-gb", "0"], "lora_memory_gb is 0.0"),
         (["--max-queued-requests", "-1"], "max_queued_requests is -1"),

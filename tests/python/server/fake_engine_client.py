@@ -45,6 +45,7 @@ class Submission:
     lora_name: str | None
     stream: RequestStream
     queueing: Queueing
+    isolation_domain: bytes = b""
 
 
 @dataclass
@@ -89,6 +90,7 @@ class FakeEngineClient:
         lora_name: str | None = None,
         request_id: str | None = None,
         queueing: Queueing = DEFAULT_QUEUEING,
+        isolation_domain: bytes = b"",
     ) -> RequestStream:
         await asyncio.sleep(self.submit_delay_s)
         if lora_name is not None and lora_name not in self.adapters:
@@ -116,7 +118,9 @@ class FakeEngineClient:
         if self.observe is not None:
             stream.observer = self.observe(stream, sampling_params.n, time.perf_counter())
         prompt = prompt if isinstance(prompt, str) else token_ids
-        self.submissions.append(Submission(prompt, sampling_params, lora_name, stream, queueing))
+        self.submissions.append(
+            Submission(prompt, sampling_params, lora_name, stream, queueing, isolation_domain)
+        )
         self._answer(stream, sampling_params, lora_name)
         return stream
 

@@ -64,7 +64,10 @@ def send(endpoint, fields):
     app = make_app(client, reasoning_parser="qwen3")
     response = call(app, "POST", path, json={**body, **fields})
     seen = [
-        (one.prompt, one.params, one.lora_name, one.queueing, client.chat_messages, client.chat_options)
+        (
+            *(one.prompt, one.params, one.lora_name, one.queueing, one.isolation_domain),
+            *(client.chat_messages, client.chat_options),
+        )
         for one in client.submissions
     ]
     text = re.sub(r'[0-9a-f]{32}|call_[0-9a-f]{24}|"created":\d+', "", response.text)

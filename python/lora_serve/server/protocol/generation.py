@@ -54,6 +54,7 @@ class GenerationRequest(KnownFields):
 
     The sampling fields have the names, meanings and limits of `SamplingParams`, which checks their values;
     `priority` and `queue_timeout` (seconds) those of `Queueing`. `request_id` is shown in the answer's id.
+    Requests share cached prefixes with those of the same `cache_salt` only; null is a salt of its own.
     """
 
     model: str
@@ -88,6 +89,7 @@ class GenerationRequest(KnownFields):
 
     priority: int | None = None
     queue_timeout: float | None = None
+    cache_salt: Annotated[str, Field(min_length=1, max_length=1024)] | None = None
 
     best_of: int | None = None
 

@@ -63,9 +63,6 @@ class KnownFields(RequestModel):
     routed_experts_prompt_start: Annotated[
         int | None, _only(0, because="routed experts are not given; remove the field")
     ] = None
-    cache_salt: Annotated[
-        str | None, _only(because="prompts cannot be given a cache of their own; remove the field")
-    ] = None
     kv_transfer_params: Annotated[
         dict[str, Any] | None, _only({}, because="pages are not sent between servers; remove the field")
     ] = None

@@ -1,0 +1,178 @@
+"""When an engine is started again, and what becomes of its adapters; without processes."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import cast
+
+import pytest
+
+from lora_serve.common.errors import InternalError, InvalidArgumentError
+from lora_serve.engine.engine_client import AsyncEngineClient, LoadedAdapter
+from lora_serve.engine.messages import LoadAdapterResult
+from lora_serve.server.engine_supervisor import EngineSupervisor, RestartSettings
+from lora_serve.server.lifecycle import Lifecycle, Phase
+
+
+def adapter(name, digest="d0", **fields):
+    return LoadedAdapter(name, f"/adapters/{name}", False, 1.0, digest)
+
+
+class FakeEngine:
+    """An engine that ends when told, and restarts as `outcomes` say: True, or an error."""
+
+    def __init__(self, lifecycle, outcomes, loaded=()):
+        self.lifecycle = lifecycle
+        self.outcomes = list(outcomes)
+        self.loaded_adapters = list(loaded)
+        self.broken = {}
+        self.has_failed = asyncio.Event()
+        self.is_healthy = True
+        self.calls = []
+
+    def die(self):
+        self.is_healthy = False
+        self.has_failed.set()
+
+    async def wait_for_failure(self):
+        await self.has_failed.wait()
+
+    async def restart(self):
+        assert self.lifecycle.phase is Phase.RESTARTING
+        self.calls.append("restart")
+        outcome = self.outcomes.pop(0)
+        if outcome is not True:
+            raise outcome
+        self.has_failed.clear()
+        self.is_healthy = True
+
+    async def load_lora_adapter(self, name, path, *, pinned, weight):
+        assert self.lifecycle.phase is Phase.RESTARTING, (
+            "requests were let in before their adapters were there"
+        )
+        self.calls.append(name)
+        if name in self.broken:
+            error, dies = self.broken.pop(name)
+            if dies:
+                self.die()
+            raise error
+        return LoadAdapterResult(name=name, adapter_id=1, content_digest="d0", already_loaded=False)
+
+
+def supervise(outcomes, script, loaded=(), **settings):
+    """Run `script(engine, lifecycle)` beside a supervisor."""
+
+    async def run():
+        lifecycle = Lifecycle()
+        engine = FakeEngine(lifecycle, outcomes, loaded)
+
+        async def reload():
+            engine.calls.append("reload")
+
+        restarts = RestartSettings(**{"max_restarts": 3, "first_pause_s": 0.0, **settings})
+        supervisor = EngineSupervisor(
+            cast(AsyncEngineClient, engine),
+            lifecycle,
+            restarts,
+            is_ours=lambda adapter: adapter.name != "watched",
+            reload=reload,
+        )
+        supervisor.start()
+        await script(engine, lifecycle)
+        await supervisor.close()
+        await supervisor.close()
+        return engine, lifecycle
+
+    return asyncio.run(asyncio.wait_for(run(), 30))
+
+
+async def until(condition):
+    while not condition():
+        await asyncio.sleep(0.001)
+
+
+async def die_and_come_back(engine, lifecycle):
+    engine.die()
+    await until(lambda: engine.calls[-1:] == ["reload"] and lifecycle.phase is Phase.SERVING)
+
+
+async def die_for_good(engine, lifecycle):
+    engine.die()
+    await until(lambda: lifecycle.has_given_up)
+
+
+def test_adapters_are_loaded_again_before_requests_are_let_in():
+    loaded = [adapter("red"), adapter("watched"), adapter("blue")]
+    engine, lifecycle = supervise([True], die_and_come_back, loaded)
+    assert engine.calls == ["restart", "red", "blue", "reload"]
+    assert lifecycle.why_not_serving() is None
+
+
+def test_a_failed_start_is_tried_again_up_to_the_limit():
+    failures = [InternalError("no memory"), OSError("no process"), InternalError("no memory")]
+    engine, lifecycle = supervise(failures, die_for_good)
+    assert engine.calls == ["restart"] * 3
+    assert lifecycle.phase is Phase.SERVING, "the engine's own failure answers from now on"
+
+
+def test_without_restarts_it_is_given_up_at_once():
+    engine, _ = supervise([], die_for_good, max_restarts=0)
+    assert engine.calls == []
+
+
+def test_an_engine_that_has_served_for_long_has_all_its_tries_again():
+    async def script(engine, lifecycle):
+        for _ in range(4):
+            engine.calls.clear()
+            await die_and_come_back(engine, lifecycle)
+
+    engine, lifecycle = supervise([True] * 4, script, max_restarts=1, reset_s=0.0)
+    assert not lifecycle.has_given_up
+    assert not engine.outcomes
+
+
+def test_an_engine_that_ends_again_at_once_is_given_up():
+    async def script(engine, lifecycle):
+        await die_and_come_back(engine, lifecycle)
+        await die_for_good(engine, lifecycle)
+
+    engine, _ = supervise([True, True], script, max_restarts=1)
+    assert engine.outcomes == [True]
+
+
+def test_an_adapter_that_cannot_be_loaded_again_is_named_and_the_others_are_loaded(caplog):
+    async def script(engine, lifecycle):
+        engine.broken["red"] = (InvalidArgumentError("its folder is gone"), False)
+        await die_and_come_back(engine, lifecycle)
+
+    with caplog.at_level(logging.WARNING):
+        engine, _ = supervise([True], script, [adapter("red"), adapter("blue", digest="other")])
+    assert engine.calls == ["restart", "red", "blue", "reload"]
+    assert "adapter 'red' is lost" in caplog.text
+    assert "adapter 'blue' has another content" in caplog.text
+
+
+def test_an_engine_that_ends_while_adapters_are_loaded_again_forgets_none_of_them():
+    async def script(engine, lifecycle):
+        engine.broken["red"] = (InternalError("it has ended"), True)
+        engine.die()
+        await until(lambda: "red" in engine.calls)
+        engine.loaded_adapters.clear()
+        await until(lambda: engine.calls[-1] == "reload")
+
+    engine, _ = supervise([True, True], script, [adapter("red"), adapter("blue")])
+    assert engine.calls == ["restart", "red", "restart", "red", "blue", "reload"]
+
+
+def test_a_drain_is_not_ended_by_a_restart():
+    lifecycle = Lifecycle()
+    lifecycle.begin_restart()
+    lifecycle.begin_drain()
+    lifecycle.end_restart()
+    assert lifecycle.why_not_serving().code == "draining"
+
+
+def test_a_negative_number_of_restarts_is_refused():
+    with pytest.raises(InvalidArgumentError, match="--max-engine-restarts is -1"):
+        RestartSettings(max_restarts=-1)
