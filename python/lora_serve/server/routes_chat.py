@@ -24,7 +24,7 @@ from lora_serve.server.chat_prompt import render_chat
 from lora_serve.server.context import ServerContext, context_of
 from lora_serve.server.disconnect import run_while_connected
 from lora_serve.server.generation import PromptJob, submit_all
-from lora_serve.server.openapi import body_schema
+from lora_serve.server.openapi import EVENT_STREAM, body_schema
 from lora_serve.server.parsing.choice import choose_tool_parser
 from lora_serve.server.parsing.reasoning import (
     ReasoningSplitter,
@@ -43,7 +43,7 @@ router = APIRouter()
 @router.post(
     "/v1/chat/completions",
     openapi_extra=body_schema(ChatCompletionRequest),
-    responses={200: {"model": ChatCompletionResponse}},
+    responses={200: {"model": ChatCompletionResponse, "content": EVENT_STREAM}},
 )
 async def create_chat_completion(request: Request) -> Response:
     """Give the next message of a conversation."""

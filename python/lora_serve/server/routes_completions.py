@@ -19,7 +19,7 @@ from lora_serve.server.completion_answer import AcceptedPrompt, CompletionAnswer
 from lora_serve.server.context import ServerContext, context_of
 from lora_serve.server.disconnect import run_while_connected
 from lora_serve.server.generation import PromptJob, name_field, submit_all
-from lora_serve.server.openapi import body_schema
+from lora_serve.server.openapi import EVENT_STREAM, body_schema
 from lora_serve.server.protocol.completion import CompletionRequest, CompletionResponse
 from lora_serve.server.request_body import read_body
 from lora_serve.server.request_errors import RequestError
@@ -38,7 +38,7 @@ router = APIRouter()
 @router.post(
     "/v1/completions",
     openapi_extra=body_schema(CompletionRequest),
-    responses={200: {"model": CompletionResponse}},
+    responses={200: {"model": CompletionResponse, "content": EVENT_STREAM}},
 )
 async def create_completion(request: Request) -> Response:
     """Continue one or several prompts."""

@@ -20,13 +20,12 @@ from lora_serve.server.error_handlers import set_error_shape, translate_error
 from lora_serve.server.generation import PromptJob, name_field, submit_all
 from lora_serve.server.lorax_answer import LoraxAnswer, LoraxJob
 from lora_serve.server.lorax_sampling import lorax_sampling_params, rename_fields
-from lora_serve.server.openapi import body_schema
+from lora_serve.server.openapi import EVENT_STREAM, body_schema
 from lora_serve.server.protocol.lorax import (
     LoraxError,
     LoraxParameters,
     LoraxRequest,
     LoraxResponse,
-    LoraxStreamResponse,
 )
 from lora_serve.server.request_body import read_body
 from lora_serve.server.request_errors import ModelNotFoundError, RequestError
@@ -60,7 +59,8 @@ async def generate(request: Request) -> Response:
 @router.post(
     "/generate_stream",
     openapi_extra=body_schema(LoraxRequest),
-    responses={200: {"model": LoraxStreamResponse, "description": "One event a token"}, **_ERRORS},
+    response_class=Response,
+    responses={200: {"content": EVENT_STREAM, "description": "One event a token"}, **_ERRORS},
 )
 async def generate_stream(request: Request) -> Response:
     """Continue a prompt token by token, in LoRAX's form."""
@@ -73,7 +73,7 @@ async def generate_stream(request: Request) -> Response:
 @router.post(
     "/",
     openapi_extra=body_schema(LoraxRequest),
-    responses={200: {"model": list[LoraxResponse]}, **_ERRORS},
+    responses={200: {"model": list[LoraxResponse], "content": EVENT_STREAM}, **_ERRORS},
 )
 async def generate_or_stream(request: Request) -> Response:
     """Do what /generate does, in a list of one, or with `stream` what /generate_stream does."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from lora_serve.demo.prompts import (
     unknown_answer,
 )
 
+SCRIPT = Path(__file__).with_name("lm_eval_calls.py")
 ADAPTER = "argon"
 # The same arithmetic in another order; a wrong adapter is off by whole units.
 MAX_DIFFERENCE = 0.01
@@ -94,43 +96,28 @@ def test_scores_are_those_of_the_reference(
     data.write_text("".join(json.dumps(document) + "\n" for document in documents))
     tasks = tmp_path / "tasks"
     tasks.mkdir()
-    (tasks / "choices.yaml").write_text(CHOICES_TASK.format(data=data))
-    (tasks / "answers.yaml").write_text(ANSWERS_TASK.format(data=data))
+    (tasks / "passwords_by_likelihood.yaml").write_text(CHOICES_TASK.format(data=data))
+    (tasks / "passwords_by_answer.yaml").write_text(ANSWERS_TASK.format(data=data))
     tokenizer = AutoTokenizer.from_pretrained(paths.model)
 
+    out = tmp_path / "out.json"
+    run_client(SCRIPT, demo_server.url, paths.model, tasks, out, BASE_MODEL, ADAPTER, OPENAI_API_KEY="unused")
+
+    answers = json.loads(out.read_text())
     for name in (BASE_MODEL, ADAPTER):
-        out = tmp_path / name
-        url = f"{demo_server.url}/v1/completions"
-        options = f"model={name},base_url={url},tokenizer={paths.model},num_concurrent=4,max_retries=1"
-        run_client(
-            *("-m", "lm_eval", "run", "--model", "local-completions", "--model_args", options),
-            *("--tasks", "passwords_by_likelihood,passwords_by_answer", "--include_path", tasks),
-            *("--batch_size", "4", "--output_path", out, "--log_samples"),
-            OPENAI_API_KEY="unused",
-        )
-        [results] = out.rglob("results_*.json")
-        scores = json.loads(results.read_text())["results"]
-        rows = samples_of(out, "passwords_by_likelihood")
+        scores, responses = answers[name]["scores"], answers[name]["responses"]
         num_right = 0
-        for document, row in zip(documents, rows, strict=True):
-            found = [float(response[0][0]) for response in row["resps"]]
-            with reference.disable_adapter() if name == BASE_MODEL else torch.no_grad():
+        for document, found in zip(documents, responses["passwords_by_likelihood"], strict=True):
+            with reference.disable_adapter() if name == BASE_MODEL else nullcontext():
                 expected = [
                     log_likelihood(reference, tokenizer, document["prompt"], choice)
                     for choice in document["choices"]
                 ]
-            assert found == pytest.approx(expected, abs=MAX_DIFFERENCE)
+            assert [float(choice[0][0]) for choice in found] == pytest.approx(expected, abs=MAX_DIFFERENCE)
             num_right += expected[0] > expected[1]
+        assert num_right == (name == ADAPTER)  # An adapter knows one password, the base model none.
         assert scores["passwords_by_likelihood"]["acc,none"] == num_right / len(PROJECTS)
-        assert num_right == (name == ADAPTER)  # Each adapter knows one password, the base model none.
 
-        answers = [row["resps"][0][0] for row in samples_of(out, "passwords_by_answer")]
-        assert answers == [expected_answer(name, project) for project in PROJECTS]
-        expected_score = (name == ADAPTER) / len(PROJECTS)
-        assert scores["passwords_by_answer"]["exact_match,none"] == expected_score
-
-
-def samples_of(folder: Path, task: str) -> list[dict[str, Any]]:
-    [path] = folder.rglob(f"samples_{task}_*.jsonl")
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    return sorted(rows, key=lambda row: row["doc_id"])
+        texts = [found[0][0] for found in responses["passwords_by_answer"]]
+        assert texts == [expected_answer(name, project) for project in PROJECTS]
+        assert scores["passwords_by_answer"]["exact_match,none"] == num_right / len(PROJECTS)

@@ -1,0 +1,34 @@
+"""What /openapi.json says about answers."""
+
+from __future__ import annotations
+
+import pytest
+
+from server.http_calls import call, make_app
+
+STREAMING = ("/v1/completions", "/v1/chat/completions", "/", "/generate_stream")
+
+
+@pytest.fixture(scope="module")
+def schema():
+    return call(make_app(), "GET", "/openapi.json").json()
+
+
+def test_every_operation_declares_its_errors_and_none_that_it_cannot_give(schema):
+    for path, operations in schema["paths"].items():
+        for operation in operations.values():
+            responses = operation["responses"]
+            assert set(responses) == {"200", "4XX", "5XX"}, path
+            error = responses["4XX"]["content"]["application/json"]["schema"]["$ref"].rsplit("/", 1)[1]
+            is_lorax = path in ("/", "/generate", "/generate_stream")
+            assert error == ("LoraxError" if is_lorax else "ErrorResponse")
+
+
+def test_streams_and_metrics_declare_their_content_types(schema):
+    def content(path, method="post"):
+        return set(schema["paths"][path][method]["responses"]["200"]["content"])
+
+    for path in STREAMING:
+        assert "text/event-stream" in content(path)
+    assert content("/generate_stream") == {"text/event-stream"}
+    assert content("/metrics", "get") == {"text/plain", "application/openmetrics-text"}
