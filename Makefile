@@ -13,6 +13,7 @@ SHELL := /bin/bash
 
 PYTHON ?= python3
 VENV := .venv
+CLIENTS := .venv-clients
 BIN := $(VENV)/bin
 JOBS ?= $(shell nproc)
 FUZZ_SECONDS ?= 600
@@ -23,7 +24,7 @@ SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo -n)
 CXX_FILES = $(shell find csrc bindings tests/cpp benchmarks/cpp benchmarks/scheduler_sim -name '*.cc' -o -name '*.h')
 EXTENSION_SOURCES = $(shell find csrc bindings -name '*.cc' -o -name '*.h') CMakeLists.txt
 
-.PHONY: help setup demo test test-cpp test-python lint fmt stub sanitize soak soak-fuzz bench bench-cpp build-bench sim clean
+.PHONY: help setup setup-clients demo test test-cpp test-python lint fmt stub sanitize soak soak-fuzz bench bench-cpp build-bench sim clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -51,6 +52,20 @@ $(VENV)/.installed: $(VENV)/.packages $(EXTENSION_SOURCES)
 
 setup: $(VENV)/.installed
 
+# Other people's clients, which the tests run against the server. They ask for other versions of some packages than
+# ours, so they have an environment of their own; what suits them all (torch, transformers) it takes from ours,
+# which a .pth file puts behind its own packages. Nothing in ours changes.
+$(CLIENTS)/.installed: constraints-clients.txt constraints.txt | $(VENV)/.installed
+	rm -rf $(CLIENTS)
+	$(BIN)/python -m venv $(CLIENTS)
+	$(BIN)/python -c 'import sys; print(*(path for path in sys.path if path.endswith("site-packages")), sep="\n")' \
+	  > "$$($(CLIENTS)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/lora_serve_clients.pth"
+	$(CLIENTS)/bin/pip install --quiet --disable-pip-version-check -c constraints-clients.txt \
+	  guidellm langchain-openai 'lm_eval[api]' schemathesis
+	@touch $@
+
+setup-clients: $(CLIENTS)/.installed
+
 # --- Use ---------------------------------------------------------------------------------------------------
 demo: setup
 	$(BIN)/lora-serve demo $(if $(ONCE),--once)
@@ -64,7 +79,7 @@ test-cpp: $(VENV)/.packages
 	$(BIN)/cmake --build --preset release -j $(JOBS)
 	$(BIN)/ctest --preset release -j $(JOBS)
 
-test-python: setup
+test-python: setup setup-clients
 	$(BIN)/python -m pytest -m 'not gpu and not multi_gpu and not slow'
 
 sanitize: $(VENV)/.packages
@@ -74,7 +89,7 @@ sanitize: $(VENV)/.packages
 	$(BIN)/ctest --preset asan -j $(JOBS)
 
 # 22 million operations on the cache against its model, the scheduler's long runs, 10 minutes of fuzzing, planted faults.
-soak: setup soak-fuzz $(VENV)/.packages
+soak: setup setup-clients soak-fuzz $(VENV)/.packages
 	@scripts/install_cpp_library.sh GTest libgtest-dev $(SUDO)
 	$(BIN)/cmake --preset asan
 	$(BIN)/cmake --build --preset asan -j $(JOBS)
@@ -134,4 +149,4 @@ stub: setup
 	$(BIN)/python scripts/generate_stub.py
 
 clean:
-	rm -rf build dist $(VENV)
+	rm -rf build dist $(VENV) $(CLIENTS)
