@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from fastapi import FastAPI
+from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 from lora_serve.server.protocol.base import RequestModel
@@ -37,12 +38,13 @@ def install_openapi(app: FastAPI, models: Sequence[type[RequestModel]]) -> None:
         Every request body.
     """
     make_schema = app.openapi
+    bodies: list[type[BaseModel]] = [*models, ErrorResponse]
 
     def openapi() -> dict[str, Any]:
         if app.openapi_schema is None:
             schema = make_schema()
             _, definitions = models_json_schema(
-                [(model, "validation") for model in (*models, ErrorResponse)], ref_template=_REFERENCE
+                [(model, "validation") for model in bodies], ref_template=_REFERENCE
             )
             schema.setdefault("components", {}).setdefault("schemas", {}).update(definitions["$defs"])
             for operations in schema["paths"].values():
