@@ -11,6 +11,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
+from starlette.routing import Match
 
 from lora_serve.common.errors import (
     AdapterConflictError,
@@ -36,6 +37,8 @@ logger = logging.getLogger(__name__)
 
 CLIENT_CLOSED_REQUEST = 499
 """Status in the log of a request whose client went away; nobody receives it."""
+
+_METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 
 ErrorShape = Callable[[int, dict[str, Any]], tuple[int, dict[str, Any]]]
 """From a status and a body in OpenAI's shape to what is sent."""
@@ -154,14 +157,27 @@ async def _answer_error(request: Request, error: Exception) -> Response:
 async def _answer_http_exception(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     method, path = request.method, request.url.path
-    message = str(error.detail)
+    message, headers = str(error.detail), error.headers
     if error.status_code == HTTPStatus.NOT_FOUND:
         message = f"there is no endpoint {path}; GET /openapi.json lists the endpoints"
     elif error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
-        allowed = (error.headers or {}).get("Allow", "another method")
-        message = f"{path} does not answer {method}; use {allowed}"
+        allowed = _allowed_methods(request)
+        message = f"{path} does not answer {method}; use {' or '.join(allowed)}"
+        headers = {**(headers or {}), "Allow": ", ".join(allowed)}
     body = error_body(message, "invalid_request_error", code=HTTPStatus(error.status_code).name.lower())
-    return JSONResponse(body, status_code=error.status_code, headers=error.headers)
+    return JSONResponse(body, status_code=error.status_code, headers=headers)
+
+
+def _allowed_methods(request: Request) -> list[str]:
+    """Give the methods of all routes of a path: the error's own header has those of the first one only."""
+    return [
+        method
+        for method in _METHODS
+        if any(
+            route.matches({**request.scope, "method": method})[0] is Match.FULL
+            for route in request.app.routes
+        )
+    ]
 
 
 async def _answer_nobody(request: Request, _error: Exception) -> Response:

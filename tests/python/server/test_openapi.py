@@ -32,3 +32,17 @@ def test_streams_and_metrics_declare_their_content_types(schema):
         assert "text/event-stream" in content(path)
     assert content("/generate_stream") == {"text/event-stream"}
     assert content("/metrics", "get") == {"text/plain", "application/openmetrics-text"}
+
+
+@pytest.mark.parametrize(
+    "path", ["/v1/loras", "/v1/loras/a/b", "/v1/completions", "/health", "/openapi.json"]
+)
+def test_wrong_methods_are_told_every_right_one(path):
+    app = make_app()
+    declared = {"/v1/loras": "GET, POST", "/v1/loras/a/b": "DELETE", "/v1/completions": "POST"}
+    for method in ("PATCH", "OPTIONS", "TRACE"):
+        answer = call(app, method, path)
+        assert answer.status_code == 405
+        expected = declared.get(path, "GET")
+        assert answer.headers["allow"].removesuffix(", HEAD") == expected
+        assert f"use {expected.replace(', ', ' or ')}" in answer.json()["error"]["message"]
