@@ -1,6 +1,6 @@
 # Everything a newcomer needs: `make demo` and `make test` set up what they use.
 #   make demo          set up, start the demo server, send it a mixed batch; ONCE=1 stops after the table
-#   make test          C++ tests (ctest) and Python tests (pytest)
+#   make test          C++ tests (ctest) and Python tests (pytest), other people's clients too (.venv-clients)
 #   make lint fmt      what CI checks; the formatters
 #   make sanitize      C++ tests under AddressSanitizer and UndefinedBehaviorSanitizer
 #   make soak          the long random tests, fuzzing, planted faults

@@ -61,5 +61,5 @@ def test_made_up_requests_are_answered_as_the_schema_says(server, run_client) ->
 def test_boundary_values_and_many_made_up_requests_are_answered_as_the_schema_says(
     server, run_client
 ) -> None:
-    printed = run_schemathesis(server, run_client, "coverage,fuzzing", num_examples=300)
+    printed = run_schemathesis(server, run_client, "coverage,fuzzing", num_examples=150)
     assert "Tested: " in printed
