@@ -101,6 +101,9 @@ def _add_server_options(group: argparse._ArgumentGroup) -> None:
         "%(default)s)",
     )
     group.add_argument(
+        "--no-operator-page", action="store_true", help="GET / does not give the page for operators"
+    )
+    group.add_argument(
         "--log-level",
         choices=LOG_LEVELS,
         default="info",
@@ -179,6 +182,7 @@ def make_launch(args: argparse.Namespace) -> Launch:
             metrics_max_adapters=args.metrics_max_adapters,
             tool_call_parser=args.tool_call_parser,
             reasoning_parser=args.reasoning_parser,
+            operator_page=not args.no_operator_page,
         ),
         adapters=adapters,
         host=args.host,

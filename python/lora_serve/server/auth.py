@@ -12,6 +12,8 @@ from lora_serve.server.error_handlers import error_body
 
 OPEN_PATHS = frozenset({"/health"})
 """Paths that need no key, so that a load balancer can probe them."""
+OPEN_PAGE = "/"
+"""Path that needs no key with GET: the operator page, which holds nothing and asks for a key itself."""
 
 
 class ApiKeyMiddleware:
@@ -33,7 +35,7 @@ class ApiKeyMiddleware:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
-        if scope["type"] != "http" or scope["path"] in OPEN_PATHS or self._shows_key(scope):
+        if scope["type"] != "http" or _is_open(scope) or self._shows_key(scope):
             await self._app(scope, receive, send)
             return
         body = error_body(
@@ -56,3 +58,7 @@ class ApiKeyMiddleware:
         for api_key in self._api_keys:
             is_known |= hmac.compare_digest(key.strip(), api_key)
         return is_known and scheme.lower() == b"bearer"
+
+
+def _is_open(scope: Scope) -> bool:
+    return scope["path"] in OPEN_PATHS or (scope["path"] == OPEN_PAGE and scope["method"] == "GET")
