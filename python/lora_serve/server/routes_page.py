@@ -5,20 +5,20 @@ from __future__ import annotations
 import base64
 import hashlib
 import re
-from importlib import resources
+from pathlib import Path
 
 from fastapi import APIRouter
 from fastapi.responses import Response
 
-_INLINE = re.compile(r"<(script|style)>(.*?)</\1>", re.DOTALL)
+_PAGE = Path(__file__).resolve().parent / "assets" / "operator_page.html"
+_INLINE = re.compile(rb"<(script|style)>(.*?)</\1>", re.DOTALL)
 
 
 def make_router() -> APIRouter:
     """Give the route of the page; its text and headers are made here, once."""
-    text = resources.files("lora_serve.server").joinpath("assets/operator_page.html").read_text("utf-8")
-    content = text.encode("utf-8")
+    content = _PAGE.read_bytes()
     headers = {
-        "Content-Security-Policy": content_security_policy(text),
+        "Content-Security-Policy": content_security_policy(content),
         "X-Content-Type-Options": "nosniff",
         "Referrer-Policy": "no-referrer",
         # After an upgrade, the page must be the one that knows the new server's answers.
@@ -34,15 +34,15 @@ def make_router() -> APIRouter:
     return router
 
 
-def content_security_policy(page: str) -> str:
+def content_security_policy(page: bytes) -> str:
     """Give a policy under which only the page's own script and style run, and only its own server is asked.
 
     `trusted-types 'none'` forbids the script itself to make elements from text, so that a name never can.
 
     Parameters
     ----------
-    page : str
-        HTML, with `<script>` and `<style>` elements that have no attributes and end their lines with LF.
+    page : bytes
+        HTML in UTF-8, with `<script>` and `<style>` elements that have no attributes and end their lines with LF.
 
     Returns
     -------
@@ -51,8 +51,8 @@ def content_security_policy(page: str) -> str:
     """
     sources: dict[str, list[str]] = {"script": [], "style": []}
     for kind, inline in _INLINE.findall(page):
-        digest = base64.b64encode(hashlib.sha256(inline.encode("utf-8")).digest()).decode("ascii")
-        sources[kind].append(f"'sha256-{digest}'")
+        digest = base64.b64encode(hashlib.sha256(inline).digest()).decode("ascii")
+        sources[kind.decode("ascii")].append(f"'sha256-{digest}'")
     directives = [
         "default-src 'none'",
         f"script-src {' '.join(sources['script'])}",

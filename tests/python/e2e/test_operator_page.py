@@ -302,8 +302,9 @@ def test_a_thousand_adapters_are_sorted_filtered_and_updated_in_place(page):
         assert page.script(f"return {rows_after}.every((row, i) => row === window.rowsBefore[i])")
 
 
-def test_a_lost_server_is_shown_and_found_again(page):
+def test_a_lost_server_is_shown_and_found_again_with_new_counters(page):
     client = make_client()
+    client.adapters["sql"] = structs.replace(client.adapters["sql"], total_started_requests=1000)
     with AppServer(make_app(client)) as server:
         page.open(server.url)
         page.wait(lambda: page.text_of("connection") == "live")
@@ -311,8 +312,10 @@ def test_a_lost_server_is_shown_and_found_again(page):
         page.wait(lambda: page.text_of("connection") == "lost")
         assert "it cannot be reached. The numbers below are those of" in page.text_of("lost-banner")
         assert page.names() == ["law", "sql"]
+        client.adapters["sql"] = structs.replace(client.adapters["sql"], total_started_requests=0)
         server.start()
         page.wait(lambda: page.text_of("connection") == "live" and not page.shows("lost-banner"))
+        assert page.row("sql")["Req/s"] == "–"
 
 
 def test_a_failed_engine_is_shown_with_its_reason(page):
