@@ -42,7 +42,7 @@ def content_security_policy(page: bytes) -> str:
     Parameters
     ----------
     page : bytes
-        HTML in UTF-8, with `<script>` and `<style>` elements that have no attributes and end their lines with LF.
+        HTML in UTF-8; its `<script>` and `<style>` elements have no attributes and end their lines with LF.
 
     Returns
     -------
