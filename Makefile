@@ -80,6 +80,7 @@ test-cpp: $(VENV)/.packages
 	$(BIN)/ctest --preset release -j $(JOBS)
 
 test-python: setup setup-clients
+	@scripts/install_browser.sh $(SUDO)
 	$(BIN)/python -m pytest -m 'not gpu and not multi_gpu and not slow'
 
 sanitize: $(VENV)/.packages

@@ -76,6 +76,9 @@ def _add_server_options(group: argparse._ArgumentGroup) -> None:
     )
     _add_limit_options(group)
     group.add_argument(
+        "--no-operator-page", action="store_true", help="GET / does not give the page for operators"
+    )
+    group.add_argument(
         "--metrics-max-adapters",
         type=int,
         metavar="N",
@@ -93,6 +96,11 @@ def _add_server_options(group: argparse._ArgumentGroup) -> None:
         choices=REASONING_PARSERS,
         help="how the model writes its reasoning, which answers then give apart (default: it is content)",
     )
+    _add_adapter_options(group)
+    _add_log_options(group)
+
+
+def _add_adapter_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--lora-dir",
         metavar="FOLDER",
@@ -119,7 +127,6 @@ def _add_server_options(group: argparse._ArgumentGroup) -> None:
         help="adapters loaded in this way at once; the least recently used ones make way (default: "
         "%(default)s)",
     )
-    _add_log_options(group)
 
 
 def _add_log_options(group: argparse._ArgumentGroup) -> None:
@@ -293,6 +300,7 @@ def make_launch(args: argparse.Namespace) -> Launch:
             metrics_max_adapters=args.metrics_max_adapters,
             tool_call_parser=args.tool_call_parser,
             reasoning_parser=args.reasoning_parser,
+            operator_page=not args.no_operator_page,
         ),
         adapters=adapters,
         host=args.host,

@@ -13,6 +13,7 @@ from lora_serve.server import (
     routes_dynamo,
     routes_lorax,
     routes_metrics,
+    routes_page,
     routes_status,
     routes_tokens,
 )
@@ -88,6 +89,8 @@ def create_app(client: AsyncEngineClient, settings: ServerSettings) -> FastAPI:
         routes_tokens,
     ):
         app.include_router(routes.router)
+    if settings.operator_page:
+        app.include_router(routes_page.make_router())
     install_error_handlers(app)
     install_openapi(app, REQUEST_BODIES)
     limits = settings.limits

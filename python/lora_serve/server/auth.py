@@ -15,6 +15,8 @@ from lora_serve.server.error_handlers import error_body
 
 OPEN_PATHS = frozenset({"/health", "/health/live", "/health/ready"})
 """Paths that need no key, so that a load balancer can probe them."""
+OPEN_PAGE = "/"
+"""Path that needs no key with GET: the operator page, which holds nothing and asks for a key itself."""
 
 
 class ApiKeyMiddleware:
@@ -44,7 +46,7 @@ class ApiKeyMiddleware:
             await self._app(scope, receive, send)
             return
         caller = self._find_caller(scope)
-        if caller is None and scope["path"] in OPEN_PATHS:
+        if caller is None and _is_open(scope):
             caller = STRANGER
         if caller is not None:
             set_caller(scope, caller)
@@ -73,3 +75,7 @@ class ApiKeyMiddleware:
 
     def _digest(self, key: bytes) -> bytes:
         return hmac.new(self._secret, key, hashlib.sha256).digest()
+
+
+def _is_open(scope: Scope) -> bool:
+    return scope["path"] in OPEN_PATHS or (scope["path"] == OPEN_PAGE and scope["method"] == "GET")

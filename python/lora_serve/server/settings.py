@@ -80,6 +80,8 @@ class ServerSettings:
         How the model writes tool calls: 'auto' (as its chat template shows them) or a name of TOOL_PARSERS.
     reasoning_parser : str or None
         How the model writes its reasoning, one of REASONING_PARSERS; None = reasoning is content.
+    operator_page : bool
+        GET / gives the operator page.
 
     Raises
     ------
@@ -96,6 +98,7 @@ class ServerSettings:
     metrics_max_adapters: int = DEFAULT_METRICS_MAX_ADAPTERS
     tool_call_parser: str = "auto"
     reasoning_parser: str | None = None
+    operator_page: bool = True
     admin_api_keys: tuple[str, ...] = ()
     key_entries: tuple[KeyEntry, ...] = ()
     limits: ServerLimits = field(default_factory=ServerLimits)

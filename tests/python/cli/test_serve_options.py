@@ -134,6 +134,11 @@ def test_limit_of_answers_per_request_reaches_the_server():
     assert launch_of("m", "--max-answers-per-request", "9").settings.max_answers_per_request == 9
 
 
+def test_the_operator_page_can_be_left_out():
+    assert launch_of("m").settings.operator_page is True
+    assert launch_of("m", "--no-operator-page").settings.operator_page is False
+
+
 @pytest.mark.parametrize("module", ["a", "=path", "a=", "="])
 def test_malformed_adapter_is_refused(module):
     with pytest.raises(InvalidArgumentError, match="NAME=PATH"):
