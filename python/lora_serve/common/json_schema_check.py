@@ -39,6 +39,8 @@ _FORMATS = frozenset(
         *("uri-reference", "uri-template", "json-pointer", "relative-json-pointer"),
     }
 )
+MAX_EXPRESSION_CHARACTERS = 2048
+"""Most text of expressions and grammars: the time to compile them grows with its third power."""
 _MAX_DEPTH = 64
 
 
@@ -63,6 +65,7 @@ def check_json_schema(schema: Any) -> None:
 class _Check:
     def __init__(self, root: dict[str, Any]) -> None:
         self._root = root
+        self._num_pattern_characters = 0
 
     def check(self, schema: Any, place: str, depth: int) -> None:
         """Check a schema and all that is in it."""
@@ -116,6 +119,13 @@ class _Check:
                 place,
                 "has pattern or format beside another limit of the string",
                 "express all of it in pattern",
+            )
+        self._num_pattern_characters += len(str(schema.get("pattern", "")))
+        if self._num_pattern_characters > MAX_EXPRESSION_CHARACTERS:
+            _refuse(
+                place,
+                f"is where the schema's patterns exceed {MAX_EXPRESSION_CHARACTERS} characters",
+                "shorten them",
             )
         if "format" in schema and schema["format"] not in _FORMATS:
             _refuse(place, f"has the format {schema['format']!r}", "use pattern instead")

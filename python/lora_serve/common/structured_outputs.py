@@ -10,14 +10,14 @@ import msgspec
 
 from lora_serve.common.errors import InvalidArgumentError
 from lora_serve.common.field_checks import check_bool, check_int, is_valid_unicode, refuse
-from lora_serve.common.json_schema_check import check_json_schema
+from lora_serve.common.json_schema_check import MAX_EXPRESSION_CHARACTERS, check_json_schema
 
 KINDS = ("json", "json_object", "regex", "choice", "grammar")
 """The forms that clients may ask for."""
 _ALL_KINDS = (*KINDS, "structural_tag")
 _TEXTS = ("regex", "grammar", "structural_tag")
 MAX_FORM_CHARACTERS = 64 * 1024
-"""Longest text of a schema, an expression or a grammar, and most text of all choices."""
+"""Longest text of a schema, and most text of all choices; see also MAX_EXPRESSION_CHARACTERS."""
 
 
 class GrammarSource(NamedTuple):
@@ -130,10 +130,12 @@ class StructuredOutputsParams(msgspec.Struct, frozen=True, kw_only=True):
             check_int("reasoning.start_token_id", self.reasoning.start_token_id, 0)
             check_int("reasoning.end_token_id", self.reasoning.end_token_id, 0)
         text = self.source.text
-        if len(text) > MAX_FORM_CHARACTERS:
+        is_expression = self.regex is not None or self.grammar is not None
+        most = MAX_EXPRESSION_CHARACTERS if is_expression else MAX_FORM_CHARACTERS
+        if len(text) > most:
             raise InvalidArgumentError(
-                f"structured_outputs.{given[0]} has {len(text)} characters but may have at most "
-                f"{MAX_FORM_CHARACTERS}; shorten it"
+                f"structured_outputs.{given[0]} has {len(text)} characters but may have at most {most}; "
+                "shorten it"
             )
         if not is_valid_unicode(text) or "\0" in text:
             raise InvalidArgumentError(

@@ -142,6 +142,7 @@ class AsyncEngineClient:
             await connection.close()
             raise
         self._has_failed.clear()
+        self._loaded = {}
         self._connection = connection
 
     async def wait_for_failure(self) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import re
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, wait
@@ -19,6 +21,8 @@ from lora_serve.executor.grammar_matcher import GrammarMatcher
 if TYPE_CHECKING:
     import xgrammar
 
+MAX_MASK_S = 0.02
+"""Most time that a grammar may take for its first mask: masks are filled in the steps of everybody."""
 MAX_WHITESPACE = 16
 """Longest run of white space in JSON: enough for indents, and no answer is nothing but that."""
 CACHE_BYTES = 256 * 1024 * 1024
@@ -221,7 +225,17 @@ def _require_an_answer(compiled: xgrammar.CompiledGrammar, source: GrammarSource
     import xgrammar
 
     mask = xgrammar.allocate_token_bitmask(1, compiled.tokenizer_info.vocab_size)
-    needs_mask = xgrammar.GrammarMatcher(compiled).fill_next_token_bitmask(mask)
+    seconds = math.inf
+    for _ in range(2):  # The lesser of two: the first may have waited for memory.
+        begin = time.thread_time()
+        needs_mask = xgrammar.GrammarMatcher(compiled).fill_next_token_bitmask(mask)
+        seconds = min(seconds, time.thread_time() - begin)
+    if seconds > MAX_MASK_S:
+        raise InvalidArgumentError(
+            f"structured_outputs.{source.kind} takes {seconds * 1000:.0f} ms to say which token may come "
+            f"first, but may take at most {MAX_MASK_S * 1000:.0f} ms, because all requests of a step wait for "
+            "it; make it less ambiguous, such as one repetition in place of many optional parts"
+        )
     if needs_mask and not mask.any():
         raise InvalidArgumentError(
             f"structured_outputs.{source.kind} allows no answer at all, such as a schema that is its own; "

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from lora_serve.common.errors import InvalidArgumentError
-from lora_serve.common.json_schema_check import check_json_schema
+from lora_serve.common.json_schema_check import MAX_EXPRESSION_CHARACTERS, check_json_schema
 
 END = 256
 INT = {"type": "integer"}
@@ -117,3 +117,14 @@ def test_a_schema_that_is_too_deep_is_refused():
         schema = {"type": "array", "items": schema}
     with pytest.raises(InvalidArgumentError, match="deeper than"):
         check_json_schema(schema)
+
+
+def test_patterns_share_the_room_of_one_expression():
+    def schema(*lengths):
+        strings = [{"type": "string", "pattern": "a" * length} for length in lengths]
+        return {"type": "array", "prefixItems": strings, "items": False, "minItems": len(strings)}
+
+    half = MAX_EXPRESSION_CHARACTERS // 2
+    check_json_schema(schema(half, half))
+    with pytest.raises(InvalidArgumentError, match=r"patterns exceed 2048 characters"):
+        check_json_schema(schema(half, half + 1))

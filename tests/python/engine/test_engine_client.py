@@ -386,6 +386,22 @@ def test_idle_engine_wakes_for_a_finished_read(engine):
 # --- Ends -------------------------------------------------------------------------------------------------
 
 
+def test_after_a_restart_only_what_was_loaded_since_is_loaded(model):
+    async def main():
+        async with make_client(model) as client:
+            for name in ("a", "b"):
+                await client.load_lora_adapter(name, f"/{name}")
+            os.kill(client._connection.pid, signal.SIGKILL)
+            await client.wait_for_failure()
+            assert [adapter.name for adapter in client.loaded_adapters] == ["a", "b"]
+            await client.restart()
+            assert client.loaded_adapters == []
+            await client.load_lora_adapter("b", "/b")
+            assert [adapter.name for adapter in client.loaded_adapters] == ["b"]
+
+    run(main())
+
+
 def test_killed_process_fails_everything_in_flight_in_time(model):
     async def main():
         async with make_client(model) as client:

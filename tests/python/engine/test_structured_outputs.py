@@ -192,6 +192,7 @@ def test_special_tokens_stand_for_no_part_of_the_form(llm):
         ({"json": {"$ref": "#/$defs/a"}}, "structured_outputs.json cannot be compiled"),
         ({"json": {"$ref": "#"}}, "allows no answer at all"),
         ({"json": "[" * 100_000}, "not valid JSON"),
+        ({"regex": "a" * 2049}, "regex has 2049 characters but may have at most 2048"),
     ],
 )
 def test_a_form_that_cannot_be_compiled_is_refused_every_time(llm, form, text):
@@ -278,6 +279,16 @@ def test_a_grammar_is_compiled_once(model, monkeypatch):
     matchers = [compiler.matcher(form) for form in forms]
     assert len(set(map(id, matchers))) == 4
     assert [source.kind for source in compiled] == ["regex", "json"]
+    compiler.close()
+
+
+def test_a_grammar_whose_masks_would_hold_up_the_steps_is_refused(model, monkeypatch):
+    compiler = GrammarCompiler(str(model), 259, (END,))
+    assert compiler.matcher(form_of(regex="ab?")) is not None
+    monkeypatch.setattr(grammar_compiler, "MAX_MASK_S", -1.0)
+
+    with pytest.raises(InvalidArgumentError, match="ms to say which token may come first"):
+        compiler.matcher(form_of(regex="abc?"))
     compiler.close()
 
 
