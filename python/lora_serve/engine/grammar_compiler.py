@@ -233,7 +233,7 @@ def _require_an_answer(compiled: xgrammar.CompiledGrammar, source: GrammarSource
     if seconds > MAX_MASK_S:
         raise InvalidArgumentError(
             f"structured_outputs.{source.kind} takes {seconds * 1000:.0f} ms to say which token may come "
-            f"first, but may take at most {MAX_MASK_S * 1000:.0f} ms, because all requests of a step wait for "
+            f"first, but may take at most {MAX_MASK_S * 1000:.0f} ms, because all of a step wait for "
             "it; make it less ambiguous, such as one repetition in place of many optional parts"
         )
     if needs_mask and not mask.any():
