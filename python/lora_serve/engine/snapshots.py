@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from typing import TYPE_CHECKING
 
 from lora_serve.engine.status import AdapterInfo, EngineStats
@@ -34,8 +34,9 @@ _SAME_NAME = tuple(name for name in EngineStats.__struct_fields__ if name not in
 class AdapterListing:
     """Every generation that exists at the start, described so many at a time.
 
-    For a caller that makes steps in between: a thousand adapters take 10 ms. Those that are gone by their
-    turn are left out.
+    For a caller that makes steps in between: a thousand adapters take 10 ms. Those serve that served at the
+    start, so that a name that is replaced meanwhile is not missing. One that is gone by its turn is left out,
+    or shown on disk if it served.
 
     Parameters
     ----------
@@ -56,11 +57,15 @@ class AdapterListing:
         self, registry: AdapterRegistry, stats: SchedulerStats, store: AdapterStore, num_at_once: int
     ) -> None:
         self.infos: list[AdapterInfo] = []
-        self._registry = registry
         self._store = store
         self._num_at_once = num_at_once
         self._counts = {adapter.adapter_id: adapter for adapter in stats.adapters}
         self._generations = registry.generations()
+        self._serving = {
+            generation.adapter_id
+            for generation in self._generations
+            if registry.find(generation.name) is generation
+        }
         self._num_done = 0
 
     def go_on(self) -> bool:
@@ -68,12 +73,12 @@ class AdapterListing:
         begin, self._num_done = self._num_done, self._num_done + self._num_at_once
         part = self._generations[begin : self._num_done]
         residencies = self._store.snapshot([generation.adapter_id for generation in part])
-        self.infos += make_adapter_infos(self._registry, part, self._counts, residencies)
+        self.infos += make_adapter_infos(self._serving, part, self._counts, residencies)
         return self._num_done >= len(self._generations)
 
 
 def make_adapter_infos(
-    registry: AdapterRegistry,
+    serving: Set[int],
     generations: Iterable[AdapterGeneration],
     counts: Mapping[int, AdapterStats],
     residencies: Iterable[AdapterResidency],
@@ -82,8 +87,8 @@ def make_adapter_infos(
 
     Parameters
     ----------
-    registry : AdapterRegistry
-        Says which generation serves.
+    serving : set of int
+        Adapter ids of the generations that new requests get.
     generations : iterable of AdapterGeneration
         Which to tell of, where the others know of it.
     counts : mapping from int to AdapterStats
@@ -96,7 +101,8 @@ def make_adapter_infos(
     for generation in generations:
         count = counts.get(generation.adapter_id)
         residency = held.get(generation.adapter_id)
-        if count is None or residency is None:
+        is_serving = generation.adapter_id in serving
+        if count is None or (residency is None and not is_serving):
             continue
         infos.append(
             AdapterInfo(
@@ -108,17 +114,17 @@ def make_adapter_infos(
                 num_bytes=generation.num_bytes,
                 pinned=generation.pinned,
                 weight=generation.weight,
-                is_serving=registry.find(generation.name) is generation,
+                is_serving=is_serving,
                 state=count.state.name.lower(),
                 is_closed=count.is_closed,
                 is_paused=count.is_paused,
                 load_failed=count.load_failed,
-                tier=residency.tier,
-                is_being_read=residency.is_being_read,
-                adapter_slot=residency.adapter_slot,
-                last_used_s=residency.last_used_s,
-                load_ms=dict(residency.load_ms),
-                total_reads=residency.num_reads,
+                tier="disk" if residency is None else residency.tier,
+                is_being_read=residency is not None and residency.is_being_read,
+                adapter_slot=-1 if residency is None else residency.adapter_slot,
+                last_used_s=0.0 if residency is None else residency.last_used_s,
+                load_ms={} if residency is None else dict(residency.load_ms),
+                total_reads=0 if residency is None else residency.num_reads,
                 num_waiting_requests=count.num_waiting_requests,
                 num_running_requests=count.num_running_requests,
                 num_tree_pages=count.num_tree_pages,
