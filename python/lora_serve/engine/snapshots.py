@@ -35,7 +35,7 @@ class AdapterListing:
     """Every generation that exists at the start, described so many at a time.
 
     For a caller that makes steps in between: most of the time, 10 ms for a thousand adapters, goes into the
-    descriptions. What they say is that of the start, so that a name that is replaced meanwhile is not missing,
+    descriptions. What they say is of the start, so that a name that is replaced meanwhile is not missing,
     and what is on the device fits there.
 
     Parameters
