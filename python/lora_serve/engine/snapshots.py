@@ -89,7 +89,7 @@ def make_adapter_infos(
     serving : set of int
         Adapter ids of the generations that new requests get.
     generations : iterable of AdapterGeneration
-        Which to tell of, where the others know of it.
+        Which to tell of.
     counts : mapping from int to AdapterStats
         The scheduler's, by adapter id.
     residencies : mapping from int to AdapterResidency
@@ -97,10 +97,8 @@ def make_adapter_infos(
     """
     infos = []
     for generation in generations:
-        count = counts.get(generation.adapter_id)
-        residency = residencies.get(generation.adapter_id)
-        if count is None or residency is None:
-            continue
+        count = counts[generation.adapter_id]
+        residency = residencies[generation.adapter_id]
         infos.append(
             AdapterInfo(
                 name=generation.name,

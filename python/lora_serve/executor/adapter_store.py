@@ -78,6 +78,6 @@ class AdapterStore(Protocol):
         """Get these ready, because the plan that is submitted next loads them."""
         ...
 
-    def snapshot(self, adapter_ids: Iterable[int] | None = None) -> list[AdapterResidency]:
-        """Give what is held, or those of `adapter_ids` that are, ordered by adapter id."""
+    def snapshot(self) -> list[AdapterResidency]:
+        """Give what is held, ordered by adapter id."""
         ...

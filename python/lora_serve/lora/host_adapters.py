@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -305,10 +305,8 @@ class HostAdapters:
             read.drop()
         self._reads.clear()
 
-    def snapshot(self, adapter_ids: Iterable[int] | None = None) -> dict[int, HostResidency]:
-        """What host memory knows of each adapter that was added, or of those of `adapter_ids` that were."""
-        wanted = sorted(self._records if adapter_ids is None else self._records.keys() & set(adapter_ids))
-        records = {adapter_id: self._records[adapter_id] for adapter_id in wanted}
+    def snapshot(self) -> dict[int, HostResidency]:
+        """What host memory knows of each adapter that was added."""
         return {
             adapter_id: HostResidency(
                 is_on_host=self._pool.contains(adapter_id),
@@ -318,7 +316,7 @@ class HostAdapters:
                 num_reads=record.num_reads,
                 last_used_s=record.last_used_s,
             )
-            for adapter_id, record in records.items()
+            for adapter_id, record in sorted(self._records.items())
         }
 
     def _keep(self, adapter_id: int, adapter: HostAdapter) -> None:

@@ -257,8 +257,8 @@ class LoRAManager:
             else:
                 self._host.stage(adapter_id)
 
-    def snapshot(self, adapter_ids: Iterable[int] | None = None) -> list[AdapterResidency]:
-        """Where every adapter is, or each of `adapter_ids` that was added, in the order of their numbers."""
+    def snapshot(self) -> list[AdapterResidency]:
+        """Where every adapter is, in the order of their numbers."""
         slots = self._device.slots
         return [
             AdapterResidency(
@@ -273,7 +273,7 @@ class LoRAManager:
                 load_ms={**host.load_ms, **self._copy_ms_of(adapter_id)},
                 last_used_s=host.last_used_s,
             )
-            for adapter_id, host in self._host.snapshot(adapter_ids).items()
+            for adapter_id, host in self._host.snapshot().items()
         ]
 
     def close(self) -> None:

@@ -134,9 +134,8 @@ class OracleAdapterStore:
         """Whether the generation was added and not removed, or has a slot."""
         return adapter_id in self._adapters or adapter_id in self._slots or adapter_id in self._loading
 
-    def snapshot(self, adapter_ids: Iterable[int] | None = None) -> list[AdapterResidency]:
-        """Give every generation that was added, or those of `adapter_ids` that were, ordered by id."""
-        wanted = self._adapters if adapter_ids is None else self._adapters.keys() & set(adapter_ids)
+    def snapshot(self) -> list[AdapterResidency]:
+        """Give every generation that was added, ordered by id."""
         return [
             AdapterResidency(
                 adapter_id=adapter_id,
@@ -150,7 +149,7 @@ class OracleAdapterStore:
                 load_ms={},
                 last_used_s=0.0,
             )
-            for adapter_id, adapter in ((i, self._adapters[i]) for i in sorted(wanted))
+            for adapter_id, adapter in sorted(self._adapters.items())
         ]
 
     # --- As plans change it -------------------------------------------------------------------------------
