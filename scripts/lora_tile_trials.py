@@ -16,9 +16,8 @@ import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks" / "kernels"))
-import bench_lora
-from bench_lora import Layers, make_layers
 from kernel_bench import graph_times_us
+from rotating_layers import MOST_DECODES, Layers, Shape, make_layers
 
 from lora_serve.kernels.reference import ReferenceResult, find_bound_violations, unit_roundoff
 from lora_serve.kernels.triton_lora_expand import triton_lora_expand
@@ -27,11 +26,7 @@ from lora_serve.kernels.triton_lora_tiles import TrialTiles, token_class, trial_
 from lora_serve.kernels.tuned_lora_tiles import ExpandTiles, ShrinkTiles, TunedShrink
 from lora_tile_candidates import expand_candidates, shrink_candidates
 
-Shape = tuple[int, tuple[int, ...]]
-"""Input features, and the widths of the slices."""
-
 ROTATED_BYTES = 220 << 20  # each half of the weights several times the second-level cache
-ROTATED_ROWS_BYTES = 110 << 20
 MOST_PREFILL_CALLS = 24
 REPETITIONS = 7
 
@@ -89,17 +84,14 @@ class Point:
     def __init__(
         self, task: Task, num_tokens: int, num_adapters: int, *, rotated_bytes: int = ROTATED_BYTES
     ) -> None:
-        bench_lora.ROTATED_BYTES = rotated_bytes
         on = "cuda" if torch.cuda.is_available() else "cpu"
         rank = task.max_rank
-        self.layers: Layers = make_layers(task.shape, num_tokens, num_adapters, rank, rank, on)
-        is_prefill = num_tokens > 128
-        self.num_calls = min(self.layers.num_layers, MOST_PREFILL_CALLS if is_prefill else 480)
-        x, y = self.layers.x, self.layers.y.normal_()
-        # A prefill reads rows rather than weights: the rows must not stay in a cache either.
-        num_copies = min(-(-ROTATED_ROWS_BYTES // min(x.nbytes, y.nbytes)), self.num_calls)
-        copies = range(num_copies if is_prefill and on == "cuda" else 1)
-        self.xs, self.ys = [x, *(x.clone() for _ in copies[1:])], [y.clone() for _ in copies]
+        self.layers: Layers = make_layers(
+            task.shape, num_tokens, num_adapters, rank, rank, on, rotated_bytes=rotated_bytes
+        )
+        self.num_calls = min(self.layers.num_layers, MOST_PREFILL_CALLS if num_tokens > MOST_DECODES else 480)
+        for y in self.layers.ys:
+            y.normal_()
         self._v: dict[int, Tensor] = {}
 
     def v(self, num_parts: int) -> Tensor:
@@ -112,12 +104,12 @@ class Point:
         return self._v[num_parts]
 
     def shrink(self, v: Tensor, layer: int) -> None:
-        layers, x = self.layers, self.xs[layer % len(self.xs)]
-        triton_lora_shrink(v, x, layers.arena, layers.table(layer), layers.metadata)
+        layers = self.layers
+        triton_lora_shrink(v, layers.x_of(layer), layers.arena, layers.table(layer), layers.metadata)
 
     def expand(self, v: Tensor, y: Tensor | None, layer: int) -> None:
         layers = self.layers
-        y = self.ys[layer % len(self.ys)] if y is None else y
+        y = layers.y_of(layer) if y is None else y
         table, widths = layers.table(layer), layers.output_slices
         triton_lora_expand(y, v, layers.arena, table, layers.metadata, output_slices=widths)
 
@@ -132,16 +124,14 @@ class Point:
         for slot, rows in enumerate(layers.rows_of_slot):
             x = layers.x[rows].double()
             for index in range(shape[0]):
-                start, scaling = int(table.a_offset[slot, index]), float(table.scaling[slot, index])
-                a = layers.arena[start:][: layers.lora_rank * layers.in_features].double()
-                a = scaling * a.view(layers.lora_rank, layers.in_features)
+                a = float(table.scaling[slot, index]) * layers.a_of(slot, 0, index).double()
                 value[index, rows] = x @ a.t()
                 bound[index, rows] = unit * (x.abs() @ a.abs().t())
         return ReferenceResult(value, bound)
 
     def exact_expand(self, num_parts: int) -> ReferenceResult:
         """[T, O] of the first layer on the random v and the first y, without the last rounding."""
-        layers, table, parts = self.layers, self.layers.table(0), self.v(num_parts)
+        layers, parts = self.layers, self.v(num_parts)
         total = parts[0]
         for part in parts[1:]:
             total = total + part
@@ -152,8 +142,7 @@ class Point:
         for slot, rows in enumerate(layers.rows_of_slot):
             column = 0
             for index, width in enumerate(layers.output_slices):
-                start = int(table.b_offset[slot, index])
-                b = layers.arena[start:][: layers.lora_rank * width].double().view(layers.lora_rank, width)
+                b = layers.b_of(slot, 0, index).double()
                 columns = slice(column, column + width)
                 before = value[rows, columns]
                 bound[rows, columns] = unit * (before.abs() + v[index, rows].abs() @ b.abs())

@@ -161,6 +161,14 @@ def copy_rate_gb_per_s() -> float:
     return 2 * source.numel() / min(graph_times_us([lambda: target.copy_(source)], 10)) / 1e3
 
 
+def matmul_tflops() -> float:
+    """Operations of a large product in bfloat16, best of ten."""
+    size = 8192
+    x, y = (torch.randn(size, size, dtype=torch.bfloat16, device="cuda") for _ in range(2))
+    out = torch.empty_like(x)
+    return 2 * size**3 / min(graph_times_us([lambda: torch.mm(x, y, out=out)], 10)) / 1e6
+
+
 def triton_version() -> str:
     import triton
 
