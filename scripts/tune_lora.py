@@ -51,7 +51,7 @@ MODELS: dict[str, list[Shape]] = {
     "smallest": [(40, (24, 8))],
 }
 RANKS = (64, 16)
-FIRST_TOKENS, MORE_TOKENS = (128, 4096), (512, 2048)
+FIRST_TOKENS, MORE_TOKENS = (128, 4096, 16384), (512, 2048)
 ADAPTERS = (8, 32, 1)
 HOPELESS = 3.0  # times the best of a point: not measured at the others
 PATIENCE_S = 45.0  # without any answer: whatever is waited for is given up
@@ -143,7 +143,7 @@ class Tuner:
         num_parts, tiles = expand
         if self._problems.get(task.compilation(num_parts, tiles)):
             return math.inf
-        v, y = point.v(num_parts), point.layers.y.clone()
+        v, y = point.v(num_parts), point.y.clone()
         with trial_tiles(trial_of(tiles)):
             point.expand(v, y, 0)
             if is_wrong(count_wrong(y, exact[num_parts]), task, expand):
