@@ -28,6 +28,9 @@ class FakeTokenizer:
     special_token_ids = frozenset({0})
     chat_template = TEMPLATE
 
+    def public_settings(self) -> dict[str, Any]:
+        return {"eos_token": "\0", "chat_template": TEMPLATE}
+
     def token_id(self, text: str) -> int | None:
         return {"<think>": 1, "</think>": 2}.get(text)
 
