@@ -68,6 +68,7 @@ class FakeEngineClient:
         self.operations: list[tuple[Any, ...]] = []
         self.chat_messages: list[Mapping[str, Any]] = []
         self.chat_options: dict[str, Any] = {}
+        self.encoded: list[tuple[str, bool]] = []
         self.load_error: LoraServeError | None = None
         self.observe: Callable[[RequestStream, int, float], StreamObserver] | None = None
         self.config = EngineConfig(model="/models/base")
@@ -160,6 +161,7 @@ class FakeEngineClient:
                 return
 
     async def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        self.encoded.append((text, add_special_tokens))
         return [ord(char) for char in text]
 
     async def encode_chat(
