@@ -79,6 +79,11 @@ def _add_server_options(group: argparse._ArgumentGroup) -> None:
         "--no-operator-page", action="store_true", help="GET / does not give the page for operators"
     )
     group.add_argument(
+        "--enable-tokenizer-info-endpoint",
+        action="store_true",
+        help="GET /tokenizer_info gives the settings of the base model's tokenizer and its chat template",
+    )
+    group.add_argument(
         "--metrics-max-adapters",
         type=int,
         metavar="N",
@@ -301,6 +306,7 @@ def make_launch(args: argparse.Namespace) -> Launch:
             tool_call_parser=args.tool_call_parser,
             reasoning_parser=args.reasoning_parser,
             operator_page=not args.no_operator_page,
+            tokenizer_info=args.enable_tokenizer_info_endpoint,
         ),
         adapters=adapters,
         host=args.host,

@@ -11,6 +11,9 @@ from typing import Any
 from lora_serve.common.errors import InvalidArgumentError
 from lora_serve.common.field_checks import is_valid_unicode
 
+_OF_THIS_MACHINE = ("name_or_path", "is_local", "local_files_only")
+"""Settings that say where the tokenizer was read from."""
+
 
 class Tokenizer:
     """The model's tokenizer.
@@ -73,6 +76,31 @@ class Tokenizer:
         if isinstance(template, dict):
             return "\n".join(template.values())
         return template or ""
+
+    def public_settings(self) -> dict[str, Any]:
+        """Give what a client needs to know to tokenise as this does: tokenizer_config.json, without paths.
+
+        Returns
+        -------
+        dict
+            JSON values. Special tokens are text or None; `chat_template` is there where the model has one.
+
+        Notes
+        -----
+        Source: vLLM's /tokenizer_info. Here no name of a file or folder is left in, and `bos_token`,
+        `eos_token`, `pad_token` and `unk_token` are always there.
+        """
+        settings = {
+            name: _as_json(value)
+            for name, value in self.backend.init_kwargs.items()
+            if not name.endswith("_file") and name not in _OF_THIS_MACHINE
+        }
+        for name in ("bos_token", "eos_token", "pad_token", "unk_token"):
+            settings[name] = getattr(self.backend, name)
+        if self.has_chat_template:
+            settings["chat_template"] = self.backend.chat_template
+        settings["tokenizer_class"] = type(self.backend).__name__
+        return settings
 
     def token_id(self, text: str) -> int | None:
         """Give the token that stands for exactly this text in the vocabulary; None = there is none."""
@@ -152,3 +180,14 @@ class Tokenizer:
         except Exception as error:
             raise InvalidArgumentError(f"the chat template refuses the messages: {error}") from error
         return self.encode(text, add_special_tokens=False)
+
+
+def _as_json(value: Any) -> Any:
+    """Give a setting as JSON can hold it; tokens with options of their own are their text."""
+    if hasattr(value, "content"):
+        return value.content
+    if isinstance(value, Mapping):
+        return {str(key): _as_json(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple, set)):
+        return [_as_json(item) for item in value]
+    return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)

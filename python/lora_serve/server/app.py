@@ -89,6 +89,8 @@ def create_app(client: AsyncEngineClient, settings: ServerSettings) -> FastAPI:
         routes_tokens,
     ):
         app.include_router(routes.router)
+    if settings.tokenizer_info:
+        app.include_router(routes_tokens.info_router)
     if settings.operator_page:
         app.include_router(routes_page.make_router())
     install_error_handlers(app)

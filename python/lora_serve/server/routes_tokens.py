@@ -1,9 +1,11 @@
-"""/tokenize and /detokenize."""
+"""/tokenize and /detokenize; /tokenizer_info, which is a router of its own because it is off by default."""
 
 from __future__ import annotations
 
+from typing import Any
+
 from fastapi import APIRouter, Request
-from fastapi.responses import Response
+from fastapi.responses import JSONResponse, Response
 
 from lora_serve.common.errors import InvalidArgumentError, LoraServeError
 from lora_serve.server.adapter_selection import model_not_found, select_adapters
@@ -23,6 +25,7 @@ from lora_serve.server.request_body import read_body
 from lora_serve.server.request_errors import RequestError
 
 router = APIRouter()
+info_router = APIRouter()
 
 _OF_MESSAGES = ("add_generation_prompt", "continue_final_message", "chat_template_kwargs", "tools")
 
@@ -104,6 +107,15 @@ async def detokenize(request: Request) -> Response:
             )
     text = context.client.tokenizer.decode(body.tokens, skip_special_tokens=False)
     return Response(DetokenizeResponse(prompt=text).to_json(), media_type="application/json")
+
+
+@info_router.get("/tokenizer_info", responses={200: {"model": dict[str, Any]}})
+async def tokenizer_info(request: Request) -> JSONResponse:
+    """Give the settings of the base model's tokenizer, for clients that render or count tokens themselves.
+
+    Every key may ask: all adapters share this tokenizer, and nothing here says which there are.
+    """
+    return JSONResponse(context_of(request).client.tokenizer.public_settings())
 
 
 async def _check_model(context: ServerContext, model: str | None) -> None:

@@ -82,6 +82,8 @@ class ServerSettings:
         How the model writes its reasoning, one of REASONING_PARSERS; None = reasoning is content.
     operator_page : bool
         GET / gives the operator page.
+    tokenizer_info : bool
+        GET /tokenizer_info gives the tokenizer's settings, its chat template among them.
 
     Raises
     ------
@@ -99,6 +101,7 @@ class ServerSettings:
     tool_call_parser: str = "auto"
     reasoning_parser: str | None = None
     operator_page: bool = True
+    tokenizer_info: bool = False
     admin_api_keys: tuple[str, ...] = ()
     key_entries: tuple[KeyEntry, ...] = ()
     limits: ServerLimits = field(default_factory=ServerLimits)

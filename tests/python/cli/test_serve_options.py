@@ -139,6 +139,11 @@ def test_the_operator_page_can_be_left_out():
     assert launch_of("m", "--no-operator-page").settings.operator_page is False
 
 
+def test_the_tokenizer_tells_its_settings_only_when_asked_to():
+    assert launch_of("m").settings.tokenizer_info is False
+    assert launch_of("m", "--enable-tokenizer-info-endpoint").settings.tokenizer_info is True
+
+
 @pytest.mark.parametrize("module", ["a", "=path", "a=", "="])
 def test_malformed_adapter_is_refused(module):
     with pytest.raises(InvalidArgumentError, match="NAME=PATH"):

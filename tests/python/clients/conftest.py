@@ -49,10 +49,11 @@ def paths() -> DemoPaths:
 
 @pytest.fixture(scope="session")
 def demo_server(clients_python: Path, paths: DemoPaths) -> Iterator[ServerProcess]:
-    """The demo: its model and its four adapters."""
+    """The demo: its model and its four adapters; its tokenizer tells its settings."""
     modules = [f"{name}={path}" for name, path in paths.adapters.items()]
     with ServerProcess(
         *(paths.model, "--served-model-name", BASE_MODEL, "--kv-memory-gb", "0.25"),
+        "--enable-tokenizer-info-endpoint",
         *("--lora-modules", *modules),
     ) as server:
         yield server

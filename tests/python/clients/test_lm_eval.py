@@ -104,6 +104,16 @@ def test_scores_are_those_of_the_reference(
     run_client(SCRIPT, demo_server.url, paths.model, tasks, out, BASE_MODEL, ADAPTER, OPENAI_API_KEY="unused")
 
     answers = json.loads(out.read_text())
+    prompt = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "Who is it?"}], add_generation_prompt=True, tokenize=False
+    )
+    assert answers["remote tokenizer"] == {
+        "is_supported": True,
+        "eos_token_id": tokenizer.eos_token_id,
+        "prompt": prompt,
+        "token_ids": tokenizer(prompt)["input_ids"],
+        "text": prompt,
+    }
     for name in (BASE_MODEL, ADAPTER):
         scores, responses = answers[name]["scores"], answers[name]["responses"]
         num_right = 0

@@ -28,6 +28,9 @@ class FakeTokenizer:
     special_token_ids = frozenset({0})
     chat_template = TEMPLATE
 
+    def public_settings(self) -> dict[str, Any]:
+        return {"eos_token": "\0", "chat_template": TEMPLATE}
+
     def token_id(self, text: str) -> int | None:
         return {"<think>": 1, "</think>": 2}.get(text)
 
@@ -65,6 +68,7 @@ class FakeEngineClient:
         self.operations: list[tuple[Any, ...]] = []
         self.chat_messages: list[Mapping[str, Any]] = []
         self.chat_options: dict[str, Any] = {}
+        self.encoded: list[tuple[str, bool]] = []
         self.load_error: LoraServeError | None = None
         self.observe: Callable[[RequestStream, int, float], StreamObserver] | None = None
         self.config = EngineConfig(model="/models/base")
@@ -157,6 +161,7 @@ class FakeEngineClient:
                 return
 
     async def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        self.encoded.append((text, add_special_tokens))
         return [ord(char) for char in text]
 
     async def encode_chat(

@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 from fastapi.routing import APIRoute
 
+from lora_serve.server.protocol.adapters import LoadAdapterRequest, UnloadAdapterRequest
 from lora_serve.server.protocol.chat import ChatCompletionRequest
 from lora_serve.server.protocol.completion import CompletionRequest
+from lora_serve.server.protocol.tokenize import DetokenizeRequest, TokenizeRequest
 from server.http_calls import BASE, call, make_app, make_client
 
 PAGE = Path(__file__).parents[3] / "docs" / "openai_compatibility.md"
@@ -47,6 +49,29 @@ def field_rows():
 
 
 FIELDS = list(field_rows())
+OTHER_ROWS = rows_of("Fields of other endpoints")
+OTHER_BODIES = {
+    "`/v1/load_lora_adapter`": (
+        "/v1/load_lora_adapter",
+        {"lora_name": "sql", "lora_path": "/adapters/sql"},
+        LoadAdapterRequest,
+    ),
+    "`/v1/unload_lora_adapter`": ("/v1/unload_lora_adapter", {"lora_name": "sql"}, UnloadAdapterRequest),
+    "`/tokenize` prompt": ("/tokenize", {"prompt": "hello"}, TokenizeRequest),
+    "`/tokenize` messages": (
+        "/tokenize",
+        {"messages": [{"role": "assistant", "content": "hello"}]},
+        TokenizeRequest,
+    ),
+    "`/detokenize`": ("/detokenize", {"tokens": [104]}, DetokenizeRequest),
+}
+
+
+def send_elsewhere(endpoint, body):
+    """The answer, and all that it and the engine were given."""
+    client = make_client()
+    answer = call(make_app(client), "POST", OTHER_BODIES[endpoint][0], json=body)
+    return answer, (answer.text, client.operations, client.chat_messages, client.chat_options, client.encoded)
 
 
 @functools.cache
@@ -90,6 +115,30 @@ def test_field_does_what_the_table_says(endpoint, field, status, example, beside
     assert (effect != default) == (status == "supported"), (effect, default)
 
 
+@pytest.mark.parametrize(
+    ("endpoint", "field", "status", "example"),
+    [(row[0], row[1].strip("`"), row[2], json.loads(row[3].strip("`"))) for row in OTHER_ROWS],
+    ids=[f"{row[0]} {row[1]}" for row in OTHER_ROWS],
+)
+def test_field_of_another_endpoint_does_what_the_table_says(endpoint, field, status, example):
+    body = OTHER_BODIES[endpoint][1]
+    answer, effect = send_elsewhere(endpoint, {**body, field: example})
+    if status == "400":
+        assert answer.status_code == 400, answer.text
+        assert answer.json()["error"]["param"] == field
+        return
+    assert status in STATUSES
+    assert answer.status_code == 200, answer.text
+    assert (effect != send_elsewhere(endpoint, body)[1]) == (status == "supported")
+
+
+def test_table_has_every_field_of_the_other_endpoints():
+    for model in {model for _, _, model in OTHER_BODIES.values()}:
+        endpoints = [name for name, entry in OTHER_BODIES.items() if entry[2] is model]
+        listed = {row[1].strip("`") for row in OTHER_ROWS if row[0] in endpoints}
+        assert listed == set(model.model_fields), endpoints
+
+
 @pytest.mark.parametrize("endpoint", BODIES)
 def test_table_has_every_field_of_the_server(endpoint):
     fields = {field.alias or name for name, field in BODIES[endpoint][2].model_fields.items()}
@@ -99,7 +148,7 @@ def test_table_has_every_field_of_the_server(endpoint):
 
 
 def test_table_has_every_endpoint_of_the_server():
-    app = make_app()
+    app = make_app(tokenizer_info=True)
     served = {f"{method} {route.path}" for route in routes_of(app.routes) for method in route.methods}
     listed = {row[0].strip("`") for row in rows_of("Endpoints") if row[1] == "supported"}
     assert served | {"GET /openapi.json"} == listed
@@ -119,7 +168,7 @@ def routes_of(routes):
     "endpoint", [row[0].strip("`") for row in rows_of("Endpoints") if row[1] != "supported"]
 )
 def test_endpoint_that_is_not_applicable_is_404(endpoint):
-    method, path = endpoint.split(" ")
+    method, path = re.sub(r"\{.*?\}", "1", endpoint).split(" ")
     response = call(make_app(), method, path, json={})
     assert response.status_code == 404
     assert response.json()["error"]["message"].startswith(f"there is no endpoint {path}")

@@ -1,9 +1,11 @@
-"""/tokenize and /detokenize over the fake tokenizer, in which every character is a token."""
+"""/tokenize, /detokenize and /tokenizer_info over the fake tokenizer, in which every character is a token."""
 
 from __future__ import annotations
 
 import pytest
 
+from lora_serve.server.api_keys import KeyEntry
+from server.fake_engine_client import TEMPLATE
 from server.http_calls import BASE, call, make_app, make_client
 
 TOOL = {"type": "function", "function": {"name": "f"}}
@@ -68,3 +70,19 @@ def test_tools_that_the_template_does_not_show_are_refused():
     client = make_client()
     client.tokenizer.chat_template = "{{ messages }}"
     assert tokenize(client, messages=MESSAGES, tools=[TOOL]).status_code == 400
+
+
+def test_tokenizer_info_is_there_where_it_is_asked_for_and_for_every_key():
+    tenant = KeyEntry(name="acme", key="key-of-acme", adapters=["sql"])
+    app = make_app(tokenizer_info=True, key_entries=(tenant,))
+    headers = {"Authorization": "Bearer key-of-acme"}
+
+    answer = call(app, "GET", "/tokenizer_info", headers=headers)
+
+    assert answer.status_code == 200
+    assert answer.json() == {"eos_token": "\0", "chat_template": TEMPLATE}
+    assert call(app, "GET", "/tokenizer_info").status_code == 401
+    assert "/tokenizer_info" in call(app, "GET", "/openapi.json", headers=headers).json()["paths"]
+    without = call(make_app(), "GET", "/tokenizer_info")
+    assert without.status_code == 404
+    assert without.json()["error"]["message"].startswith("there is no endpoint /tokenizer_info")

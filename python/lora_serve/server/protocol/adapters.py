@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from lora_serve.server.protocol.base import RequestModel, ResponseModel
+from pydantic import AfterValidator
+
+from lora_serve.server.protocol.base import RequestModel, ResponseModel, refuse_unless
 
 
 class LoadAdapterRequest(RequestModel):
@@ -25,6 +27,8 @@ class LoadAdapterRequest(RequestModel):
         Its share of the steps beside other adapters, in (0, 1000]; 1 when it is not given.
     lora_id : None
         SGLang's servers number adapters themselves; only null is accepted.
+    is_3d_lora_weight : bool or None
+        vLLM's, of mixture-of-experts adapters; only what asks for nothing.
     """
 
     lora_name: str
@@ -33,6 +37,10 @@ class LoadAdapterRequest(RequestModel):
     pinned: bool | None = None
     weight: float | None = None
     lora_id: None = None
+    is_3d_lora_weight: Annotated[
+        bool | None,
+        AfterValidator(refuse_unless(False, because="adapters of experts are not served; remove the field")),
+    ] = None
 
 
 class UnloadAdapterRequest(RequestModel):
@@ -44,13 +52,14 @@ class UnloadAdapterRequest(RequestModel):
         The adapter's name.
     force : bool or None
         Abort its running requests instead of letting them end.
-    lora_id : None
-        As of LoadAdapterRequest.
+    lora_id, lora_int_id : None
+        Numbers by which SGLang and vLLM know adapters; only null is accepted.
     """
 
     lora_name: str
     force: bool | None = None
     lora_id: None = None
+    lora_int_id: None = None
 
 
 class LoadAdapterResponse(ResponseModel):

@@ -30,6 +30,7 @@ from lora_serve.server.protocol.generation import (
     StopReasonField,
     Usage,
 )
+from lora_serve.server.protocol.known_fields import NoChatTemplate, NoMediaSettings
 from lora_serve.server.protocol.tools import PastToolCall, Tool, ToolCall, ToolCallDelta, ToolChoice
 
 
@@ -246,15 +247,9 @@ class ChatCompletionRequest(GenerationRequest):
     documents: Annotated[
         Any, AfterValidator(refuse_unless([], because="it is not supported; put documents into messages"))
     ] = None
-    chat_template: Annotated[
-        Any, AfterValidator(refuse_unless(because="the model's own template is used; remove the field"))
-    ] = None
-    media_io_kwargs: Annotated[
-        Any, AfterValidator(refuse_unless({}, because="only text is read; remove the field"))
-    ] = None
-    mm_processor_kwargs: Annotated[
-        Any, AfterValidator(refuse_unless({}, because="only text is read; remove the field"))
-    ] = None
+    chat_template: NoChatTemplate = None
+    media_io_kwargs: NoMediaSettings = None
+    mm_processor_kwargs: NoMediaSettings = None
     return_prompt_text: Annotated[
         bool | None, AfterValidator(refuse_unless(False, because="use return_token_ids and /detokenize"))
     ] = None

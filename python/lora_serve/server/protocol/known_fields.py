@@ -13,6 +13,12 @@ def _only(*harmless: object, because: str) -> AfterValidator:
     return AfterValidator(refuse_unless(*harmless, because=because))
 
 
+NoChatTemplate = Annotated[Any, _only(because="the model's own template is used; remove the field")]
+"""A chat template that the request brings along: null."""
+NoMediaSettings = Annotated[Any, _only({}, because="only text is read; remove the field")]
+"""Settings of images and sounds: null or none."""
+
+
 class KnownFields(RequestModel):
     """What completions and chat completions know of OpenAI's and vLLM's fields without serving it."""
 

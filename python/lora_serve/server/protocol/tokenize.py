@@ -9,6 +9,7 @@ from pydantic import Field
 from lora_serve.server.protocol.base import RequestModel, ResponseModel
 from lora_serve.server.protocol.chat import ChatMessage
 from lora_serve.server.protocol.generation import TokenIds
+from lora_serve.server.protocol.known_fields import NoChatTemplate, NoMediaSettings
 from lora_serve.server.protocol.tools import Tool
 
 
@@ -29,6 +30,8 @@ class TokenizeRequest(RequestModel):
         With messages: as of a chat completion.
     return_token_strs : bool or None
         Give each token's text, too.
+    chat_template, media_io_kwargs, mm_processor_kwargs : None
+        vLLM's; only what asks for nothing.
     """
 
     model: str | None = None
@@ -40,6 +43,9 @@ class TokenizeRequest(RequestModel):
     chat_template_kwargs: dict[str, Any] | None = None
     tools: Annotated[list[Tool], Field(fail_fast=True)] | None = None
     return_token_strs: bool | None = None
+    chat_template: NoChatTemplate = None
+    media_io_kwargs: NoMediaSettings = None
+    mm_processor_kwargs: NoMediaSettings = None
 
     @property
     def conversation(self) -> list[ChatMessage]:
