@@ -141,18 +141,12 @@ def measure_both(server: OracleServer, kind: str, sizes: Sizes) -> dict[str, flo
     }
 
 
-def bench(kind: str, step_ms: float, sizes: Sizes) -> dict[str, object]:
-    arguments = [
-        *(str(demo_paths().model), "--served-model-name", "demo"),
-        *("--max-num-seqs", "128", "--max-num-batched-tokens", "8192"),
-        *("--lora-modules", *(f"{name}=oracle-{name}" for name in PROJECTS)),
-    ]
-    with OracleServer(arguments, step_ms) as server:
-        measure(server, kind, sizes.num_streams, sizes.long_tokens, sizes.num_streams)  # Warm-up.
-        use, begin = CoreUse(), [cpu_s(pid) for pid in (server.pid, server.engine_pid)]
-        repeats = [measure_both(server, kind, sizes) for _ in range(sizes.repeats)]
-        own_s = sum(cpu_s(pid) for pid in (server.pid, server.engine_pid)) - sum(begin)
-        by_others = use.by_others(own_s)
+def bench(server: OracleServer, kind: str, step_ms: float, sizes: Sizes) -> dict[str, object]:
+    """One row."""
+    measure(server, kind, sizes.num_streams, sizes.long_tokens, sizes.num_streams)  # Warm-up.
+    use, begin_s = CoreUse(), cpu_s(server.pid) + cpu_s(server.engine_pid)
+    repeats = [measure_both(server, kind, sizes) for _ in range(sizes.repeats)]
+    by_others = use.by_others(cpu_s(server.pid) + cpu_s(server.engine_pid) - begin_s)
     row: dict[str, object] = {"workload": kind, "step_ms": step_ms, "num_streams": sizes.num_streams}
     for name in repeats[0]:
         values = percentiles([costs[name] for costs in repeats])
@@ -163,6 +157,17 @@ def bench(kind: str, step_ms: float, sizes: Sizes) -> dict[str, object]:
     return row
 
 
+def bench_all(kinds: list[str], step_ms: float, sizes: Sizes) -> list[dict[str, object]]:
+    """Rows of one server; only the adapters' names matter, their paths are the oracle's."""
+    arguments = [
+        *(str(demo_paths().model), "--served-model-name", "demo"),
+        *("--max-num-seqs", "128", "--max-num-batched-tokens", "8192"),
+        *("--lora-modules", *(f"{name}=oracle-{name}" for name in PROJECTS)),
+    ]
+    with OracleServer(arguments, step_ms) as server:
+        return [bench(server, kind, step_ms, sizes) for kind in kinds]
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--smallest", action="store_true", help="few short streams; no rows")
@@ -171,7 +176,7 @@ def main() -> int:
     parser.add_argument("--step-ms", nargs="+", type=float, default=[20.0, 0.0])
     options = parser.parse_args()
     sizes = SMALLEST if options.smallest else FULL
-    rows = [bench(kind, step_ms, sizes) for step_ms in options.step_ms for kind in options.kinds]
+    rows = [row for step_ms in options.step_ms for row in bench_all(options.kinds, step_ms, sizes)]
     if not options.smallest and not options.no_rows:
         print(f"appended to {append_rows('server_cost', rows)}")
     return 0
