@@ -199,8 +199,6 @@ class TestLeftovers:
         assert num_base_pages(loras) == (1, 0)
 
     def test_errors_in_the_log_are_found(self):
-        log = (
-            "03:00:00 INFO all is well\n03:00:01 ERROR it failed\nTraceback (most recent call last):\n"
-        )
+        log = "03:00:00 INFO all is well\n03:00:01 ERROR it failed\nTraceback (most recent call last):\n"
 
         assert len(find_log_problems(log)) == 2
