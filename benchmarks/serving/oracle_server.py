@@ -128,7 +128,7 @@ def main() -> int:
     from lora_serve.engine.engine_client import AsyncEngineClient
     from lora_serve.server import launch
 
-    launch.AsyncEngineClient = partial(  # type: ignore[misc]
+    launch.AsyncEngineClient = partial(  # type: ignore[assignment, attr-defined]
         AsyncEngineClient, executor_factory="oracle_server:make_executor"
     )
     return run()
