@@ -89,7 +89,8 @@ sanitize: $(VENV)/.packages
 	$(BIN)/cmake --build --preset asan -j $(JOBS)
 	$(BIN)/ctest --preset asan -j $(JOBS)
 
-# 22 million operations on the cache against its model, the scheduler's long runs, 10 minutes of fuzzing, planted faults.
+# 22 million operations on the cache against its model, the scheduler's long runs, 10 minutes of fuzzing, planted faults,
+# 3 minutes of 500 streams over HTTP.
 soak: setup setup-clients soak-fuzz $(VENV)/.packages
 	@scripts/install_cpp_library.sh GTest libgtest-dev $(SUDO)
 	$(BIN)/cmake --preset asan

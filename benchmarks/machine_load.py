@@ -22,11 +22,11 @@ class CoreUse:
         self._begin = time.perf_counter()
         self._begin_all_s, self._begin_own_s = busy_s()
 
-    def others_s(self) -> float:
-        """Seconds of core time of all other processes."""
+    def others_s(self, children_s: float = 0.0) -> float:
+        """Seconds of core time of all other processes, less `children_s` of those that are ours, too."""
         all_s, own_s = busy_s()
-        return max(0.0, all_s - self._begin_all_s - (own_s - self._begin_own_s))
+        return max(0.0, all_s - self._begin_all_s - (own_s - self._begin_own_s) - children_s)
 
-    def by_others(self) -> float:
-        """Cores that all other processes kept busy, on average."""
-        return round(self.others_s() / (time.perf_counter() - self._begin), 2)
+    def by_others(self, children_s: float = 0.0) -> float:
+        """Cores that all other processes kept busy, on average; `children_s` as of `others_s`."""
+        return round(self.others_s(children_s) / (time.perf_counter() - self._begin), 2)

@@ -1,1 +1,1 @@
-"""The parts of the engine's soak test, `scripts/soak_cuda.py`."""
+"""The parts of the soak tests, `scripts/soak_cuda.py` and `scripts/soak_server.py`."""

@@ -6,9 +6,19 @@ import random
 from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from lora_serve.engine.engine_core import EngineCore
+from lora_serve.engine.messages import LoadAdapterResult, UnloadAdapterResult
+
+
+class AdapterHost(Protocol):
+    """What loads and unloads: an engine, or a server."""
+
+    def load_adapter(self, name: str, path: str, *, load_inplace: bool = ...) -> Future[LoadAdapterResult]:
+        """Begin to load."""
+
+    def unload_adapter(self, name: str, *, force: bool = ...) -> Future[UnloadAdapterResult]:
+        """Begin to unload."""
 
 
 class AdapterChanges:
@@ -16,8 +26,8 @@ class AdapterChanges:
 
     Parameters
     ----------
-    core
-        The engine.
+    host
+        The engine, or the server.
     contents
         The two directories of each name.
     interval_s
@@ -30,14 +40,14 @@ class AdapterChanges:
 
     def __init__(
         self,
-        core: EngineCore,
+        host: AdapterHost,
         contents: dict[str, list[Path]],
         *,
         interval_s: float,
         seed: int,
         expect_aborts: Callable[[str], None],
     ) -> None:
-        self._core = core
+        self._host = host
         self._contents = contents
         self._interval_s = interval_s
         self._random = random.Random(seed)
@@ -96,14 +106,14 @@ class AdapterChanges:
     def _load(self, name: str, *, replaces: bool = False) -> None:
         others = [str(path) for path in self._contents[name] if str(path) != self._serving.get(name)]
         path = self._random.choice(others)
-        future = self._core.load_adapter(name, path, load_inplace=replaces)
+        future = self._host.load_adapter(name, path, load_inplace=replaces)
         self._pending[name] = ("replace" if replaces else "load", path, future)
 
     def _unload(self, name: str, *, force: bool) -> None:
         del self._serving[name]
         if force:
             self._expect_aborts(name)
-        future = self._core.unload_adapter(name, force=force)
+        future = self._host.unload_adapter(name, force=force)
         self._pending[name] = ("unload by force" if force else "unload", "", future)
 
     def _end(self, name: str, what: str, path: str, future: Future[Any]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -40,7 +41,7 @@ class MemoryRecord:
 
     def sample(self, at_s: float) -> dict[str, float]:
         """Take a sample of everything at `at_s` seconds, rising, and keep it."""
-        status = _read_status()
+        status = read_status("self")
         found = {
             "at_s": round(at_s, 2),
             "host_rss": status["VmRSS"],
@@ -58,23 +59,30 @@ class MemoryRecord:
         return found
 
     def growth(self, warm_up_s: float) -> dict[str, dict[str, float]]:
-        """For each series: rise of the fitted line, and the spread, from `warm_up_s` on; and both bounds."""
-        kept = [sample for sample in self.samples if sample["at_s"] >= warm_up_s]
-        times = np.array([sample["at_s"] for sample in kept])
-        figures: dict[str, dict[str, float]] = {}
-        for name, (most_rise, most_spread) in BOUNDS.items():
-            if len(kept) < 3 or name not in kept[0]:
-                continue
-            values = np.array([sample[name] for sample in kept])
-            slope = np.polyfit(times - times[0], values, 1)[0]
-            figures[name] = {
-                "rise": round(float(slope * (times[-1] - times[0])), 1),
-                "most_rise": most_rise,
-                "spread": float(values.max() - values.min()),
-                "most_spread": most_spread,
-                "last": float(values[-1]),
-            }
-        return figures
+        """What `growth_of` says of the samples."""
+        return growth_of(self.samples, warm_up_s, BOUNDS)
+
+
+def growth_of(
+    samples: Sequence[Mapping[str, float]], warm_up_s: float, bounds: Mapping[str, tuple[float, float]]
+) -> dict[str, dict[str, float]]:
+    """For each series: rise of the fitted line, and the spread, from `warm_up_s` on; and both bounds."""
+    kept = [sample for sample in samples if sample["at_s"] >= warm_up_s]
+    times = np.array([sample["at_s"] for sample in kept])
+    figures: dict[str, dict[str, float]] = {}
+    for name, (most_rise, most_spread) in bounds.items():
+        if len(kept) < 3 or name not in kept[0]:
+            continue
+        values = np.array([sample[name] for sample in kept])
+        slope = np.polyfit(times - times[0], values, 1)[0]
+        figures[name] = {
+            "rise": round(float(slope * (times[-1] - times[0])), 1),
+            "most_rise": most_rise,
+            "spread": float(values.max() - values.min()),
+            "most_spread": most_spread,
+            "last": float(values[-1]),
+        }
+    return figures
 
 
 def find_growth(growth: dict[str, dict[str, float]]) -> list[str]:
@@ -89,9 +97,9 @@ def find_growth(growth: dict[str, dict[str, float]]) -> list[str]:
     return problems
 
 
-def _read_status() -> dict[str, float]:
-    """The fields of /proc/self/status that are memory, in bytes."""
-    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+def read_status(process: int | str) -> dict[str, float]:
+    """The fields of a process's /proc/N/status that are memory, in bytes."""
+    lines = Path(f"/proc/{process}/status").read_text(encoding="ascii").splitlines()
     fields = (line.split() for line in lines if line.endswith(" kB"))
     return {name.rstrip(":"): float(number) * 1024 for name, number, _ in fields}
 

@@ -85,6 +85,12 @@ class ServerProcess:
         self.stop()
 
     @property
+    def pid(self) -> int:
+        """The server's process id; the engine is its child."""
+        assert self._process is not None
+        return self._process.pid
+
+    @property
     def log_path(self) -> Path:
         """The file that gets what the server prints; it is deleted with the server."""
         assert self._folder is not None

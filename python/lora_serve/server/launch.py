@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 import math
 import os
@@ -256,12 +257,23 @@ async def _serve(launch: Launch, listener: socket.socket) -> bool:
         if starting.cancelled():
             return False
         starting.result()
+        _settle_interpreter()
         await server.serve(sockets=[listener])
         return server.started
     finally:
         await engine.close()
         for number in _SIGNALS:
             loop.remove_signal_handler(number)
+
+
+def _settle_interpreter() -> None:
+    """Leave what is there now, most of it modules, out of garbage collections from now on.
+
+    A full one visits every object, during which no stream moves. Without this it happens again and again, and
+    takes a seventh of the CPU time of requests. What requests make is collected as before.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 class _SupervisedEngine:
