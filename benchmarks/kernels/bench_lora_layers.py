@@ -120,8 +120,10 @@ class Step:
             adapters.bind()
         added = None
         for layer, kv_layer in zip(self._layers, self._kv_layers, strict=True):
-            added = layer.forward(added, self.residual, self._cos_sin, ctx, kv_layer, None)
-        return added
+            query = layer.begin(added, self.residual, self._cos_sin, ctx, kv_layer)
+            attended = layer.self_attn.attend(query, kv_layer, None)
+            added = layer.finish(attended, self.residual, ctx)
+        return torch.zeros_like(self.residual) if added is None else added
 
     def run_in_torch(self, adapters: Adapters | None) -> Tensor:
         """What a run from the start must give, residual stream included; fp32."""

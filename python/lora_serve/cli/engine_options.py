@@ -144,6 +144,14 @@ def _add_model_options(group: argparse._ArgumentGroup) -> None:
         nargs="+",
         **_NUMBER,
     )
+    _add(
+        group,
+        "--prefill-graph-sizes",
+        "numbers of tokens for which steps that prefill are run from CUDA graphs; no number = none (default: "
+        "64 to 1024)",
+        nargs="*",
+        **_NUMBER,
+    )
     _add(group, "--seed", "for requests without a seed and for dummy weights", **_NUMBER)
 
 

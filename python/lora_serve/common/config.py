@@ -14,6 +14,7 @@ KV_WRITE_POLICIES = ("write_through", "write_back", "off")
 SCHEDULING_POLICIES = ("fair", "fcfs", "lpm")
 MAX_MEMORY_GB = 2.0**30
 """An exbibyte: what is above is a slip."""
+_PREFILL_GRAPH_SIZES = (64, 128, 192, 256, 384, 512, 768, 1024)
 _MAX_INT32 = 2**31 - 1
 _MAX_MS = 2**40
 
@@ -103,6 +104,11 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     cuda_graph_sizes : list of int or None
         Requests, each between 1 and `max_num_seqs`, for which a decode step has a CUDA graph; a step of fewer
         is padded to the next size. None = 1, 2, 4, then every 8 up to `max_num_seqs`.
+    prefill_graph_sizes : list of int or None
+        Tokens, each between 1 and `max_num_batched_tokens`, for which a step that prefills is run from CUDA
+        graphs, one between each two attentions; a step of fewer is padded to the next size. Empty = none.
+        None = those of 64, 128, 192, 256, 384, 512, 768 and 1,024 that a step may have: in larger ones the
+        device takes longer than the launches.
 
     Raises
     ------
@@ -146,6 +152,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     attention_backend: str = "auto"
     enforce_eager: bool = False
     cuda_graph_sizes: list[int] | None = None
+    prefill_graph_sizes: list[int] | None = None
 
     def __post_init__(self) -> None:
         self.validate()
@@ -171,6 +178,15 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
             return tuple(sorted(set(self.cuda_graph_sizes)))
         sizes = {1, 2, 4, *range(8, self.max_num_seqs, 8), self.max_num_seqs}
         return tuple(sorted(size for size in sizes if size <= self.max_num_seqs))
+
+    @property
+    def chosen_prefill_graph_sizes(self) -> tuple[int, ...]:
+        """Tokens for which a step that prefills has CUDA graphs, rising; none with `enforce_eager`."""
+        if self.enforce_eager:
+            return ()
+        if self.prefill_graph_sizes is not None:
+            return tuple(sorted(set(self.prefill_graph_sizes)))
+        return tuple(size for size in _PREFILL_GRAPH_SIZES if size <= self.max_num_batched_tokens)
 
     def validate(self) -> None:
         """Check every field.
@@ -224,6 +240,15 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
                 )
             for size in self.cuda_graph_sizes:
                 check_int("cuda_graph_sizes", size, 1, self.max_num_seqs)
+        if self.prefill_graph_sizes is not None:
+            if not isinstance(self.prefill_graph_sizes, list):
+                refuse(
+                    "prefill_graph_sizes",
+                    self.prefill_graph_sizes,
+                    "a list of sizes, empty for no such graphs, or None for the usual ones",
+                )
+            for size in self.prefill_graph_sizes:
+                check_int("prefill_graph_sizes", size, 1, self.max_num_batched_tokens)
 
     def _validate_kv_events(self) -> None:
         if self.kv_events_config is None:

@@ -28,6 +28,7 @@ from lora_serve.executor.device_sampler import DeviceSampler, RowsToSample
 from lora_serve.executor.executor import MAX_PLANS_IN_FLIGHT, ExecutionResult
 from lora_serve.executor.executor_base import ExecutorBase, MemorySizes
 from lora_serve.executor.pending_step import PendingStep, ResultBuffers
+from lora_serve.executor.prefill_graphs import PrefillGraphs
 from lora_serve.executor.prompt_logprobs import (
     awaits_prompt_logprobs,
     fill_prompt_logprobs,
@@ -108,9 +109,12 @@ class CudaExecutor(ExecutorBase):
         self._error: BaseException | None = None
         self._is_closed = False
         self.graphs: DecodeGraphs | None = None
-        if setup.decode_graph_sizes:
-            with self._on_stream():
+        self.prefill_graphs: PrefillGraphs | None = None
+        with self._on_stream():
+            if setup.decode_graph_sizes:
                 self.graphs = self._capture_graphs()
+            if setup.prefill_graph_sizes:
+                self.prefill_graphs = self._capture_prefill_graphs()
 
     @property
     def padded_batch_sizes(self) -> tuple[int, ...]:
@@ -182,6 +186,7 @@ class CudaExecutor(ExecutorBase):
                     torch.cuda.synchronize()
         finally:  # Also on a device that has failed.
             self.graphs = None
+            self.prefill_graphs = None
             self._kv_layers = []
             self._setup.close()
 
@@ -220,7 +225,7 @@ class CudaExecutor(ExecutorBase):
         if may_replay and graphs is not None and graphs.has(len(step.row_failed)):
             self._run_graph(graphs, step, pending)
         else:
-            self._run_eagerly(step, pending)
+            self._run_in_pieces(step, pending)
 
     def _run_graph(self, graphs: DecodeGraphs, step: DeviceStep, pending: PendingStep) -> None:
         """Replay a decode step; it has chosen the best token of every row as well."""
@@ -228,12 +233,18 @@ class CudaExecutor(ExecutorBase):
         best = _BestTokens(logits, self._tokens[: len(logits)], step.page_table_rows, step.row_failed)
         self._sample(best, step.host_sampled_rows, step, pending)
 
-    def _run_eagerly(self, step: DeviceStep, pending: PendingStep) -> None:
+    def _run_in_pieces(self, step: DeviceStep, pending: PendingStep) -> None:
+        """Run a step whose attention depends on its lengths: what is between, from graphs where there are."""
         plan, states = pending.plan, pending.states
         outputs = self._outputs(step, pending)
         attention_plan = self._model.plan_attention(step.attention, self._kv_layers)
         context = replace(step.context, outputs=outputs)
-        hidden = self._model.forward(step.token_ids, context, self._kv_layers, attention_plan)
+        graphs = self.prefill_graphs
+        if graphs is not None and graphs.has(len(step.token_ids)) and not context.adapts_embedding:
+            attended, residual = graphs.run(step, attention_plan)
+            hidden = self._model.finish(attended, residual, context)
+        else:
+            hidden = self._model.forward(step.token_ids, context, self._kv_layers, attention_plan)
         if outputs is None:
             starts = plan.query_start_loc.astype(np.int64)
             pending.row_errors.update(
@@ -339,6 +350,15 @@ class CudaExecutor(ExecutorBase):
         for earlier in self._pending:
             if earlier is not pending:
                 earlier.finish()
+
+    def _capture_prefill_graphs(self) -> PrefillGraphs:
+        inputs, sizes = self._inputs, self._setup.prefill_graph_sizes
+
+        def make_step(num_tokens: int, has_adapters: bool) -> DeviceStep:
+            return inputs.prefill_step(num_tokens, has_adapters=has_adapters)
+
+        with torch.inference_mode():
+            return PrefillGraphs(sizes, self._model, self._kv_layers, make_step, inputs.pad)
 
     def _capture_graphs(self) -> DecodeGraphs:
         model, inputs, setup = self._model, self._inputs, self._setup

@@ -58,6 +58,8 @@ class CudaSetup:
         Longest prompt plus answer in tokens.
     decode_graph_sizes : tuple of int
         Padded batch sizes to capture decode steps for, ascending; empty = none.
+    prefill_graph_sizes : tuple of int
+        Padded numbers of tokens to capture pieces of other steps for, ascending; empty = none.
     """
 
     device: torch.device
@@ -69,6 +71,7 @@ class CudaSetup:
     num_host_pages: int
     max_model_len: int
     decode_graph_sizes: tuple[int, ...]
+    prefill_graph_sizes: tuple[int, ...] = ()
 
     def close(self) -> None:
         """Free the adapter memory and the KV pages of both tiers; no step may run."""
@@ -97,10 +100,12 @@ def set_up_cuda(config: EngineConfig) -> CudaSetup:
         made.callback(lora.close)
         with log_stage(logger, "profiling run"):
             free_bytes = _measure_free_bytes(config, model)
-        graph_sizes = config.chosen_cuda_graph_sizes if model.attention_backend.supports_graphs else ()
+        has_graphs = model.attention_backend.supports_graphs
+        graph_sizes = config.chosen_cuda_graph_sizes if has_graphs else ()
+        prefill_sizes = config.chosen_prefill_graph_sizes if has_graphs else ()
         if config.num_device_pages is None and config.kv_memory_gb is None and free_bytes > 0:
             with log_stage(logger, "trial of the executor"):
-                free_bytes -= _measure_executor_bytes(config, model, lora, graph_sizes)
+                free_bytes -= _measure_executor_bytes(config, model, lora, graph_sizes, prefill_sizes)
         num_device_pages = choose_num_device_pages(config, model.config, free_bytes)
         num_host_pages = choose_num_host_pages(config, model.config)
         max_model_len = choose_max_model_len(config, model.config, num_device_pages)
@@ -125,6 +130,7 @@ def set_up_cuda(config: EngineConfig) -> CudaSetup:
         num_host_pages=num_host_pages,
         max_model_len=max_model_len,
         decode_graph_sizes=graph_sizes,
+        prefill_graph_sizes=prefill_sizes,
     )
 
 
@@ -159,9 +165,13 @@ def _measure_free_bytes(config: EngineConfig, model: DecoderModel) -> int:
 
 
 def _measure_executor_bytes(
-    config: EngineConfig, model: DecoderModel, lora: LoRAManager, graph_sizes: tuple[int, ...]
+    config: EngineConfig,
+    model: DecoderModel,
+    lora: LoRAManager,
+    graph_sizes: tuple[int, ...],
+    prefill_sizes: tuple[int, ...],
 ) -> int:
-    """What an executor takes beside KV pages: inputs, logits, attention's memory, decode graphs.
+    """What an executor takes beside KV pages: inputs, logits, attention's memory, graphs.
 
     One is made on a single KV page, with graphs of the largest sizes alone, and dropped. How much the driver
     keeps of each graph is nowhere to be asked for.
@@ -179,20 +189,21 @@ def _measure_executor_bytes(
         num_host_pages=0,
         max_model_len=config.max_model_len or model.config.max_model_len,
         decode_graph_sizes=graph_sizes[-_NUM_TRIAL_SIZES:],
+        prefill_graph_sizes=prefill_sizes[-_NUM_TRIAL_SIZES:],
     )
     before = _free_bytes(device)
     try:
         executor = CudaExecutor(config, trial)
         num_bytes = before - _free_bytes(device)
-        if executor.graphs is not None:
-            num_more = len(graph_sizes) - len(trial.decode_graph_sizes)
-            num_bytes += bytes_of_more_sizes(executor.graphs.num_bytes, num_more)
+        for graphs, sizes in ((executor.graphs, graph_sizes), (executor.prefill_graphs, prefill_sizes)):
+            if graphs is not None:
+                num_bytes += bytes_of_more_sizes(graphs.num_bytes, len(sizes) - len(graphs.num_bytes))
         del executor
     except torch.OutOfMemoryError as error:
         raise InvalidArgumentError(
-            f"the buffers of {config.max_num_seqs} requests and the decode graphs do not fit beside the "
-            f"model, {before / 2**30:.2f} GiB are free; lower --max-num-seqs or --cuda-graph-sizes, or use "
-            "--enforce-eager"
+            f"the buffers of {config.max_num_seqs} requests and the CUDA graphs do not fit beside the model, "
+            f"{before / 2**30:.2f} GiB are free; lower --max-num-seqs, --cuda-graph-sizes or "
+            "--prefill-graph-sizes, or use --enforce-eager"
         ) from error
     finally:
         transfers.close()

@@ -6,7 +6,6 @@ import functools
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,18 +13,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lora_serve.executor.device_inputs import DeviceStep
+from lora_serve.executor.graph_capture import CapturedGraph, bytes_taken, capture_graph
 from lora_serve.layers.attention import DecodeGraphAttention
 
 logger = logging.getLogger(__name__)
 
 MakeStep = Callable[[int, bool], DeviceStep]
 RunStep = Callable[[DeviceStep, Any], Tensor]
-
-
-@dataclass(frozen=True, eq=False)
-class _Graph:
-    graph: torch.cuda.CUDAGraph
-    logits: Tensor
 
 
 class DecodeGraphs:
@@ -63,7 +57,7 @@ class DecodeGraphs:
         make_attention: Callable[[int], Sequence[DecodeGraphAttention]],
         run_step: RunStep,
     ) -> None:
-        self._graphs: dict[tuple[int, bool, int], _Graph] = {}
+        self._graphs: dict[tuple[int, bool, int], CapturedGraph[Tensor]] = {}
         self.num_bytes = dict.fromkeys(sizes, 0)
         self._attention = {size: make_attention(size) for size in reversed(sizes)}
         begin = time.perf_counter()
@@ -80,8 +74,8 @@ class DecodeGraphs:
             attention.plan(step.attention)
             run = functools.partial(run_step, step, attention)
             free_bytes = torch.cuda.mem_get_info()[0]
-            self._graphs[size, has_adapters, way] = _capture(run, pool)
-            self.num_bytes[size] += max(0, free_bytes - torch.cuda.mem_get_info()[0])
+            self._graphs[size, has_adapters, way] = capture_graph(run, pool)
+            self.num_bytes[size] += bytes_taken(free_bytes)
         logger.info(
             "captured %d decode graphs in %.1f s, which take %.3f GiB",
             len(kinds),
@@ -112,19 +106,7 @@ class DecodeGraphs:
         graph = self._graphs[num_rows, step.context.lora is not None, way]
         ways[way].plan(step.attention)
         graph.graph.replay()
-        return graph.logits
-
-
-def _capture(run: Callable[[], Tensor], pool: Any) -> _Graph:
-    run()  # Compiles kernels, and lets libraries set up what they do not set up while they are captured.
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool):
-        logits = run()
-    # Once, so that the device's part of the graph is made now and not while somebody waits.
-    graph.replay()
-    torch.cuda.synchronize()
-    return _Graph(graph, logits)
+        return graph.result
 
 
 def bytes_of_more_sizes(num_bytes: Mapping[int, int], num_more: int) -> int:

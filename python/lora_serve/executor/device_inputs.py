@@ -121,6 +121,9 @@ class DeviceInputs:
         self._token_ids = zeros(max_num_tokens, dtype=torch.int64)
         self._positions = zeros(max_num_tokens, dtype=torch.int64)
         self._slot_mapping = zeros(max_num_tokens, dtype=torch.int64)
+        self._lora_of_tokens = zeros(2, max_num_tokens)
+        # Sizes, starts and slots of the groups; see `LoRAMetadata`.
+        self._lora_groups = (zeros(max_loras + 1), zeros(max_loras + 2), zeros(max_loras + 1))
 
     def load(self, plan: ExecutionPlan, *, adapts_embedding: bool) -> DeviceStep:
         """Bring a plan that has rows to the device, and change the page table.
@@ -187,6 +190,69 @@ class DeviceInputs:
             is_decode=is_decode,
         )
 
+    def prefill_step(self, num_tokens: int, *, has_adapters: bool) -> DeviceStep:
+        """Give the tensors of a step of a padded number of tokens, as `pad` will leave them, for graphs.
+
+        Parameters
+        ----------
+        num_tokens
+            P of them.
+        has_adapters
+            Some token of the steps may have an adapter.
+
+        Notes
+        -----
+        What depends on the rows is not there: no attention, nothing that samples. The tokens are written
+        nowhere until `pad` says otherwise.
+        """
+        self._slot_mapping[:num_tokens].fill_(-1)
+        context = StepContext(
+            positions=self._positions[:num_tokens],
+            slot_mapping=self._slot_mapping[:num_tokens],
+            lora=self._padded_lora(num_tokens) if has_adapters else None,
+            adapts_embedding=False,
+        )
+        nothing = self._block[:0]
+        host_nothing = np.empty(0, dtype=np.int64)
+        no_rows = _Tail(np.zeros(1, dtype=np.int32), host_nothing, host_nothing, *np.zeros((2, 0), np.int32))
+        return DeviceStep(
+            token_ids=self._token_ids[:num_tokens],
+            context=context,
+            attention=AttentionMetadata(*(nothing,) * 4, no_rows.query_lens, no_rows.seq_lens),
+            page_table_rows=nothing,
+            row_failed=nothing,
+            sampled_rows=nothing,
+            sampled_tokens=nothing,
+            host_sampled_rows=host_nothing,
+            is_decode=False,
+        )
+
+    def pad(self, step: DeviceStep, num_tokens: int) -> None:
+        """Put the step that was loaded last where graphs of a padded number of tokens read it.
+
+        Parameters
+        ----------
+        step
+            What `load` gave.
+        num_tokens
+            At least its own.
+
+        Notes
+        -----
+        Padded tokens have the ids and positions of an earlier step, no adapter, and are written nowhere.
+        """
+        num_own = len(step.token_ids)
+        self._slot_mapping[num_own:num_tokens].fill_(-1)
+        if step.context.lora is None:
+            return
+        own, padded = step.context.lora, self._padded_lora(num_tokens)
+        padded.token_lora_mapping[num_own:].fill_(-1)
+        padded.token_lora_mapping[:num_own].copy_(own.token_lora_mapping)
+        padded.token_indices_sorted_by_lora_ids[:num_own].copy_(own.token_indices_sorted_by_lora_ids)
+        padded.num_tokens_per_lora.copy_(own.num_tokens_per_lora)
+        padded.lora_token_start_loc.copy_(own.lora_token_start_loc)
+        padded.active_lora_ids.copy_(own.active_lora_ids)
+
     def decode_step(self, num_rows: int, layout: Mapping[str, slice], *, has_adapters: bool) -> DeviceStep:
         """Give the tensors of a decode step of a padded size, as `load` will give them, to capture a graph.
 
@@ -235,6 +301,11 @@ class DeviceInputs:
         tail.write(array[num_entries:total])
         copy_small(self._block[:total], staging[:total])
         return self._block[:total]
+
+    def _padded_lora(self, num_tokens: int) -> LoRAMetadata:
+        """The groups of the step that was padded last; groups hold its own tokens only."""
+        mapping, order = self._lora_of_tokens[:, :num_tokens]
+        return LoRAMetadata(mapping, order, *self._lora_groups, no_adapter=False)
 
     def _lora_metadata(
         self, views: Mapping[str, Tensor], num_tokens: int, *, no_adapter: bool

@@ -192,7 +192,9 @@ class AttentionBackend(Protocol):
         """
         ...
 
-    def attend(self, query: Tensor, kv_layer: KVLayer, spec: AttentionSpec, plan: Any) -> Tensor:
+    def attend(
+        self, query: Tensor, kv_layer: KVLayer, spec: AttentionSpec, plan: Any, out: Tensor | None = None
+    ) -> Tensor:
         """Attend; the step's keys and values are in the pages already.
 
         Parameters
@@ -206,6 +208,8 @@ class AttentionBackend(Protocol):
             The layer's shape and window.
         plan
             What :meth:`plan` gave for this step.
+        out
+            [T, heads, D] of the query's dtype, contiguous, to write to; None = newly allocated.
 
         Returns
         -------

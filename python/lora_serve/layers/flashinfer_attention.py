@@ -309,10 +309,15 @@ class FlashInferAttentionBackend:
         )
 
     def attend(
-        self, query: Tensor, kv_layer: KVLayer, spec: AttentionSpec, plan: FlashInferPlan | DecodeGraphState
+        self,
+        query: Tensor,
+        kv_layer: KVLayer,
+        spec: AttentionSpec,
+        plan: FlashInferPlan | DecodeGraphState,
+        out: Tensor | None = None,
     ) -> Tensor:
         """Attend over the pages; see :class:`AttentionBackend`."""
-        output = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+        output = torch.empty(query.shape, dtype=query.dtype, device=query.device) if out is None else out
         for launch in plan.launches[spec]:
             launch.run(
                 query,

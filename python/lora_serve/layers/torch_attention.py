@@ -54,7 +54,12 @@ class TorchAttentionBackend:
         raise NotImplementedError("the torch attention backend has no decode graphs")
 
     def attend(
-        self, query: Tensor, kv_layer: KVLayer, spec: AttentionSpec, plan: TorchAttentionPlan
+        self,
+        query: Tensor,
+        kv_layer: KVLayer,
+        spec: AttentionSpec,
+        plan: TorchAttentionPlan,
+        out: Tensor | None = None,
     ) -> Tensor:
         """Attend row by row; see :class:`AttentionBackend`.
 
@@ -65,7 +70,7 @@ class TorchAttentionBackend:
         """
         if query.shape[0] != plan.num_tokens:
             raise ValueError(f"query has {query.shape[0]} tokens, the plan's rows have {plan.num_tokens}")
-        output = torch.empty_like(query, memory_format=torch.contiguous_format)
+        output = torch.empty_like(query, memory_format=torch.contiguous_format) if out is None else out
         work = plan.by_window[spec.sliding_window]
         for group in work.decode_groups:
             output.index_copy_(0, group.tokens, _decode(query, kv_layer, spec, group))

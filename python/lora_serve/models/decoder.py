@@ -149,19 +149,81 @@ class DecoderModel(nn.Module):
             )
         if len(kv_layers) != len(self.layers):
             raise ValueError(f"there are {len(kv_layers)} KV layers, expected {len(self.layers)}")
-        # The stream of hidden states is `residual + added`; the sum is part of a norm or of a product.
+        residual, query = self.begin(token_ids, ctx, kv_layers[0])
+        attended = self.attend(0, query, kv_layers[0], attention_plan)
+        for layer in range(1, len(kv_layers)):
+            query = self.go_on(layer, attended, residual, ctx, kv_layers[layer])
+            attended = self.attend(layer, query, kv_layers[layer], attention_plan)
+        return self.finish(attended, residual, ctx)
+
+    # --- The pieces of a step, between its attentions. The stream of hidden states is `residual + added`, and
+    # the sum is part of a norm or of a product.
+
+    @torch.inference_mode()
+    def begin(self, token_ids: Tensor, ctx: StepContext, kv_layer: KVLayer) -> tuple[Tensor, Tensor]:
+        """Run a step up to the first attention.
+
+        Parameters
+        ----------
+        token_ids, ctx
+            As for :meth:`forward`.
+        kv_layer
+            Of the first layer; written.
+
+        Returns
+        -------
+        residual : Tensor
+            [T, H]: the residual stream, which the other pieces change in place.
+        query : Tensor
+            [T, heads, D]: for :meth:`attend`.
+        """
         residual = self.embed_tokens.forward(token_ids, ctx)
-        added: Tensor | None = None
-        last_layer = self._typed_layers[-1]
-        for layer, kv_layer in zip(self._typed_layers, kv_layers, strict=True):
-            attended = layer.forward(added, residual, self._cos_sin, ctx, kv_layer, attention_plan)
-            if layer is last_layer and ctx.outputs is not None:
-                wanted = ctx.outputs.tokens
-                if not len(wanted):
-                    return residual[:0]
-                attended, residual = attended.index_select(0, wanted), residual.index_select(0, wanted)
-                ctx = replace(ctx, lora=ctx.outputs.lora)
-            added = layer.finish(attended, residual, ctx)
+        return residual, self._typed_layers[0].begin(None, residual, self._cos_sin, ctx, kv_layer)
+
+    @torch.inference_mode()
+    def attend(
+        self, layer: int, query: Tensor, kv_layer: KVLayer, attention_plan: Any, out: Tensor | None = None
+    ) -> Tensor:
+        """Run the attention of a layer; see :meth:`DecoderAttention.attend`."""
+        return self._typed_layers[layer].self_attn.attend(query, kv_layer, attention_plan, out)
+
+    @torch.inference_mode()
+    def go_on(
+        self, layer: int, attended: Tensor, residual: Tensor, ctx: StepContext, kv_layer: KVLayer
+    ) -> Tensor:
+        """Run a step from the attention before a layer up to the layer's own.
+
+        Parameters
+        ----------
+        layer
+            At least 1.
+        attended
+            [T, heads * D]: what the attention before gave.
+        residual
+            [T, H] from :meth:`begin`; changed in place.
+        ctx
+            As for :meth:`forward`.
+        kv_layer
+            Of the layer; written.
+
+        Returns
+        -------
+        Tensor
+            [T, heads, D]: for :meth:`attend`.
+        """
+        added = self._typed_layers[layer - 1].finish(attended, residual, ctx)
+        return self._typed_layers[layer].begin(added, residual, self._cos_sin, ctx, kv_layer)
+
+    @torch.inference_mode()
+    def finish(self, attended: Tensor, residual: Tensor, ctx: StepContext) -> Tensor:
+        """Run the rest of a step, behind the last attention; see :meth:`forward` for the result."""
+        if ctx.outputs is not None:
+            wanted = ctx.outputs.tokens
+            if not len(wanted):
+                return residual[:0]
+            attended, residual = attended.index_select(0, wanted), residual.index_select(0, wanted)
+            ctx = replace(ctx, lora=ctx.outputs.lora)
+        added = self._typed_layers[-1].finish(attended, residual, ctx)
         return self.norm.add_and_normalise(added, residual)
 
     @torch.no_grad()

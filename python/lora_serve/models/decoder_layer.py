@@ -81,15 +81,8 @@ class DecoderAttention(nn.Module):
             sliding_window=config.layer_windows[layer],
         )
 
-    def forward(
-        self,
-        hidden: Tensor,
-        cos_sin: Tensor,
-        ctx: StepContext,
-        kv_layer: KVLayer,
-        plan: Any,
-    ) -> Tensor:
-        """Attend; :meth:`finish` is the other half.
+    def project(self, hidden: Tensor, cos_sin: Tensor, ctx: StepContext, kv_layer: KVLayer) -> Tensor:
+        """Give the queries, and store the keys and values.
 
         Parameters
         ----------
@@ -101,17 +94,35 @@ class DecoderAttention(nn.Module):
             The step.
         kv_layer
             The layer's KV pages; the step's tokens are written.
-        plan
-            The attention backend's plan of the step.
 
         Returns
         -------
         Tensor
-            [T, heads * D]: what each token's heads have gathered.
+            [T, heads, D]: the queries; the last axis is contiguous.
         """
         qkv, delta = self.qkv_proj.forward_deferred(hidden, ctx)
-        query = ops.norm_rotary_store(qkv, ctx, cos_sin, kv_layer, self._head_norms(), delta)
-        return self._backend.attend(query, kv_layer, self.spec, plan).flatten(1)
+        return ops.norm_rotary_store(qkv, ctx, cos_sin, kv_layer, self._head_norms(), delta)
+
+    def attend(self, query: Tensor, kv_layer: KVLayer, plan: Any, out: Tensor | None = None) -> Tensor:
+        """Let each token's heads gather what they see.
+
+        Parameters
+        ----------
+        query
+            [T, heads, D] from :meth:`project`.
+        kv_layer
+            The layer's KV pages.
+        plan
+            The attention backend's plan of the step.
+        out
+            [T, heads, D], contiguous, to write to; None = newly allocated.
+
+        Returns
+        -------
+        Tensor
+            [T, heads * D].
+        """
+        return self._backend.attend(query, kv_layer, self.spec, plan, out).flatten(1)
 
     def finish(self, attended: Tensor, residual: Tensor, ctx: StepContext) -> Tensor | None:
         """Project what was gathered.
@@ -119,7 +130,7 @@ class DecoderAttention(nn.Module):
         Parameters
         ----------
         attended
-            [T, heads * D]: what :meth:`forward` gave, or some of its rows.
+            [T, heads * D]: what :meth:`attend` gave, or some of its rows.
         residual
             [T, H], contiguous: the residual stream of these tokens, which may be added to.
         ctx
@@ -212,16 +223,10 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(size, eps, dtype=dtype, device=device)
         self.mlp = DecoderMLP(config, layer, device)
 
-    def forward(
-        self,
-        added: Tensor | None,
-        residual: Tensor,
-        cos_sin: Tensor,
-        ctx: StepContext,
-        kv_layer: KVLayer,
-        plan: Any,
+    def begin(
+        self, added: Tensor | None, residual: Tensor, cos_sin: Tensor, ctx: StepContext, kv_layer: KVLayer
     ) -> Tensor:
-        """Run the layer on ``added + residual``, up to what its heads gather; the rest is :meth:`finish`.
+        """Run the layer on ``added + residual``, up to its attention; the rest is :meth:`finish`.
 
         Parameters
         ----------
@@ -229,19 +234,19 @@ class DecoderLayer(nn.Module):
             [T, H]: what the layer before left to add to the residual stream; None = nothing.
         residual
             [T, H], contiguous: the residual stream, changed in place.
-        cos_sin, ctx, kv_layer, plan
-            As for :class:`DecoderAttention`.
+        cos_sin, ctx, kv_layer
+            As for :meth:`DecoderAttention.project`.
 
         Returns
         -------
         Tensor
-            [T, heads * D]. From here on no token sees another.
+            [T, heads, D]: queries for :meth:`DecoderAttention.attend`, behind which no token sees another.
         """
         normed = self.input_layernorm.add_and_normalise(added, residual)
-        return self.self_attn.forward(normed, cos_sin, ctx, kv_layer, plan)
+        return self.self_attn.project(normed, cos_sin, ctx, kv_layer)
 
     def finish(self, attended: Tensor, residual: Tensor, ctx: StepContext) -> Tensor | None:
-        """Run the rest of the layer.
+        """Run the rest of the layer, behind its attention.
 
         Parameters
         ----------

@@ -43,7 +43,8 @@ def test_every_option_reaches_the_engine():
         "--adapter-time-slice-steps 0 --adapter-pause-ms 30 "
         "--scheduling-policy lpm --priority-ageing-ms 250 --max-queued-requests 11 --max-queued-tokens 12 "
         "--max-requests-per-adapter 13 --no-async-scheduling "
-        "--attention-backend torch --enforce-eager --cuda-graph-sizes 1 3"
+        "--attention-backend torch --enforce-eager --cuda-graph-sizes 1 3 "
+        "--prefill-graph-sizes 20 10"
     )
     assert launch_of("m", *options.split()).config == EngineConfig(
         model="m",
@@ -76,7 +77,9 @@ def test_every_option_reaches_the_engine():
         attention_backend="torch",
         enforce_eager=True,
         cuda_graph_sizes=[1, 3],
+        prefill_graph_sizes=[20, 10],
     )
+    assert launch_of("m", "--prefill-graph-sizes").config.prefill_graph_sizes == []
     assert launch_of("m", "--gpu-memory-utilization", "0.5").config.gpu_memory_utilization == 0.5
     assert launch_of("m", "--kv-memory-gb", "0.25").config.kv_memory_gb == 0.25
 

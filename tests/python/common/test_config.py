@@ -58,6 +58,9 @@ BAD_FIELDS = [
     ("cuda_graph_sizes", [1, 129]),
     ("cuda_graph_sizes", [1.0]),
     ("cuda_graph_sizes", 8),
+    ("prefill_graph_sizes", [0]),
+    ("prefill_graph_sizes", [1, 2049]),
+    ("prefill_graph_sizes", 8),
 ]
 
 
@@ -107,6 +110,20 @@ def test_attention_backend_follows_the_device_unless_asked(device, asked, chosen
 )
 def test_cuda_graph_sizes_rise_to_the_most_requests_unless_asked(fields, chosen):
     assert EngineConfig(model="m", **fields).chosen_cuda_graph_sizes == chosen
+
+
+@pytest.mark.parametrize(
+    ("fields", "chosen"),
+    [
+        ({}, (64, 128, 192, 256, 384, 512, 768, 1024)),
+        ({"max_num_batched_tokens": 200}, (64, 128, 192)),
+        ({"prefill_graph_sizes": [70, 7, 70]}, (7, 70)),
+        ({"prefill_graph_sizes": []}, ()),
+        ({"enforce_eager": True}, ()),
+    ],
+)
+def test_prefill_graph_sizes_are_the_usual_ones_of_a_step_unless_asked(fields, chosen):
+    assert EngineConfig(model="m", **fields).chosen_prefill_graph_sizes == chosen
 
 
 @pytest.mark.parametrize("arguments", [("",), (None,), ("\ud800",), ("a", 5), ("a", ""), ("a", "/\0")])

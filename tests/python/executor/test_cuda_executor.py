@@ -128,6 +128,30 @@ def test_rows_that_grow_long_are_replayed_with_splits(model_path, monkeypatch):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("slot", [-1, 0])
+def test_prefill_from_graphs_is_that_of_eager_steps(model_path, tmp_path, slot):
+    adapter = tmp_path / "adapter"
+    make_random_adapter(adapter, model_path, rank=8, seed=1)
+    found = []
+    for options in ({"enforce_eager": True}, {"cuda_graph_sizes": [8], "prefill_graph_sizes": [4, 32]}):
+        executor = make(model_path, **options)
+        with (
+            ThreadPoolExecutor(1) as thread,
+            thread.submit(executor.lora.read, str(adapter)).result() as read,
+        ):
+            executor.lora.add(1, read)
+        run_plan(executor, PlanStandIn(plan_id=90, loads=[(1, 0)]), [])
+        state = greedy(prompt_logprobs=0)
+        HandMadeRun(executor, state, first_pages(), slot=slot).finish([11, 3, 6], 1)
+        found.append([entry.logprob for entry in state.prompt_logprobs[1:]])
+        assert (executor.prefill_graphs is None) == ("enforce_eager" in options)
+        executor.close()
+
+    assert len(found[0]) == len(PROMPT) - 1
+    assert found[0] == pytest.approx(found[1], abs=0.1)
+
+
+@pytest.mark.gpu
 def test_graphs_and_buffers_stay_within_the_share_of_the_device(model_path):
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info()

@@ -1,18 +1,22 @@
-"""Decode steps from "graphs" on a CPU: a replay does again what was captured, with a fake FlashInfer."""
+"""Steps from "graphs" on a CPU: a replay does again what was captured, with a fake FlashInfer."""
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from lora_serve.common.config import EngineConfig
-from lora_serve.executor import cuda_setup, decode_graphs
+from lora_serve.executor import cuda_setup, decode_graphs, prefill_graphs
 from lora_serve.executor.cuda_executor import CudaExecutor
+from lora_serve.executor.device_inputs import DeviceInputs
+from lora_serve.kernels import build_lora_metadata
 from lora_serve.layers import attention as attention_module
 from lora_serve.layers import flashinfer_attention, flashinfer_attention_split
+from lora_serve.layers.attention import KVLayer
 from lora_serve.layers.flashinfer_attention import FlashInferAttentionBackend
 from lora_serve.layers.flashinfer_attention_staging import StagingRing
 from lora_serve.testing.models import make_random_model
@@ -20,6 +24,8 @@ from support.fake_flashinfer import FakeFlashInfer
 
 from .executors import set_up_cpu
 from .hand_made_run import HandMadeRun
+from .plans import PlanStandIn
+from .run_plan import run_plan
 from .states import make_state
 
 VOCAB = 64
@@ -30,12 +36,14 @@ class Graph:
     """Does what was captured again; nothing else may have changed than what lies on the "device"."""
 
     def __init__(self, run) -> None:
-        self.run = run
+        self.run, self.result = run, run()
         self.num_replays = 0
 
     def replay(self) -> None:
         self.num_replays += 1
-        self.run()
+        result = self.run()
+        if isinstance(result, torch.Tensor) and result.data_ptr() != self.result.data_ptr():
+            self.result.copy_(result)
 
 
 @pytest.fixture
@@ -45,7 +53,7 @@ def graphs(monkeypatch) -> list[Graph]:
 
     def capture(run, pool):
         captured.append(Graph(run))
-        return SimpleNamespace(graph=captured[-1], logits=run())
+        return SimpleNamespace(graph=captured[-1], result=captured[-1].result)
 
     def free_bytes(device=None):
         return 10_000 - 10 * len(captured) - 90 * bool(captured), 10_000
@@ -60,7 +68,8 @@ def graphs(monkeypatch) -> list[Graph]:
     monkeypatch.setitem(attention_module._BACKENDS, "flashinfer", make_backend)
     monkeypatch.setattr(flashinfer_attention, "import_flashinfer", lambda: fake.get_batch_prefill_module)
     monkeypatch.setattr(flashinfer_attention, "device_traits", lambda device: ((9, 0), 132))
-    monkeypatch.setattr(decode_graphs, "_capture", capture)
+    monkeypatch.setattr(decode_graphs, "capture_graph", capture)
+    monkeypatch.setattr(prefill_graphs, "capture_graph", capture)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
     monkeypatch.setattr(torch.cuda, "mem_get_info", free_bytes)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: None)
@@ -127,7 +136,113 @@ def test_memory_of_all_graphs_is_foretold_from_a_few(model_path, graphs, monkeyp
     config = make_config(model_path)
     setup = set_up_cpu(config)
 
-    num_bytes = cuda_setup._measure_executor_bytes(config, setup.model, setup.lora, (1, 2, 3, 4))
+    num_bytes = cuda_setup._measure_executor_bytes(config, setup.model, setup.lora, (1, 2, 3, 4), ())
 
     assert len(graphs) == 8
     assert num_bytes == 16 * 10 + 90
+
+
+@pytest.fixture
+def writes_skip_padding(monkeypatch) -> None:
+    """The kernel of a CUDA device writes a slot of -1 nowhere; torch's operator on a CPU knows none."""
+    write = KVLayer.write
+
+    def write_some(self, key, value, slot_mapping):
+        is_kept = slot_mapping >= 0
+        write(self, key[is_kept], value[is_kept], slot_mapping[is_kept])
+
+    monkeypatch.setattr(KVLayer, "write", write_some)
+
+
+@pytest.mark.parametrize("prompt_logprobs", [None, 0])
+@pytest.mark.parametrize(
+    ("chunks", "num_large", "num_small"), [([9], 1, 4), ([5, 1, 3], 1, 6), ([2, 7], 1, 5)]
+)
+def test_prefill_in_pieces_is_that_of_whole_steps(
+    model_path, graphs, writes_skip_padding, chunks, num_large, num_small, prompt_logprobs
+):
+    config = make_config(model_path)
+    found = []
+    for sizes in ((), (4, 16)):
+        executor = CudaExecutor(config, dataclasses.replace(set_up_cpu(config), prefill_graph_sizes=sizes))
+        if executor.prefill_graphs is not None:  # What padded tokens would read.
+            with torch.inference_mode():
+                executor.prefill_graphs._attended.fill_(math.nan)
+                executor.prefill_graphs._query.fill_(math.nan)
+        state = make_state(PROMPT, vocab_size=VOCAB, temperature=0.0, prompt_logprobs=prompt_logprobs)
+        HandMadeRun(executor, state, [0, 1, 2, 3, 4]).finish(chunks, 5)
+        entries = state.prompt_logprobs or []
+        found.append((state.output_token_ids, [entry.logprob for entry in entries[1:]]))
+        executor.close()
+
+    # Captured: two layers of 16 tokens, then of 4; then with adapters.
+    expected = [num_large, num_large, num_small, num_small, 0, 0, 0, 0]
+    assert [graph.num_replays for graph in graphs] == expected
+    assert found[0][0] == found[1][0]
+    assert len(found[1][1]) == (0 if prompt_logprobs is None else len(PROMPT) - 1)
+    assert found[0][1] == pytest.approx(found[1][1], abs=1e-2)
+
+
+def test_rows_of_several_lengths_share_a_piece(model_path, graphs, writes_skip_padding):
+    config = make_config(model_path)
+    found = []
+    for sizes in ((), (16,)):
+        executor = CudaExecutor(config, dataclasses.replace(set_up_cpu(config), prefill_graph_sizes=sizes))
+        runs = [
+            HandMadeRun(executor, make_state(prompt, vocab_size=VOCAB, temperature=0.0), pages, row=row)
+            for row, (prompt, pages) in enumerate([(PROMPT, [3, 1, 2]), (PROMPT[2:7], [0, 5])])
+        ]
+        runs[0].finish([len(PROMPT)], 1)
+        plans = [runs[0].plan(1), runs[1].plan(5)]  # A decode beside a prefill.
+        both = PlanStandIn(
+            plan_id=9,
+            rows=[row for plan in plans for row in plan.rows],
+            tokens=[token for plan in plans for token in plan.tokens],
+            deltas=[delta for plan in plans for delta in plan.deltas],
+        )
+        run_plan(executor, both, [run.state for run in runs])
+        found.append([run.state.output_token_ids for run in runs])
+        executor.close()
+
+    assert found[0] == found[1]
+    assert [len(tokens) for tokens in found[1]] == [2, 1]
+    assert [graph.num_replays for graph in graphs] == [2, 2, 0, 0]
+
+
+def test_step_of_more_tokens_than_any_size_runs_as_a_whole(model_path, graphs, writes_skip_padding):
+    config = make_config(model_path)
+    executor = CudaExecutor(config, dataclasses.replace(set_up_cpu(config), prefill_graph_sizes=(8,)))
+    state = make_state(PROMPT, vocab_size=VOCAB, temperature=0.0)
+    HandMadeRun(executor, state, [0, 1, 2, 3, 4]).finish([len(PROMPT)], 1)
+    executor.close()
+
+    assert not any(graph.num_replays for graph in graphs)
+
+
+@pytest.mark.parametrize("slots", [[1, 1, -1, 0, 2], [0, 0, 0], [-1, 3, -1, 3, -1, 1, 2]])
+def test_padded_tokens_have_no_adapter_and_no_place(slots):
+    inputs = DeviceInputs(
+        max_num_seqs=4,
+        max_num_tokens=16,
+        max_pages_per_row=4,
+        max_loras=4,
+        page_size=4,
+        needs_row_pages=False,
+        num_buffers=1,
+        device=torch.device("cpu"),
+    )
+    captured = inputs.prefill_step(8, has_adapters=True).context
+    lora = captured.lora
+    for earlier in ([3, 3, 3, 3, 0, 0, 1, 2], slots):  # Nothing of the step before is left.
+        own = build_lora_metadata(torch.tensor(earlier), 4)
+        inputs._slot_mapping[: len(earlier)] = torch.arange(len(earlier)) + 10
+        step = SimpleNamespace(token_ids=earlier, context=SimpleNamespace(lora=own))
+        inputs.pad(step, 8)
+
+    num_own, num_padded = len(slots), 8 - len(slots)
+    assert captured.slot_mapping.tolist() == [*range(10, 10 + num_own), *[-1] * num_padded]
+    assert lora.token_lora_mapping.tolist() == [*slots, *[-1] * num_padded]
+    assert lora.token_indices_sorted_by_lora_ids[:num_own].equal(own.token_indices_sorted_by_lora_ids)
+    for name in ("num_tokens_per_lora", "lora_token_start_loc", "active_lora_ids"):
+        assert getattr(lora, name).equal(getattr(own, name))
+    assert int(lora.num_tokens_per_lora.sum()) == num_own

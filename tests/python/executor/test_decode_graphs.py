@@ -41,9 +41,9 @@ def free_bytes(monkeypatch) -> list[int]:
     def capture(run, pool):
         free[0] -= 110 if free[0] == 10_000 else 10
         name = run()
-        return SimpleNamespace(graph=SimpleNamespace(replay=lambda: None), logits=name)
+        return SimpleNamespace(graph=SimpleNamespace(replay=lambda: None), result=name)
 
-    monkeypatch.setattr(decode_graphs, "_capture", capture)
+    monkeypatch.setattr(decode_graphs, "capture_graph", capture)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free[0], 10_000))
     return free

@@ -15,6 +15,7 @@ import torch
 _MEMORY = {"lora_memory_gb": 2**-4, "lora_host_memory_gb": 2**-3}
 """Little: pinned memory takes its time."""
 GRAPH_SIZES = [1, 2, 4, 8]
+PREFILL_GRAPH_SIZES = [8, 32]
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -56,7 +57,7 @@ class EngineKind:
 
     @property
     def has_graphs(self) -> bool:
-        """Whether decode steps are replayed from CUDA graphs."""
+        """Whether steps are run from CUDA graphs."""
         return self.options["attention_backend"] == "flashinfer" and not self.options["enforce_eager"]
 
 
@@ -64,7 +65,7 @@ def _kind(name: str, dtype: str, backend: str, *, eager: bool = True) -> Any:
     device = "cpu" if name.startswith("cpu") else "cuda"
     options = {"device": device, "dtype": dtype, "attention_backend": backend, "enforce_eager": eager}
     if not eager:
-        options["cuda_graph_sizes"] = GRAPH_SIZES
+        options |= {"cuda_graph_sizes": GRAPH_SIZES, "prefill_graph_sizes": PREFILL_GRAPH_SIZES}
     marks = [pytest.mark.gpu] if device == "cuda" else []
     return pytest.param(EngineKind(name, {**options, **_MEMORY}), id=name, marks=marks)
 
