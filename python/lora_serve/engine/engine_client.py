@@ -134,6 +134,7 @@ class AsyncEngineClient:
         """
         if self._connection.is_healthy:
             raise InternalError("the engine runs; only one that has ended is started again")
+        self._loaded = {}
         await self._connection.close()
         connection = self._make_connection()
         try:
@@ -142,7 +143,6 @@ class AsyncEngineClient:
             await connection.close()
             raise
         self._has_failed.clear()
-        self._loaded = {}
         self._connection = connection
 
     async def wait_for_failure(self) -> None:
@@ -151,7 +151,7 @@ class AsyncEngineClient:
 
     @property
     def loaded_adapters(self) -> list[LoadedAdapter]:
-        """How to load again what serves, in the order of the loads; kept when the process ends."""
+        """How to load again what serves, in the order of the loads; kept from the process's end until `restart`."""
         return list(self._loaded.values())
 
     async def submit(

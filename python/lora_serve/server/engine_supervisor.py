@@ -65,6 +65,9 @@ class EngineSupervisor:
         How often.
     is_ours : callable
         Says which of the adapters that were loaded are loaded again here; others are `reload`'s.
+    forget : callable
+        Called before the new engine is started: from then on nobody else may count on what the old one had,
+        nor load into the new one.
     reload : callable
         Called when the new engine serves and has these adapters, before requests are let in.
     """
@@ -76,12 +79,14 @@ class EngineSupervisor:
         settings: RestartSettings,
         *,
         is_ours: Callable[[LoadedAdapter], bool],
+        forget: Callable[[], Awaitable[None]],
         reload: Callable[[], Awaitable[None]],
     ) -> None:
         self._client = client
         self._lifecycle = lifecycle
         self._settings = settings
         self._is_ours = is_ours
+        self._forget = forget
         self._reload = reload
         self._task: asyncio.Task[None] | None = None
         # Until a load is done, the client's own list lacks it: a second crash must not forget it.
@@ -122,6 +127,7 @@ class EngineSupervisor:
         self._to_load = [adapter for adapter in known.values() if self._is_ours(adapter)]
         begin_s = time.monotonic()
         try:
+            await self._forget()
             await self._client.restart()
             for adapter in list(self._to_load):
                 await self._load(adapter)

@@ -291,7 +291,12 @@ class _SupervisedEngine:
         self._autoloader = autoloader
         self._folder = self._make_folder()
         self._supervisor = EngineSupervisor(
-            client, lifecycle, launch.restart, is_ours=self._is_ours, reload=self._watch_again
+            client,
+            lifecycle,
+            launch.restart,
+            is_ours=self._is_ours,
+            forget=self._forget,
+            reload=self._watch_again,
         )
 
     async def start(self) -> None:
@@ -326,12 +331,16 @@ class _SupervisedEngine:
         settings = self._launch.adapter_folder
         return settings is None or adapter.path != os.path.join(os.path.abspath(settings.path), adapter.name)
 
-    async def _watch_again(self) -> None:
-        """Watch as from the start: what the folder had loaded was lost with the engine."""
+    async def _forget(self) -> None:
+        """Forget what the folder and first uses had loaded: it was lost with the engine."""
         if self._autoloader is not None:
             self._autoloader.forget_all()
         if self._folder is not None:
             await self._folder.close()
+
+    async def _watch_again(self) -> None:
+        """Watch as from the start."""
+        if self._folder is not None:
             self._folder = self._make_folder()
             assert self._folder is not None
             await self._folder.look()

@@ -135,7 +135,7 @@ async def _submit(context: ServerContext, job: PromptJob, lorax_job: LoraxJob) -
         if lorax_job.parameters.truncate is not None:
             token_ids = await client.encode(lorax_job.inputs)
             job = replace(job, prompt=token_ids[-lorax_job.parameters.truncate :])
-        [stream] = await submit_all(client, [job], _not_found, context.autoloader)
+        [stream] = await submit_all(context, [job], _not_found)
     except InvalidArgumentError as error:
         raise name_field(rename_fields(str(error)), job.param) from None
     return LoraxAnswer(lorax_job, stream, client.tokenizer)
