@@ -151,7 +151,7 @@ class AsyncEngineClient:
 
     @property
     def loaded_adapters(self) -> list[LoadedAdapter]:
-        """How to load again what serves, in the order of the loads; kept from the process's end until `restart`."""
+        """What serves, in the order of the loads; kept when the process ends, until `restart`."""
         return list(self._loaded.values())
 
     async def submit(

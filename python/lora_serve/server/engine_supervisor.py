@@ -123,6 +123,7 @@ class EngineSupervisor:
                 started_s = time.monotonic()
 
     async def _try(self) -> bool:
+        """Start the engine once; True when it serves, which it does even if not all adapters came back."""
         known = {adapter.name: adapter for adapter in (*self._to_load, *self._client.loaded_adapters)}
         self._to_load = [adapter for adapter in known.values() if self._is_ours(adapter)]
         begin_s = time.monotonic()
@@ -132,12 +133,10 @@ class EngineSupervisor:
             for adapter in list(self._to_load):
                 await self._load(adapter)
             await self._reload()
-        except LoraServeError as error:
-            logger.error("the engine could not be started again: %s", error)
-            return False
-        except Exception:
-            logger.exception("the engine could not be started again")
-            return False
+        except Exception as error:
+            # A traceback says more than the message of an error that nobody raised on purpose.
+            trace = None if isinstance(error, LoraServeError) else error
+            logger.error("the engine could not be started again as it was: %s", error, exc_info=trace)
         if not self._client.is_healthy:
             return False
         self._to_load = []
@@ -155,6 +154,9 @@ class EngineSupervisor:
             if not self._client.is_healthy:
                 raise
             logger.error("adapter %r is lost with the engine that had it: %s", adapter.name, error)
+            return
+        except Exception:
+            logger.exception("adapter %r is lost with the engine that had it", adapter.name)
             return
         if result.content_digest != adapter.content_digest:
             logger.warning(

@@ -289,7 +289,8 @@ class _SupervisedEngine:
         self._client = client
         self._launch = launch
         self._autoloader = autoloader
-        self._folder = self._make_folder()
+        folder = launch.adapter_folder
+        self._folder = None if folder is None else AdapterFolder(client, folder)
         self._supervisor = EngineSupervisor(
             client,
             lifecycle,
@@ -320,10 +321,6 @@ class _SupervisedEngine:
             await self._folder.close()
         await self._client.close()
 
-    def _make_folder(self) -> AdapterFolder | None:
-        settings = self._launch.adapter_folder
-        return None if settings is None else AdapterFolder(self._client, settings)
-
     def _is_ours(self, adapter: LoadedAdapter) -> bool:
         """Not those of the folder, nor those loaded on first use: they are loaded again by who owns them."""
         if self._autoloader is not None and self._autoloader.owns(adapter.name):
@@ -339,12 +336,8 @@ class _SupervisedEngine:
             await self._folder.close()
 
     async def _watch_again(self) -> None:
-        """Watch as from the start."""
         if self._folder is not None:
-            self._folder = self._make_folder()
-            assert self._folder is not None
-            await self._folder.look()
-            await self._folder.start()
+            await self._folder.start_again()
 
 
 def _url(listener: socket.socket) -> str:

@@ -33,6 +33,7 @@ class FakeEngine:
         self.is_healthy = True
         self.calls = []
         self.forgotten = []
+        self.reload_error = None
 
     def die(self):
         self.is_healthy = False
@@ -77,6 +78,8 @@ def supervise(outcomes, script, loaded=(), **settings):
 
         async def reload():
             engine.calls.append("reload")
+            if engine.reload_error is not None:
+                raise engine.reload_error
 
         restarts = RestartSettings(**{"max_restarts": 3, "first_pause_s": 0.0, **settings})
         supervisor = EngineSupervisor(
@@ -168,6 +171,22 @@ def test_an_adapter_that_cannot_be_loaded_again_is_named_and_the_others_are_load
     assert engine.calls == ["restart", "red", "blue", "reload"]
     assert "adapter 'red' is lost" in caplog.text
     assert "adapter 'blue' has another content" in caplog.text
+
+
+@pytest.mark.parametrize("error", [InternalError("no folder"), OSError("no folder")])
+@pytest.mark.parametrize("what", ["load", "reload"])
+def test_an_engine_that_is_healthy_serves_even_if_something_beside_it_fails(what, error, caplog):
+    async def script(engine, lifecycle):
+        if what == "load":
+            engine.broken["red"] = (error, False)
+        else:
+            engine.reload_error = error
+        await die_and_come_back(engine, lifecycle)
+
+    engine, lifecycle = supervise([True], script, [adapter("red"), adapter("blue")])
+    assert engine.calls == ["restart", "red", "blue", "reload"]
+    assert lifecycle.why_not_serving() is None
+    assert "no folder" in caplog.text
 
 
 def test_an_engine_that_ends_while_adapters_are_loaded_again_forgets_none_of_them():
