@@ -28,6 +28,7 @@ from lora_serve.engine.messages import (
     ModelInfo,
     UnloadAdapterResult,
 )
+from lora_serve.engine.model_choice import make_model_executor
 from lora_serve.engine.scheduler_options import make_scheduler_options
 from lora_serve.engine.snapshots import AdapterListing, make_stats
 from lora_serve.engine.status import AdapterInfo, EngineStats
@@ -45,26 +46,6 @@ logger = logging.getLogger(__name__)
 
 def _monotonic_us() -> int:
     return time.monotonic_ns() // 1000
-
-
-def _make_model_executor(config: EngineConfig) -> Executor:
-    if config.device.partition(":")[0] == "cuda":
-        from lora_serve.executor.cuda_executor import CudaExecutor
-        from lora_serve.executor.cuda_setup import set_up_cuda
-        from lora_serve.executor.warm_up import warm_up
-
-        setup = set_up_cuda(config)
-        with contextlib.ExitStack() as on_failure:
-            on_failure.callback(setup.close)
-            executor = CudaExecutor(config, setup)
-            on_failure.pop_all()
-            on_failure.callback(executor.close)  # Of the setup as well, when its steps have ended.
-            warm_up(executor, config)
-            on_failure.pop_all()
-        return executor
-    from lora_serve.executor.model_executor import ModelExecutor
-
-    return ModelExecutor(config)
 
 
 class EngineCore:
@@ -112,7 +93,7 @@ class EngineCore:
         self._clock_us = clock_us
         self._has_news = threading.Event()
         self._on_read_done = on_read_done or (lambda: None)
-        self._executor = _make_model_executor(config) if executor is None else executor
+        self._executor = make_model_executor(config) if executor is None else executor
         self._executor.lora.set_wake(self._wake)
         self._scheduler = Scheduler(make_scheduler_options(config, self._executor))
         self._kv_events = self._start_kv_events()
