@@ -16,6 +16,7 @@ from lora_serve.common.errors import CapacityError, InternalError, InvalidArgume
 from lora_serve.engine.adapter_operations import AdapterOperations
 from lora_serve.engine.admission import add_all, check_can_ever_fit
 from lora_serve.engine.grammar_compiler import GrammarCompiler
+from lora_serve.engine.isolation import group_of
 from lora_serve.engine.kv_event_messages import NamedEvent
 from lora_serve.engine.kv_event_publisher import KVEventPublisher
 from lora_serve.engine.live_requests import LiveRequest, LiveRequests
@@ -212,7 +213,9 @@ class EngineCore:
             waiting; empty = nothing is to be compiled.
         """
         self._require_running()
-        return self._grammars.prepare([request.form for request in requests])
+        # Of those whose key has a group, it waits for its own slow forms; of others, the adapter's users do.
+        owner = group_of(requests[0].isolation_domain) or requests[0].lora_name
+        return self._grammars.prepare([request.form for request in requests], owner)
 
     def add_request(self, request: EngineRequest) -> AdmissionResult:
         """Accept one request; as `add_requests`."""
