@@ -225,7 +225,8 @@ class AsyncEngineClient:
             self._drop(request_id)
             raise
         stream.set_admission(admission)
-        if self.observe is not None:
+        # Whoever has ended the request meanwhile, by `abort`, has put its end into the stream.
+        if self.observe is not None and request_id in self._streams:
             stream.observer = self.observe(stream, sampling_params.n, arrived_at)
         return stream
 

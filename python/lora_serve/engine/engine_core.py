@@ -12,9 +12,13 @@ from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
 from lora_serve.common.config import EngineConfig
-from lora_serve.common.errors import CapacityError, InternalError, InvalidArgumentError, LoraServeError
+from lora_serve.common.errors import (
+    InternalError,
+    InvalidArgumentError,
+    LoraServeError,
+)
 from lora_serve.engine.adapter_operations import AdapterOperations
-from lora_serve.engine.admission import add_all, check_can_ever_fit
+from lora_serve.engine.admission import Admission, check_can_ever_fit
 from lora_serve.engine.grammar_compiler import GrammarCompiler
 from lora_serve.engine.isolation import group_of
 from lora_serve.engine.kv_event_messages import NamedEvent
@@ -80,6 +84,8 @@ class EngineCore:
     ----------
     config : EngineConfig
         As given.
+    admission : Admission
+        For a caller that holds requests before it adds them.
     """
 
     def __init__(
@@ -122,6 +128,7 @@ class EngineCore:
             fail_request=self._fail_request,
             max_in_flight=MAX_PLANS_IN_FLIGHT if config.async_scheduling else 1,
         )
+        self.admission = Admission(self._scheduler, self._registry, self._requests, self._loop.throughput)
 
     # --- State --------------------------------------------------------------------------------------------
 
@@ -158,6 +165,11 @@ class EngineCore:
         return self._loop.is_stalled
 
     @property
+    def now_us(self) -> int:
+        """Time as the scheduler knows it."""
+        return self._clock_us()
+
+    @property
     def num_steps(self) -> int:
         """Plans made so far."""
         return self._loop.num_steps
@@ -189,7 +201,9 @@ class EngineCore:
     def stats(self) -> EngineStats:
         """Counts over all adapters and the base model."""
         self._require_running()
-        return make_stats(self._scheduler.stats(), self._loop, self._executor.lora, self._kv_events)
+        return make_stats(
+            self._scheduler.stats(), self._loop, self._executor.lora, self._kv_events, self.admission
+        )
 
     # --- Requests -----------------------------------------------------------------------------------------
 
@@ -221,13 +235,17 @@ class EngineCore:
         """Accept one request; as `add_requests`."""
         return self.add_requests([request])
 
-    def add_requests(self, requests: Sequence[EngineRequest]) -> AdmissionResult:
+    def add_requests(
+        self, requests: Sequence[EngineRequest], arrival_us: int | None = None
+    ) -> AdmissionResult:
         """Accept requests that name the same adapter, all or none of them, under its newest generation.
 
         Parameters
         ----------
         requests : sequence of EngineRequest
             At least one; the `n` answers of a prompt.
+        arrival_us : int or None
+            When they came, where a caller has held them, for their turn and their time-out; None = now.
 
         Raises
         ------
@@ -245,9 +263,8 @@ class EngineCore:
         names = {request.lora_name for request in requests}
         if len(names) != 1:
             raise InvalidArgumentError(f"requests added together name the adapters {names} but must name one")
-        name = requests[0].lora_name
-        generation = None if name is None else self._registry.resolve(name)
-        adapter_id = 0 if generation is None else generation.adapter_id
+        result = self.admission.resolve(requests[0].lora_name)
+        adapter_id = result.adapter_id
         eos_token_ids, vocab_size = self._executor.eos_token_ids, self._executor.vocab_size
         live = [
             LiveRequest.create(
@@ -260,21 +277,16 @@ class EngineCore:
             for request in requests
         ]
         check_can_ever_fit(self._scheduler.options, requests)
-        now_us = self._clock_us()
-        try:
-            add_all(self._scheduler, requests, adapter_id, now_us)
-        except CapacityError as error:
-            wait_s = self._loop.throughput.seconds_for(self._scheduler.counters().num_queued_tokens)
-            raise CapacityError(str(error), wait_s) from None
+        if arrival_us is None:
+            arrival_us = self._clock_us()
+        self.admission.add_all(requests, adapter_id, arrival_us)
         for one in live:
             one.give_seed(self._seeds)
-            one.arrival_us = now_us
+            one.arrival_us = arrival_us
             self._requests.add(one)
-        if generation is not None:
+        if adapter_id != 0:
             self._executor.lora.touch(adapter_id)
-        return AdmissionResult(
-            adapter_id=adapter_id, content_digest="" if generation is None else generation.content_digest
-        )
+        return result
 
     def abort(self, request_id: int) -> bool:
         """End a request, which gets a last output with finish_reason 'abort'; False when it is not live."""

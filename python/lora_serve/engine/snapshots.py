@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from lora_serve.engine.status import AdapterInfo, EngineStats
 
 if TYPE_CHECKING:
+    from lora_serve.engine.admission import Admission
     from lora_serve.engine.kv_event_publisher import KVEventPublisher
     from lora_serve.engine.step_loop import StepLoop
     from lora_serve.executor.adapter_store import AdapterStore
@@ -138,10 +139,15 @@ def make_adapter_infos(
 
 
 def make_stats(
-    stats: SchedulerStats, loop: StepLoop, store: AdapterStore, kv_events: KVEventPublisher | None
+    stats: SchedulerStats,
+    loop: StepLoop,
+    store: AdapterStore,
+    kv_events: KVEventPublisher | None,
+    admission: Admission,
 ) -> EngineStats:
     """Give the scheduler's counts, and the engine's own, as a message."""
     counted = {name: getattr(stats, name) for name in _SAME_NAME}
+    counted["total_rejected_requests"] += admission.num_refused
     times = loop.times.quantiles()
     return EngineStats(
         **counted,
