@@ -20,7 +20,7 @@ PLAIN = SamplingParams(max_tokens=2, temperature=0)
 
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory):
-    """Takes up to two requests that wait, three of an adapter; yields a client and what runs on its loop."""
+    """Takes up to two requests that wait; yields a client and what runs on its loop."""
     path = tmp_path_factory.mktemp("model")
     write_byte_tokenizer(path)
     config = EngineConfig(
@@ -31,7 +31,7 @@ def engine(tmp_path_factory):
     client = AsyncEngineClient(config, executor_factory=factory)
 
     def run(coroutine):
-        return loop.run_until_complete(asyncio.wait_for(coroutine, 60))
+        return loop.run_until_complete(asyncio.wait_for(coroutine, 20))
 
     run(client.start())
     yield client, run
