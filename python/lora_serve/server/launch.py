@@ -29,8 +29,12 @@ from lora_serve.server.limits import make_room
 from lora_serve.server.parsing.reasoning import check_reasoning_tokens
 from lora_serve.server.settings import AdapterFolderSettings, ServerSettings
 
-DEFAULT_DRAIN_TIMEOUT_S = 5.0
-"""Running requests get so long to end after the first signal; then the engine ends them."""
+DEFAULT_DRAIN_TIMEOUT_S = 25.0
+"""Running requests get so long to end after the first signal; then the engine ends them.
+
+With what the end itself takes it fits into the 30 s that Kubernetes gives by default, so that whatever is cut
+off is still told.
+"""
 GRACEFUL_SHUTDOWN_S = 0.5
 """After that time, connections whose last answer has been given get so long to be closed."""
 LAST_ANSWERS_S = 1
