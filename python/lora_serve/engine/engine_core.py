@@ -427,6 +427,8 @@ class EngineCore:
         """Hand over what the step has changed in the cache; names are resolved now, while they are known."""
         events = []
         for event in self._scheduler.take_events():
+            if event.is_private:
+                continue  # A router would count the pages as everybody's.
             name = None
             if event.is_stored and event.adapter_id != 0:
                 if event.adapter_id is None:
