@@ -37,6 +37,10 @@ A page's hash is a chain over all tokens before it, seeded by the generation's `
           },
           "The generation, 0 = the base model; None only of removed pages, when it is gone.")
       .def_property_readonly(
+          "is_private", [](const AdapterKVEvent& self) { return self.is_private; },
+          "Whether only requests of one isolation domain can use the pages; False where the "
+          "generation is gone.")
+      .def_property_readonly(
           "parent_hash", [](const AdapterKVEvent& self) { return self.event.parent_hash; },
           "Hash of the page before the first one; None when that is the first of its sequence.")
       .def_property_readonly(

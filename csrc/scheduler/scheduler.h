@@ -18,6 +18,9 @@ namespace lora_serve {
 struct AdapterKVEvent {
   /// Of every kStored; nothing when the generation has been drained and forgotten since.
   std::optional<AdapterId> adapter_id;
+  /// Of an isolation domain of its own: requests of other domains cannot use these pages. False
+  /// where `adapter_id` is nothing.
+  bool is_private = false;
   KVEvent event;
 };
 

@@ -121,7 +121,10 @@ std::vector<AdapterKVEvent> Scheduler::Impl::TakeEvents() {
   std::vector<AdapterKVEvent> taken;
   for (KVEvent& event : cache_.TakeEvents()) {
     const std::optional<AdapterId> adapter_id = adapters_.FindByNamespace(event.namespace_id);
-    taken.push_back({.adapter_id = adapter_id, .event = std::move(event)});
+    const Adapter* adapter = adapter_id.has_value() ? adapters_.Find(*adapter_id) : nullptr;
+    const bool is_private = adapter != nullptr && adapter->namespace_id != event.namespace_id;
+    taken.push_back(
+        {.adapter_id = adapter_id, .is_private = is_private, .event = std::move(event)});
   }
   return taken;
 }

@@ -631,6 +631,11 @@ class KVEvent:
         Whether it is about the host tier, not the device's.
         """
     @property
+    def is_private(self) -> bool:
+        """
+        Whether only requests of one isolation domain can use the pages; False where the generation is gone.
+        """
+    @property
     def is_stored(self) -> bool:
         """
         True when the pages came, False when they left.

@@ -194,7 +194,7 @@ def _add_limit_options(group: argparse._ArgumentGroup) -> None:
         ("--body-timeout", defaults.body_timeout_s, "a request whose body is not complete fails"),
         (
             "--drain-timeout",
-            5.0,
+            25.0,
             "running requests are ended after a signal; a second signal ends them at once",
         ),
     ):

@@ -54,8 +54,8 @@ class ServerProcess:
 
     def __init__(self, arguments: Sequence[str], port: int) -> None:
         self.url = f"http://{HOST}:{port}"
-        self._command = [sys.executable, "-m", "lora_serve.cli.main", "serve", *arguments]
-        self._command += ["--host", HOST, "--port", str(port)]
+        self._command = [sys.executable, "-m", "lora_serve.cli.main", "serve", "--drain-timeout", "5"]
+        self._command += [*arguments, "--host", HOST, "--port", str(port)]
         self._process: subprocess.Popen[bytes] | None = None
         self._folder: tempfile.TemporaryDirectory[str] | None = None
 

@@ -31,6 +31,7 @@ from lora_serve.engine.messages import (
 )
 from lora_serve.engine.output_processor import OutputProcessor
 from lora_serve.engine.request_stream import RequestStream, StreamObserver
+from lora_serve.engine.shared_call import SharedCall
 from lora_serve.engine.status import AdapterInfo, EngineStats
 from lora_serve.engine.tokenizer import Tokenizer
 
@@ -95,6 +96,7 @@ class AsyncEngineClient:
         self._loaded: dict[str, LoadedAdapter] = {}
         self._has_failed = asyncio.Event()
         self._streams: dict[str, RequestStream] = {}
+        self._list_adapters = SharedCall(self._ask_for_adapters)
         # Tokenising has a thread and a tokenizer of its own: a long prompt holds up nobody's stream. Prompts
         # wait for each other here, so the tokenizer refuses text that cannot fit before it begins.
         self._encoder = ThreadPoolExecutor(1, thread_name_prefix="lora-serve-encoder")
@@ -134,6 +136,7 @@ class AsyncEngineClient:
         """
         if self._connection.is_healthy:
             raise InternalError("the engine runs; only one that has ended is started again")
+        self._loaded = {}
         await self._connection.close()
         connection = self._make_connection()
         try:
@@ -142,7 +145,6 @@ class AsyncEngineClient:
             await connection.close()
             raise
         self._has_failed.clear()
-        self._loaded = {}
         self._connection = connection
 
     async def wait_for_failure(self) -> None:
@@ -151,7 +153,7 @@ class AsyncEngineClient:
 
     @property
     def loaded_adapters(self) -> list[LoadedAdapter]:
-        """How to load again what serves, in the order of the loads; kept when the process ends."""
+        """What serves, in the order of the loads; kept when the process ends, until `restart`."""
         return list(self._loaded.values())
 
     async def submit(
@@ -223,7 +225,8 @@ class AsyncEngineClient:
             self._drop(request_id)
             raise
         stream.set_admission(admission)
-        if self.observe is not None:
+        # Whoever has ended the request meanwhile, by `abort`, has put its end into the stream.
+        if self.observe is not None and request_id in self._streams:
             stream.observer = self.observe(stream, sampling_params.n, arrived_at)
         return stream
 
@@ -328,9 +331,11 @@ class AsyncEngineClient:
         )
 
     async def list_lora_adapters(self) -> list[AdapterInfo]:
-        """Every generation that exists, by adapter id; the ones with `is_serving` are those of /v1/models."""
-        adapters: list[AdapterInfo] = await self._connection.call(wire.GetAdapters, list)
-        return adapters
+        """Every generation that exists, by adapter id; the ones with `is_serving` are those of /v1/models.
+
+        As of a moment after the call. However many ask, the engine makes one list at a time: `SharedCall`.
+        """
+        return list(await self._list_adapters())
 
     async def stats(self) -> EngineStats:
         """Counts over all adapters and the base model."""
@@ -366,6 +371,10 @@ class AsyncEngineClient:
         return EngineConnection(
             self._executor_factory, on_outputs=self._take_outputs, on_failure=self._fail_streams
         )
+
+    async def _ask_for_adapters(self) -> list[AdapterInfo]:
+        adapters: list[AdapterInfo] = await self._connection.call(wire.GetAdapters, list)
+        return adapters
 
     async def _admit(self, request: ProcessedRequest) -> AdmissionResult:
         admission = await self._connection.call(

@@ -12,10 +12,15 @@ from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
 from lora_serve.common.config import EngineConfig
-from lora_serve.common.errors import CapacityError, InternalError, InvalidArgumentError, LoraServeError
+from lora_serve.common.errors import (
+    InternalError,
+    InvalidArgumentError,
+    LoraServeError,
+)
 from lora_serve.engine.adapter_operations import AdapterOperations
-from lora_serve.engine.admission import add_all, check_can_ever_fit
+from lora_serve.engine.admission import Admission, check_can_ever_fit
 from lora_serve.engine.grammar_compiler import GrammarCompiler
+from lora_serve.engine.isolation import group_of
 from lora_serve.engine.kv_event_messages import NamedEvent
 from lora_serve.engine.kv_event_publisher import KVEventPublisher
 from lora_serve.engine.live_requests import LiveRequest, LiveRequests
@@ -28,6 +33,7 @@ from lora_serve.engine.messages import (
     ModelInfo,
     UnloadAdapterResult,
 )
+from lora_serve.engine.model_choice import make_model_executor
 from lora_serve.engine.scheduler_options import make_scheduler_options
 from lora_serve.engine.snapshots import AdapterListing, make_stats
 from lora_serve.engine.status import AdapterInfo, EngineStats
@@ -45,26 +51,6 @@ logger = logging.getLogger(__name__)
 
 def _monotonic_us() -> int:
     return time.monotonic_ns() // 1000
-
-
-def _make_model_executor(config: EngineConfig) -> Executor:
-    if config.device.partition(":")[0] == "cuda":
-        from lora_serve.executor.cuda_executor import CudaExecutor
-        from lora_serve.executor.cuda_setup import set_up_cuda
-        from lora_serve.executor.warm_up import warm_up
-
-        setup = set_up_cuda(config)
-        with contextlib.ExitStack() as on_failure:
-            on_failure.callback(setup.close)
-            executor = CudaExecutor(config, setup)
-            on_failure.pop_all()
-            on_failure.callback(executor.close)  # Of the setup as well, when its steps have ended.
-            warm_up(executor, config)
-            on_failure.pop_all()
-        return executor
-    from lora_serve.executor.model_executor import ModelExecutor
-
-    return ModelExecutor(config)
 
 
 class EngineCore:
@@ -98,6 +84,8 @@ class EngineCore:
     ----------
     config : EngineConfig
         As given.
+    admission : Admission
+        For a caller that holds requests before it adds them.
     """
 
     def __init__(
@@ -112,7 +100,7 @@ class EngineCore:
         self._clock_us = clock_us
         self._has_news = threading.Event()
         self._on_read_done = on_read_done or (lambda: None)
-        self._executor = _make_model_executor(config) if executor is None else executor
+        self._executor = make_model_executor(config) if executor is None else executor
         self._executor.lora.set_wake(self._wake)
         self._scheduler = Scheduler(make_scheduler_options(config, self._executor))
         self._kv_events = self._start_kv_events()
@@ -140,6 +128,7 @@ class EngineCore:
             fail_request=self._fail_request,
             max_in_flight=MAX_PLANS_IN_FLIGHT if config.async_scheduling else 1,
         )
+        self.admission = Admission(self._scheduler, self._registry, self._requests, self._loop.throughput)
 
     # --- State --------------------------------------------------------------------------------------------
 
@@ -176,6 +165,11 @@ class EngineCore:
         return self._loop.is_stalled
 
     @property
+    def now_us(self) -> int:
+        """Time as the scheduler knows it."""
+        return self._clock_us()
+
+    @property
     def num_steps(self) -> int:
         """Plans made so far."""
         return self._loop.num_steps
@@ -207,7 +201,9 @@ class EngineCore:
     def stats(self) -> EngineStats:
         """Counts over all adapters and the base model."""
         self._require_running()
-        return make_stats(self._scheduler.stats(), self._loop, self._executor.lora, self._kv_events)
+        return make_stats(
+            self._scheduler.stats(), self._loop, self._executor.lora, self._kv_events, self.admission
+        )
 
     # --- Requests -----------------------------------------------------------------------------------------
 
@@ -231,19 +227,25 @@ class EngineCore:
             waiting; empty = nothing is to be compiled.
         """
         self._require_running()
-        return self._grammars.prepare([request.form for request in requests])
+        # Of those whose key has a group, it waits for its own slow forms; of others, the adapter's users do.
+        owner = group_of(requests[0].isolation_domain) or requests[0].lora_name
+        return self._grammars.prepare([request.form for request in requests], owner)
 
     def add_request(self, request: EngineRequest) -> AdmissionResult:
         """Accept one request; as `add_requests`."""
         return self.add_requests([request])
 
-    def add_requests(self, requests: Sequence[EngineRequest]) -> AdmissionResult:
+    def add_requests(
+        self, requests: Sequence[EngineRequest], arrival_us: int | None = None
+    ) -> AdmissionResult:
         """Accept requests that name the same adapter, all or none of them, under its newest generation.
 
         Parameters
         ----------
         requests : sequence of EngineRequest
             At least one; the `n` answers of a prompt.
+        arrival_us : int or None
+            When they came, where a caller has held them, for their turn and their time-out; None = now.
 
         Raises
         ------
@@ -261,9 +263,8 @@ class EngineCore:
         names = {request.lora_name for request in requests}
         if len(names) != 1:
             raise InvalidArgumentError(f"requests added together name the adapters {names} but must name one")
-        name = requests[0].lora_name
-        generation = None if name is None else self._registry.resolve(name)
-        adapter_id = 0 if generation is None else generation.adapter_id
+        result = self.admission.resolve(requests[0].lora_name)
+        adapter_id = result.adapter_id
         eos_token_ids, vocab_size = self._executor.eos_token_ids, self._executor.vocab_size
         live = [
             LiveRequest.create(
@@ -276,21 +277,16 @@ class EngineCore:
             for request in requests
         ]
         check_can_ever_fit(self._scheduler.options, requests)
-        now_us = self._clock_us()
-        try:
-            add_all(self._scheduler, requests, adapter_id, now_us)
-        except CapacityError as error:
-            wait_s = self._loop.throughput.seconds_for(self._scheduler.counters().num_queued_tokens)
-            raise CapacityError(str(error), wait_s) from None
+        if arrival_us is None:
+            arrival_us = self._clock_us()
+        self.admission.add_all(requests, adapter_id, arrival_us)
         for one in live:
             one.give_seed(self._seeds)
-            one.arrival_us = now_us
+            one.arrival_us = arrival_us
             self._requests.add(one)
-        if generation is not None:
+        if adapter_id != 0:
             self._executor.lora.touch(adapter_id)
-        return AdmissionResult(
-            adapter_id=adapter_id, content_digest="" if generation is None else generation.content_digest
-        )
+        return result
 
     def abort(self, request_id: int) -> bool:
         """End a request, which gets a last output with finish_reason 'abort'; False when it is not live."""
@@ -431,6 +427,8 @@ class EngineCore:
         """Hand over what the step has changed in the cache; names are resolved now, while they are known."""
         events = []
         for event in self._scheduler.take_events():
+            if event.is_private:
+                continue  # A router would count the pages as everybody's.
             name = None
             if event.is_stored and event.adapter_id != 0:
                 if event.adapter_id is None:

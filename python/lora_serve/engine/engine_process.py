@@ -122,13 +122,12 @@ class EngineServer:
                 self._list_adapters()
             elif not core.has_work:
                 self._collect_garbage()
-                poller.poll()
+                poller.poll(self._ms_to_next_deadline(core))
             elif core.is_stalled:
                 poller.poll(STALLED_POLL_MS)
             self._clear_wake_ups()
             self._take_messages(core)
-            for message in self._waiting_for_grammars.take_ready():
-                self._answer_or_refuse(message, partial(self._add_requests, core, message))
+            self._take_up_held(core)
             outputs = core.step()
             if outputs:
                 self._send(wire.Outputs(outputs))
@@ -179,7 +178,8 @@ class EngineServer:
             case wire.AddRequests():
                 self._add_requests(core, message)
             case wire.AbortRequests():
-                self._waiting_for_grammars.drop(message.request_ids)
+                for dropped in self._waiting_for_grammars.drop(message.request_ids):
+                    self._answer_or_refuse(dropped, partial(self._admit_ended, core, dropped))
                 for request_id in message.request_ids:
                     core.finish_request(request_id)
             case wire.LoadAdapter():
@@ -199,7 +199,7 @@ class EngineServer:
                 if len(self._listings) == 1:
                     self._list_adapters()
             case wire.GetStats():
-                self._send(wire.Stats(message.call_id, core.stats()))
+                self._send(wire.Stats(message.call_id, self._waiting_for_grammars.count_in(core.stats())))
             case wire.Shutdown():
                 self._is_running = False
             case wire.Start():
@@ -213,16 +213,38 @@ class EngineServer:
             self._send(wire.Adapters(call_id, listing.infos))
 
     def _add_requests(self, core: EngineCore, message: wire.AddRequests) -> None:
+        held = self._waiting_for_grammars.messages
+        # Before anything is compiled for them. Those without a form are as ever, unless some are held.
+        if held or message.requests[0].form is not None:
+            core.admission.check_room(message.requests, [request for one in held for request in one.requests])
+        self._hold_or_admit(core, message, core.now_us)
+
+    def _hold_or_admit(self, core: EngineCore, message: wire.AddRequests, arrival_us: int) -> None:
         waits_for = core.prepare_grammars(message.requests)
         if not waits_for:
-            self._admit(core, message)
+            self._send(wire.Admitted(message.call_id, core.add_requests(message.requests, arrival_us)))
             return
-        self._waiting_for_grammars.add(message, waits_for)
+        self._waiting_for_grammars.add(message, waits_for, arrival_us)
         for future in waits_for:
             future.add_done_callback(lambda _: self._wake())
 
-    def _admit(self, core: EngineCore, message: wire.AddRequests) -> None:
-        self._send(wire.Admitted(message.call_id, core.add_requests(message.requests)))
+    def _take_up_held(self, core: EngineCore) -> None:
+        """Admit the requests whose grammars are there, and end those whose time is over."""
+        for held in self._waiting_for_grammars.take_ready():
+            # Held again where the grammar was forgotten for others before anybody could use it.
+            again = partial(self._hold_or_admit, core, held.message, held.arrival_us)
+            self._answer_or_refuse(held.message, again)
+        for message in self._waiting_for_grammars.take_expired(core.now_us):
+            error = WireError.from_exception(core.admission.expire(message.requests[0]))
+            self._send(wire.CallFailed(message.call_id, error))
+
+    def _ms_to_next_deadline(self, core: EngineCore) -> int | None:
+        deadline_us = self._waiting_for_grammars.next_deadline_us
+        return None if deadline_us is None else max(0, -(-(deadline_us - core.now_us) // 1000))
+
+    def _admit_ended(self, core: EngineCore, message: wire.AddRequests) -> None:
+        """Answer a call whose requests were ended by its caller while they were held."""
+        self._send(wire.Admitted(message.call_id, core.admission.resolve(message.requests[0].lora_name)))
 
     def _reply_loaded(self, call_id: int, load: Future[LoadAdapterResult]) -> None:
         error = load.exception()

@@ -7,15 +7,17 @@ import re
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Hashable, Iterable
 from concurrent.futures import Future, wait
-from queue import SimpleQueue
+from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from lora_serve.common.errors import InternalError, InvalidArgumentError
 from lora_serve.common.structured_outputs import GrammarForm, GrammarSource
+from lora_serve.engine.fair_threads import FairThreads
 from lora_serve.executor.grammar_matcher import GrammarMatcher
 
 if TYPE_CHECKING:
@@ -29,7 +31,28 @@ CACHE_BYTES = 256 * 1024 * 1024
 """Compiled grammars that are kept, at most; requests that run keep theirs beyond."""
 MAX_FAILURES = 64
 """Wrong grammars that are remembered, so that nobody compiles them again at once."""
+NUM_THREADS = 4
+"""Grammars compiled at once, each for another owner."""
 _LOG_PREFIX = re.compile(r"^\[[\d:]+\] \S+: (Check failed: \(.*?\) is false: )?")
+
+
+@dataclass(eq=False)
+class _Compilation:
+    """One grammar on its way.
+
+    Parameters
+    ----------
+    future
+        Whose result is the grammar. Cancelled when nobody waits for it any more, unless it has begun.
+    owners
+        Who has asked for it: it is compiled in the turn of the first one who has one.
+    turn
+        Taken by the thread that compiles it.
+    """
+
+    future: Future[xgrammar.CompiledGrammar] = field(default_factory=Future)
+    owners: set[Hashable] = field(default_factory=set)
+    turn: threading.Lock = field(default_factory=threading.Lock)
 
 
 class GrammarCompiler:
@@ -37,8 +60,10 @@ class GrammarCompiler:
 
     Compiling takes from a millisecond to seconds, with the interpreter lock released; reading the tokenizer,
     which the first grammar needs, may hold it for some hundred milliseconds. `load` does that ahead of need.
+    Nothing can interrupt it. So whoever asks for forms that take long waits for them one after the other, and
+    others pass: see `FairThreads`.
 
-    Owns the thread, the vocabulary as xgrammar has it, and the grammars, of which the least recently used go
+    Owns the threads, the vocabulary as xgrammar has it, and the grammars, of which the least recently used go
     when they take too much memory. One thread calls the methods.
 
     Parameters
@@ -55,12 +80,12 @@ class GrammarCompiler:
         self._model = model
         self._vocab_size = vocab_size
         self._eos_token_ids = eos_token_ids
-        self._jobs: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
-        self._thread: threading.Thread | None = None
-        self._backend: xgrammar.GrammarCompiler | None = None
+        self._threads = FairThreads(NUM_THREADS, "lora-serve-grammars")
+        self._vocabulary: xgrammar.TokenizerInfo | None = None
+        self._vocabulary_lock = threading.Lock()
         self._compiled: OrderedDict[GrammarSource, xgrammar.CompiledGrammar] = OrderedDict()
         self._failed: OrderedDict[GrammarSource, BaseException] = OrderedDict()
-        self._under_way: dict[GrammarSource, Future[xgrammar.CompiledGrammar]] = {}
+        self._under_way: dict[GrammarSource, _Compilation] = {}
 
     def load(self) -> None:
         """Read the tokenizer now.
@@ -70,27 +95,34 @@ class GrammarCompiler:
         InvalidArgumentError
             It cannot be read, or the model has no end-of-sequence token: no grammar can be compiled.
         """
-        if self._backend is None:
-            self._backend = _make_backend(self._model, self._vocab_size, self._eos_token_ids)
+        self._load()
 
-    def prepare(self, forms: Iterable[GrammarForm | None]) -> list[Future[Any]]:
+    def prepare(self, forms: Iterable[GrammarForm | None], owner: Hashable = None) -> list[Future[Any]]:
         """Begin to compile what nobody has compiled.
+
+        Parameters
+        ----------
+        forms : iterable of (GrammarForm or None)
+            Of the answers that are wanted.
+        owner
+            Who wants them, and waits if it has wanted others before that take long.
 
         Returns
         -------
         list of Future
-            To wait for before `matcher` is called, which raises what has failed; empty = all is there.
+            To wait for before `matcher` is called, which raises what has failed; empty = all is there. Who
+            does not wait any more, and knows of nobody else who does, may cancel them.
         """
         wanted = {form.source for form in forms if form is not None}
         self._take_finished()
         waits_for: list[Future[Any]] = []
         for source in sorted(wanted - self._compiled.keys() - self._failed.keys()):
-            future = self._under_way.get(source)
-            if future is None:
-                future = self._under_way[source] = Future()
-                self._start(source, future)
-            if not future.done():
-                waits_for.append(future)
+            compilation = self._under_way.setdefault(source, _Compilation())
+            if owner not in compilation.owners:
+                compilation.owners.add(owner)
+                self._threads.add(owner, partial(self._run, source, compilation))
+            if not compilation.future.done():
+                waits_for.append(compilation.future)
         return waits_for
 
     def matcher(self, form: GrammarForm | None) -> GrammarMatcher | None:
@@ -117,15 +149,18 @@ class GrammarCompiler:
         return GrammarMatcher(self._compiled[source], self._vocab_size, form.reasoning)
 
     def close(self) -> None:
-        """End the thread after the grammar that it compiles, without waiting."""
-        self._jobs.put(None)
+        """End the threads after the grammars that they compile, without waiting."""
+        self._threads.close()
 
     def _take_finished(self) -> None:
         """Keep what was compiled, and why others could not be: whoever asks again does not wait again."""
-        for source, future in list(self._under_way.items()):
+        for source, compilation in list(self._under_way.items()):
+            future = compilation.future
             if not future.done():
                 continue
             del self._under_way[source]
+            if future.cancelled():
+                continue
             error = future.exception()
             if error is None:
                 self._compiled[source] = future.result()
@@ -139,21 +174,20 @@ class GrammarCompiler:
     def _num_bytes(self) -> int:
         return sum(int(compiled.memory_size_bytes) for compiled in self._compiled.values())
 
-    def _start(self, source: GrammarSource, future: Future[xgrammar.CompiledGrammar]) -> None:
-        if self._thread is None:  # A daemon: a grammar that takes long does not hold up the process's end.
-            self._thread = threading.Thread(
-                target=_run_jobs, args=[self._jobs], name="lora-serve-grammars", daemon=True
-            )
-            self._thread.start()
-        self._jobs.put(lambda: self._run(source, future))
+    # --- In the threads -----------------------------------------------------------------------------------
 
-    # --- In the thread ------------------------------------------------------------------------------------
+    def _load(self) -> xgrammar.TokenizerInfo:
+        with self._vocabulary_lock:
+            if self._vocabulary is None:
+                self._vocabulary = _read_vocabulary(self._model, self._vocab_size, self._eos_token_ids)
+            return self._vocabulary
 
-    def _run(self, source: GrammarSource, future: Future[xgrammar.CompiledGrammar]) -> None:
+    def _run(self, source: GrammarSource, compilation: _Compilation) -> None:
+        future = compilation.future
+        if not compilation.turn.acquire(blocking=False) or not future.set_running_or_notify_cancel():
+            return  # It was compiled in another owner's turn, or nobody waits for it any more.
         try:
-            self.load()
-            assert self._backend is not None
-            compiled = _compile(self._backend, source)
+            compiled = _compile(_make_backend(self._load()), source)
             _require_an_answer(compiled, source)
             future.set_result(compiled)
         except InvalidArgumentError as error:
@@ -169,13 +203,7 @@ class GrammarCompiler:
             future.set_exception(InternalError(f"a grammar could not be compiled: {error!r}"))
 
 
-def _run_jobs(jobs: SimpleQueue[Callable[[], None] | None]) -> None:
-    while (job := jobs.get()) is not None:
-        job()
-        del job
-
-
-def _make_backend(model: str, vocab_size: int, eos_token_ids: tuple[int, ...]) -> xgrammar.GrammarCompiler:
+def _read_vocabulary(model: str, vocab_size: int, eos_token_ids: tuple[int, ...]) -> xgrammar.TokenizerInfo:
     import xgrammar
 
     from lora_serve.engine.tokenizer import Tokenizer
@@ -193,14 +221,20 @@ def _make_backend(model: str, vocab_size: int, eos_token_ids: tuple[int, ...]) -
     # Special tokens have a text, too, but it is left out of answers: none may stand for a part of the form.
     special = {id_ for id_, token in backend.added_tokens_decoder.items() if token.special}
     vocab = [b"" if id_ in special else entry for id_, entry in enumerate(info.decoded_vocab)]
-    plain = xgrammar.TokenizerInfo(
+    return xgrammar.TokenizerInfo(
         vocab,
         xgrammar.VocabType.RAW,
         vocab_size=vocab_size,
         stop_token_ids=list(eos_token_ids),
         add_prefix_space=info.add_prefix_space,
     )
-    return xgrammar.GrammarCompiler(plain, max_threads=1, cache_enabled=False)
+
+
+def _make_backend(vocabulary: xgrammar.TokenizerInfo) -> xgrammar.GrammarCompiler:
+    """Make a compiler for one thread, which costs microseconds; all share the vocabulary."""
+    import xgrammar
+
+    return xgrammar.GrammarCompiler(vocabulary, max_threads=1, cache_enabled=False)
 
 
 def _compile(backend: xgrammar.GrammarCompiler, source: GrammarSource) -> xgrammar.CompiledGrammar:

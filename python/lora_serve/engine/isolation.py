@@ -6,6 +6,7 @@ import hashlib
 
 DEFAULT_DOMAIN = b""
 """The isolation domain of requests that name none."""
+_PART_BYTES = 16
 
 
 def make_domain(group: str | None, cache_salt: str | None) -> bytes:
@@ -21,15 +22,23 @@ def make_domain(group: str | None, cache_salt: str | None) -> bytes:
     Returns
     -------
     bytes
-        Empty where both are None, else a digest that differs wherever one of the two does; so it is short,
-        whatever clients send.
+        Empty where both are None, else a digest of each, which differ wherever one of the two does; so it is
+        short, whatever clients send.
     """
     if group is None and cache_salt is None:
         return DEFAULT_DOMAIN
-    digest = hashlib.sha256()
-    for part in (group, cache_salt):
-        # With the lengths in front, no two pairs give the same bytes.
-        data = b"" if part is None else part.encode("utf-8", "surrogatepass")
-        digest.update(b"-" if part is None else b"+%d:" % len(data))
-        digest.update(data)
-    return digest.digest()
+    return _digest(group) + _digest(cache_salt)
+
+
+def group_of(domain: bytes) -> bytes:
+    """Give what stands for the group of a domain, whatever its salt; empty for those without a group."""
+    group = domain[:_PART_BYTES]
+    return b"" if group == _NO_GROUP else group
+
+
+def _digest(part: str | None) -> bytes:
+    data = b"-" if part is None else b"+" + part.encode("utf-8", "surrogatepass")
+    return hashlib.sha256(data).digest()[:_PART_BYTES]
+
+
+_NO_GROUP = _digest(None)

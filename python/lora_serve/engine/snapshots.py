@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from lora_serve.engine.status import AdapterInfo, EngineStats
 
 if TYPE_CHECKING:
+    from lora_serve.engine.admission import Admission
     from lora_serve.engine.kv_event_publisher import KVEventPublisher
     from lora_serve.engine.step_loop import StepLoop
     from lora_serve.executor.adapter_store import AdapterStore
@@ -115,11 +116,11 @@ def make_adapter_infos(
                 is_paused=count.is_paused,
                 load_failed=count.load_failed,
                 tier=residency.tier,
-                is_being_read=residency.is_being_read,
+                is_being_read=residency.host.is_being_read,
                 adapter_slot=residency.adapter_slot,
-                last_used_s=residency.last_used_s,
-                load_ms=dict(residency.load_ms),
-                total_reads=residency.num_reads,
+                last_used_s=residency.host.last_used_s,
+                load_ms=residency.load_ms,
+                total_reads=residency.host.num_reads,
                 num_waiting_requests=count.num_waiting_requests,
                 num_running_requests=count.num_running_requests,
                 num_tree_pages=count.num_tree_pages,
@@ -138,10 +139,15 @@ def make_adapter_infos(
 
 
 def make_stats(
-    stats: SchedulerStats, loop: StepLoop, store: AdapterStore, kv_events: KVEventPublisher | None
+    stats: SchedulerStats,
+    loop: StepLoop,
+    store: AdapterStore,
+    kv_events: KVEventPublisher | None,
+    admission: Admission,
 ) -> EngineStats:
     """Give the scheduler's counts, and the engine's own, as a message."""
     counted = {name: getattr(stats, name) for name in _SAME_NAME}
+    counted["total_rejected_requests"] += admission.num_refused
     times = loop.times.quantiles()
     return EngineStats(
         **counted,

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from lora_serve.common.errors import InternalError, LoraServeError, QueueTimeoutError
+from lora_serve.common.errors import InternalError, LoraServeError
 from lora_serve.engine.adapter_operations import AdapterOperations
+from lora_serve.engine.admission import make_queue_timeout
 from lora_serve.engine.live_requests import LiveRequest, LiveRequests
 from lora_serve.engine.loop_times import LoopTimes
 from lora_serve.engine.messages import EngineOutput
@@ -158,12 +159,8 @@ class StepLoop:
             live = self._requests.pop(request_id)
             if live is not None:
                 num_queued_tokens = self._scheduler.counters().num_queued_tokens
-                error = QueueTimeoutError(
-                    f"the request did not begin to run within its queue_timeout of {live.queue_timeout_s} "
-                    "seconds; send it again later, or allow it more",
-                    self.throughput.seconds_for(num_queued_tokens),
-                )
-                self._emit(live.make_abort(error))
+                retry_after_s = self.throughput.seconds_for(num_queued_tokens)
+                self._emit(live.make_abort(make_queue_timeout(live.queue_timeout_s, retry_after_s)))
 
     # --- Back ---------------------------------------------------------------------------------------------
 

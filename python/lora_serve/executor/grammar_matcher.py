@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from enum import Enum
 from typing import TYPE_CHECKING
 
@@ -9,11 +10,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from lora_serve.common.errors import InternalError
 from lora_serve.common.structured_outputs import ReasoningTokens
+from lora_serve.executor.token_restriction import RestrictionError
 
 if TYPE_CHECKING:
     import xgrammar
+
+
+logger = logging.getLogger(__name__)
 
 
 class _Phase(Enum):
@@ -66,11 +70,19 @@ class GrammarMatcher:
         -------
         numpy.ndarray
             [ceil(V / 32)] int32, bit t % 32 of entry t // 32 set = token t may come; valid until the next
-            call. All are set where nothing is restricted.
+            call. All are set where nothing is restricted, none where the grammar fails: its row fails then.
         """
         mask: npt.NDArray[np.int32] = self._mask.numpy()[0]
-        if not self.restricts or not self._matcher.fill_next_token_bitmask(self._mask):
+        if not self.restricts:
             mask.fill(-1)
+            return mask
+        try:
+            if not self._matcher.fill_next_token_bitmask(self._mask):
+                mask.fill(-1)
+        except Exception:
+            logger.exception("a grammar cannot say which token may come next; its answer fails")
+            mask.fill(0)
+            return mask
         if self._phase is _Phase.FIRST_TOKEN and self._reasoning is not None:
             word, bit = divmod(self._reasoning.start_token_id, 32)
             mask.view(np.uint32)[word] |= np.uint32(1 << bit)
@@ -81,8 +93,8 @@ class GrammarMatcher:
 
         Raises
         ------
-        InternalError
-            The grammar does not allow it: it was sampled without the mask.
+        RestrictionError
+            The grammar does not allow it: it was sampled without the mask. Or the grammar failed.
         """
         if self._phase is _Phase.ENDED:
             return
@@ -96,9 +108,14 @@ class GrammarMatcher:
             if token_id == reasoning.end_token_id:
                 self._phase = _Phase.FORM
             return
-        if not self._matcher.accept_token(token_id):
-            raise InternalError(
-                f"token {token_id} was sampled but the grammar of its answer does not allow it"
-            )
-        if self._matcher.is_terminated():
+        is_allowed, reason = False, "does not allow it"
+        try:
+            is_allowed = self._matcher.accept_token(token_id)
+            is_over = not is_allowed or self._matcher.is_terminated()
+        except Exception as error:
+            logger.exception("a grammar cannot take token %d; its answer fails", token_id)
+            is_allowed, is_over, reason = False, True, f"failed: {error}"
+        if is_over:
             self._phase = _Phase.ENDED
+        if not is_allowed:
+            raise RestrictionError(f"token {token_id} was sampled but the grammar of its answer {reason}")

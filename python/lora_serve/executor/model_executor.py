@@ -33,6 +33,7 @@ from lora_serve.executor.plan_worker import PlanWorker
 from lora_serve.executor.prompt_logprobs import fill_prompt_logprobs, needs_few_outputs
 from lora_serve.executor.sampler import sample
 from lora_serve.executor.sampling_state import SamplingState
+from lora_serve.executor.token_restriction import RestrictionError
 from lora_serve.executor.transfers import make_page_transfers
 from lora_serve.kernels import LoRAMetadata, build_lora_metadata
 from lora_serve.layers.step_context import StepOutputs
@@ -190,8 +191,12 @@ class ModelExecutor(ExecutorBase):
             for row, token_id, entry in zip(rows, sampled.token_ids.tolist(), sampled.logprobs, strict=True):
                 if row not in row_errors:
                     position = int(plan.num_computed_tokens[row] + plan.num_scheduled_tokens[row])
-                    states[row].append_output(token_id, position)
-                    logprobs[row] = entry
+                    try:
+                        states[row].append_output(token_id, position)
+                        logprobs[row] = entry
+                    except RestrictionError as error:
+                        row_errors[row] = str(error)
+                        token_ids[row] = -1
         self._last_tokens.note(plan, token_ids)
         return row_errors
 

@@ -16,6 +16,7 @@ from lora_serve.executor.last_tokens import FAILED
 from lora_serve.executor.logprobs import TokenLogprobs, read_logprobs
 from lora_serve.executor.pinned_buffers import COPY_ALIGNMENT
 from lora_serve.executor.sampling_state import SamplingState
+from lora_serve.executor.token_restriction import RestrictionError
 from lora_serve.kernels.host_copy import copy_small
 from lora_serve.lora.manager import LoadReports
 
@@ -153,8 +154,11 @@ class PendingStep:
                 is_adjusted = state.adjusts_logits_at(position - state.num_prompt_tokens)
                 self.row_errors.setdefault(row, _NO_ADJUSTED_TOKEN if is_adjusted else _NO_TOKEN)
             if row not in self.row_errors:
-                state.append_output(token_id, position)
-                token_ids[row] = token_id
+                try:
+                    state.append_output(token_id, position)
+                    token_ids[row] = token_id
+                except RestrictionError as error:
+                    self.row_errors[row] = str(error)
         self._take_logprobs(token_ids)
         return token_ids
 

@@ -202,7 +202,9 @@ class SamplingState:
         Raises
         ------
         InternalError
-            Another position is next: a step was applied twice or left out. Or the grammar does not allow it.
+            Another position is next: a step was applied twice or left out.
+        RestrictionError
+            The token is taken, but the answer cannot go on: its grammar does not allow it.
         """
         expected = self.num_prompt_tokens + len(self.output_token_ids)
         if position != expected:

@@ -8,6 +8,12 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from lora_serve.common.errors import InternalError
+
+
+class RestrictionError(InternalError):
+    """An answer cannot go on, because it is not known any more which tokens may come. Others can."""
+
 
 class TokenRestriction(Protocol):
     """Says which tokens of one answer may come next; the sampler masks the others' logits."""
@@ -34,7 +40,13 @@ class TokenRestriction(Protocol):
         ...
 
     def accept(self, token_id: int) -> None:
-        """Take the token that was sampled."""
+        """Take the token that was sampled.
+
+        Raises
+        ------
+        RestrictionError
+            The answer cannot go on. What comes later for it restricts nothing and raises nothing.
+        """
         ...
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -89,12 +90,12 @@ class AdapterLayout:
     modules: tuple[ModuleLayout, ...]
     num_bytes: int
 
-    @property
+    @cached_property
     def lora_rank(self) -> int:
         """The largest rank of its modules; 0 where it has none."""
         return max((module.lora_rank for module in self.modules), default=0)
 
-    @property
+    @cached_property
     def target_modules(self) -> tuple[str, ...]:
         """Last components of the module paths, sorted, each once: ``("k_proj", "q_proj")``."""
         return tuple(sorted({module.module.rsplit(".", 1)[-1] for module in self.modules}))

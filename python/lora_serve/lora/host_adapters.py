@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from lora_serve.common.errors import AdapterNotFoundError, InternalError
 from lora_serve.lora.adapter_layout import AdapterLayout
@@ -48,8 +49,7 @@ class _Read:
         self.future.add_done_callback(release_unwanted)
 
 
-@dataclass(frozen=True)
-class HostResidency:
+class HostResidency(NamedTuple):
     """What host memory knows of one adapter.
 
     Parameters
@@ -307,14 +307,15 @@ class HostAdapters:
 
     def snapshot(self) -> dict[int, HostResidency]:
         """What host memory knows of each adapter that was added."""
+        is_kept, reads = self._pool.contains, self._reads
         return {
             adapter_id: HostResidency(
-                is_on_host=self._pool.contains(adapter_id),
-                is_being_read=adapter_id in self._reads,
-                layout=record.layout,
-                load_ms=record.load_ms,
-                num_reads=record.num_reads,
-                last_used_s=record.last_used_s,
+                is_kept(adapter_id),
+                adapter_id in reads,
+                record.layout,
+                record.load_ms,
+                record.num_reads,
+                record.last_used_s,
             )
             for adapter_id, record in sorted(self._records.items())
         }

@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -25,7 +25,7 @@ from lora_serve.lora.adapter_layout import AdapterLayout
 from lora_serve.lora.adapter_reader import AdapterReader, HostAdapter, describe_error, never
 from lora_serve.lora.device_adapters import DeviceAdapters
 from lora_serve.lora.eviction_order import AdapterLine
-from lora_serve.lora.host_adapters import HostAdapters, HostNews
+from lora_serve.lora.host_adapters import HostAdapters, HostNews, HostResidency
 from lora_serve.lora.host_block import HostBlock
 from lora_serve.lora.host_pool import HostPool
 from lora_serve.lora.peft_modules import AdapterLimits
@@ -34,9 +34,8 @@ from lora_serve.lora.sources import AdapterSources
 NO_SLOT = -1
 
 
-@dataclass(frozen=True)
-class AdapterResidency:
-    """Where one adapter's weights are.
+class AdapterResidency(NamedTuple):
+    """Where one adapter's weights are; made by the thousand between two steps, so cheap to make.
 
     Parameters
     ----------
@@ -44,42 +43,31 @@ class AdapterResidency:
         Its generation.
     adapter_slot
         Its row in the device tables, -1 = not on the device.
-    is_on_host
-        They lie in host memory.
-    is_being_read
-        They are on their way from disk.
-    num_bytes
-        Bytes of its weights.
-    lora_rank
-        Its largest rank.
-    target_modules
-        Last components of its module paths, sorted.
-    num_reads
-        How often it was read from disk.
-    load_ms
-        How long each stage of its last load took: "locate", "check", "room" on the host,
-        "read", and "copy" to the device.
-    last_used_s
-        Unix time at which it was read, or a plan wanted it, last.
+    host
+        What host memory knows of it.
+    copy_ms
+        How long its last copy to the device took; None = there was none.
     """
 
     adapter_id: int
     adapter_slot: int
-    is_on_host: bool
-    is_being_read: bool
-    num_bytes: int
-    lora_rank: int
-    target_modules: tuple[str, ...]
-    num_reads: int
-    load_ms: Mapping[str, float]
-    last_used_s: float
+    host: HostResidency
+    copy_ms: float | None = None
 
     @property
     def tier(self) -> Literal["device", "host", "disk"]:
         """The fastest memory that holds its weights: "device", "host" or "disk"."""
         if self.adapter_slot != NO_SLOT:
             return "device"
-        return "host" if self.is_on_host else "disk"
+        return "host" if self.host.is_on_host else "disk"
+
+    @property
+    def load_ms(self) -> dict[str, float]:
+        """How long each stage of its last load took.
+
+        They are "locate", "check", "room" on the host, "read", and "copy" to the device.
+        """
+        return {**self.host.load_ms, **({} if self.copy_ms is None else {"copy": self.copy_ms})}
 
 
 @dataclass
@@ -259,20 +247,9 @@ class LoRAManager:
 
     def snapshot(self) -> list[AdapterResidency]:
         """Where every adapter is, in the order of their numbers."""
-        slots = self._device.slots
+        slots, copy_ms = self._device.slots, self._copy_ms
         return [
-            AdapterResidency(
-                adapter_id=adapter_id,
-                adapter_slot=slots.get(adapter_id, NO_SLOT),
-                is_on_host=host.is_on_host,
-                is_being_read=host.is_being_read,
-                num_bytes=host.layout.num_bytes,
-                lora_rank=host.layout.lora_rank,
-                target_modules=host.layout.target_modules,
-                num_reads=host.num_reads,
-                load_ms={**host.load_ms, **self._copy_ms_of(adapter_id)},
-                last_used_s=host.last_used_s,
-            )
+            AdapterResidency(adapter_id, slots.get(adapter_id, NO_SLOT), host, copy_ms.get(adapter_id))
             for adapter_id, host in self._host.snapshot().items()
         ]
 
@@ -296,10 +273,6 @@ class LoRAManager:
         self._awaited.discard(adapter_id)
         with self._lock:
             self._staged[adapter_id] = _Staged(self._host.layout(adapter_id), block)
-
-    def _copy_ms_of(self, adapter_id: int) -> dict[str, float]:
-        copy_ms = self._copy_ms.get(adapter_id)
-        return {} if copy_ms is None else {"copy": copy_ms}
 
     def _on_news(self) -> None:
         self._wake()

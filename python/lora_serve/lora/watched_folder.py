@@ -159,6 +159,16 @@ class WatchedFolder:
         if adapter_id is not None:
             subfolder.adapter_id = adapter_id
 
+    def forget_engine(self) -> None:
+        """Take in that nothing serves any more, and that the actions under way were dropped.
+
+        What is the same at the next update as at the last one is asked for then.
+        """
+        self._is_at_rest = False
+        for subfolder in self._subfolders.values():
+            subfolder.adapter_id = subfolder.handled = None
+            subfolder.is_busy = False
+
     def _update_one(
         self,
         name: str,

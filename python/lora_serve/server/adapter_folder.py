@@ -60,13 +60,19 @@ class AdapterFolder:
     async def start(self) -> None:
         """Load what is complete in the folder now, and begin to watch. The client has been started."""
         await asyncio.sleep(self._looked_at_s + self._settings.poll_seconds - time.monotonic())
-        await self._poll_safely()
-        if self._actions:
-            await asyncio.wait(self._actions.values())
-        self._task = asyncio.create_task(self._run())
+        await self._load_and_watch()
+
+    async def start_again(self) -> None:
+        """Load at once what was loaded before `close` and has not changed, into an engine without adapters.
+
+        What has changed is loaded when it has come to rest, as ever.
+        """
+        self._folder.forget_engine()
+        await self._load_and_watch()
 
     async def close(self) -> None:
         """End the watch; what is loaded stays. Closing twice changes nothing."""
+        self._finish_actions()
         tasks = [task for task in (self._task, *self._actions.values()) if task is not None]
         self._task, self._actions = None, {}
         for task in tasks:
@@ -74,6 +80,12 @@ class AdapterFolder:
         await asyncio.gather(*tasks, return_exceptions=True)
 
     # --- A poll -------------------------------------------------------------------------------------------
+
+    async def _load_and_watch(self) -> None:
+        await self._poll_safely()
+        if self._actions:
+            await asyncio.wait(self._actions.values())
+        self._task = asyncio.create_task(self._run())
 
     async def _run(self) -> None:
         while True:
@@ -95,15 +107,18 @@ class AdapterFolder:
         if not self._client.is_healthy:
             return
         # In the order that WatchedFolder asks for.
-        for action in [action for action, task in self._actions.items() if task.done()]:
-            task = self._actions.pop(action)
-            self._folder.finish(action, None if task.cancelled() else task.result())
+        self._finish_actions()
         scan = await self._scan()
         if self._folder.is_at_rest(scan):
             return  # The list of a thousand adapters is work for the engine's step loop.
         serving = {info.name: info for info in await self._client.list_lora_adapters() if info.is_serving}
         changes = self._folder.update(scan, {name: info.adapter_id for name, info in serving.items()})
         self._begin(changes, serving)
+
+    def _finish_actions(self) -> None:
+        for action in [action for action, task in self._actions.items() if task.done()]:
+            task = self._actions.pop(action)
+            self._folder.finish(action, None if task.cancelled() else task.result())
 
     async def _scan(self) -> FolderScan:
         self._looked_at_s = time.monotonic()

@@ -13,6 +13,7 @@ from lora_serve.server.auth import OPEN_PATHS
 from lora_serve.server.caller import Caller, caller_of_scope
 from lora_serve.server.context import Shutdown
 from lora_serve.server.error_handlers import retry_header, translate_error
+from lora_serve.server.error_shapes import shape_of
 from lora_serve.server.lifecycle import Lifecycle
 from lora_serve.server.request_errors import BodyTimeoutError
 
@@ -70,7 +71,7 @@ class AdmissionMiddleware:
         if refusal is None and is_counted:
             refusal = self._why_too_many(caller)
         if refusal is not None:
-            status, body = translate_error(refusal, self._shutdown)
+            status, body = shape_of(scope)(*translate_error(refusal, self._shutdown))
             await JSONResponse(body, status_code=status, headers=retry_header(refusal))(scope, receive, send)
             return
         with self._lifecycle.request():

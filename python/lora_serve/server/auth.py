@@ -12,6 +12,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from lora_serve.server.api_keys import ApiKeys
 from lora_serve.server.caller import STRANGER, Caller, set_caller
 from lora_serve.server.error_handlers import error_body
+from lora_serve.server.error_shapes import shape_of
 
 OPEN_PATHS = frozenset({"/health", "/health/live", "/health/ready"})
 """Paths that need no key, so that a load balancer can probe them."""
@@ -58,7 +59,8 @@ class ApiKeyMiddleware:
             "authentication_error",
             code="invalid_api_key",
         )
-        response = JSONResponse(body, status_code=401, headers={"WWW-Authenticate": "Bearer"})
+        status, body = shape_of(scope)(401, body)
+        response = JSONResponse(body, status_code=status, headers={"WWW-Authenticate": "Bearer"})
         await response(scope, receive, send)
 
     def _find_caller(self, scope: Scope) -> Caller | None:

@@ -5,7 +5,13 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
-from lora_serve.common.errors import AdapterNotFoundError, CapacityError
+from lora_serve.common.errors import (
+    AdapterConflictError,
+    AdapterNotFoundError,
+    CapacityError,
+    LoraServeError,
+    QueueTimeoutError,
+)
 from lora_serve.common.outputs import RequestOutput
 from lora_serve.common.queueing import DEFAULT_QUEUEING, Queueing
 from lora_serve.common.sampling_params import SamplingParams
@@ -33,6 +39,29 @@ HARMLESS = frozenset(
 """What tells nothing about other callers: passed on as it is."""
 NOT_FOR_ROUTES = frozenset({"close", "loaded_adapters", "restart", "start", "wait_for_failure"})
 """What only the server itself uses."""
+
+
+def error_for(caller: Caller, error: LoraServeError) -> LoraServeError:
+    """Give a refusal as a caller may read it: a tenant's counts nothing of others, and names none of them.
+
+    Parameters
+    ----------
+    caller : Caller
+        Who is refused.
+    error : LoraServeError
+        Of the engine, or of a load on first use. Those that speak of the request alone stay as they are.
+    """
+    if caller.sees_everything or isinstance(error, QueueTimeoutError):
+        return error
+    if isinstance(error, CapacityError):
+        return type(error)(
+            "the server has no room for this now, or the request asks for more at once than it takes; send "
+            "it again later, or ask for less",
+            error.retry_after_s,
+        )
+    if isinstance(error, AdapterConflictError):  # Its message may have the path that somebody else has used.
+        return type(error)("somebody else loads, replaces or unloads the adapter; send the request again")
+    return error
 
 
 class CallerClient(AsyncEngineClient):
@@ -84,15 +113,8 @@ class CallerClient(AsyncEngineClient):
                 queueing=queueing,
                 isolation_domain=isolation_domain,
             )
-        except CapacityError as error:
-            if self._caller.sees_everything:
-                raise
-            # The engine's message may have the number of everybody's requests.
-            message = (
-                "too much waits already, or the request asks for more at once than the server takes; send it "
-                "again later, or ask for less"
-            )
-            raise type(error)(message, error.retry_after_s) from None
+        except LoraServeError as error:
+            raise error_for(self._caller, error) from None
         if not self._caller.sees_everything and lora_name is not None:
             stream.adapter_id = HIDDEN_GENERATION
         return stream

@@ -65,6 +65,9 @@ class EngineSupervisor:
         How often.
     is_ours : callable
         Says which of the adapters that were loaded are loaded again here; others are `reload`'s.
+    forget : callable
+        Called before the new engine is started: from then on nobody else may count on what the old one had,
+        nor load into the new one.
     reload : callable
         Called when the new engine serves and has these adapters, before requests are let in.
     """
@@ -76,12 +79,14 @@ class EngineSupervisor:
         settings: RestartSettings,
         *,
         is_ours: Callable[[LoadedAdapter], bool],
+        forget: Callable[[], Awaitable[None]],
         reload: Callable[[], Awaitable[None]],
     ) -> None:
         self._client = client
         self._lifecycle = lifecycle
         self._settings = settings
         self._is_ours = is_ours
+        self._forget = forget
         self._reload = reload
         self._task: asyncio.Task[None] | None = None
         # Until a load is done, the client's own list lacks it: a second crash must not forget it.
@@ -118,20 +123,20 @@ class EngineSupervisor:
                 started_s = time.monotonic()
 
     async def _try(self) -> bool:
+        """Start the engine once; True when it serves, which it does even if not all adapters came back."""
         known = {adapter.name: adapter for adapter in (*self._to_load, *self._client.loaded_adapters)}
         self._to_load = [adapter for adapter in known.values() if self._is_ours(adapter)]
         begin_s = time.monotonic()
         try:
+            await self._forget()
             await self._client.restart()
             for adapter in list(self._to_load):
                 await self._load(adapter)
             await self._reload()
-        except LoraServeError as error:
-            logger.error("the engine could not be started again: %s", error)
-            return False
-        except Exception:
-            logger.exception("the engine could not be started again")
-            return False
+        except Exception as error:
+            # A traceback says more than the message of an error that nobody raised on purpose.
+            trace = None if isinstance(error, LoraServeError) else error
+            logger.error("the engine could not be started again as it was: %s", error, exc_info=trace)
         if not self._client.is_healthy:
             return False
         self._to_load = []
@@ -149,6 +154,9 @@ class EngineSupervisor:
             if not self._client.is_healthy:
                 raise
             logger.error("adapter %r is lost with the engine that had it: %s", adapter.name, error)
+            return
+        except Exception:
+            logger.exception("adapter %r is lost with the engine that had it", adapter.name)
             return
         if result.content_digest != adapter.content_digest:
             logger.warning(

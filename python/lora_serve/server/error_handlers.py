@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from http import HTTPStatus
 from typing import Any
 
@@ -25,6 +24,7 @@ from lora_serve.common.errors import (
 )
 from lora_serve.server.caller import PermissionDeniedError
 from lora_serve.server.context import Shutdown, context_of
+from lora_serve.server.error_shapes import shape_of
 from lora_serve.server.lifecycle import NotServingError
 from lora_serve.server.request_errors import (
     BodyTimeoutError,
@@ -39,9 +39,6 @@ CLIENT_CLOSED_REQUEST = 499
 """Status in the log of a request whose client went away; nobody receives it."""
 
 _METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
-
-ErrorShape = Callable[[int, dict[str, Any]], tuple[int, dict[str, Any]]]
-"""From a status and a body in OpenAI's shape to what is sent."""
 
 _STATUS_OF_ERROR: tuple[tuple[type[LoraServeError], int, str, str | None], ...] = (
     (BodyTimeoutError, 408, "invalid_request_error", "body_timeout"),
@@ -126,21 +123,6 @@ def install_error_handlers(app: FastAPI) -> None:
     app.add_exception_handler(Exception, _answer_error)
 
 
-def set_error_shape(request: Request, shape: ErrorShape) -> None:
-    """Let errors of this request have the shape that another server's clients expect."""
-    request.state.error_shape = shape
-
-
-def shape_of(request: Request) -> ErrorShape:
-    """Give the shape of a request's errors; OpenAI's where nobody has set another."""
-    shape: ErrorShape = getattr(request.state, "error_shape", _keep_shape)
-    return shape
-
-
-def _keep_shape(status: int, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
-    return status, body
-
-
 async def _answer_error(request: Request, error: Exception) -> Response:
     shutdown = context_of(request).shutdown
     status, body = translate_error(error, shutdown)
@@ -150,7 +132,7 @@ async def _answer_error(request: Request, error: Exception) -> Response:
         logger.warning("%s %s: ended by the shutdown", request.method, request.url.path)
     elif status >= HTTPStatus.INTERNAL_SERVER_ERROR:
         logger.error("%s %s failed: %s", request.method, request.url.path, error)
-    status, body = shape_of(request)(status, body)
+    status, body = shape_of(request.scope)(status, body)
     return JSONResponse(body, status_code=status, headers=retry_header(error))
 
 

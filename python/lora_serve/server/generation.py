@@ -15,11 +15,10 @@ from lora_serve.common.errors import (
 from lora_serve.common.outputs import RequestOutput
 from lora_serve.common.queueing import DEFAULT_QUEUEING, Queueing
 from lora_serve.common.sampling_params import SamplingParams
-from lora_serve.engine.engine_client import AsyncEngineClient
 from lora_serve.engine.isolation import make_domain
 from lora_serve.engine.request_stream import RequestStream
-from lora_serve.server.autoload import AdapterAutoloader
-from lora_serve.server.caller_client import HIDDEN_GENERATION
+from lora_serve.server.caller_client import HIDDEN_GENERATION, error_for
+from lora_serve.server.context import ServerContext
 from lora_serve.server.disconnect import cancel_and_wait
 from lora_serve.server.protocol.generation import PromptTokensDetails, Usage
 from lora_serve.server.request_errors import RequestError
@@ -64,23 +63,20 @@ class PromptJob:
 
 
 async def submit_all(
-    client: AsyncEngineClient,
+    context: ServerContext,
     jobs: Sequence[PromptJob],
     not_found: Callable[[str], LoraServeError],
-    autoloader: AdapterAutoloader | None = None,
 ) -> list[RequestStream]:
     """Submit every prompt, or none: when one is refused, the others are aborted.
 
     Parameters
     ----------
-    client : AsyncEngineClient
-        The engine.
+    context : ServerContext
+        The engine, as the caller may use it, and what loads the adapters of jobs that allow it.
     jobs : sequence of PromptJob
         In the order in which they are queued.
     not_found : callable
         Gives the error for an adapter that is not loaded.
-    autoloader : AdapterAutoloader or None
-        Loads the adapters of jobs that allow it; None = nothing is loaded.
 
     Returns
     -------
@@ -92,7 +88,7 @@ async def submit_all(
     LoraServeError
         Why the first refused prompt was refused.
     """
-    tasks = [asyncio.ensure_future(_submit(client, job, not_found, autoloader)) for job in jobs]
+    tasks = [asyncio.ensure_future(_submit(context, job, not_found)) for job in jobs]
     try:
         return await asyncio.gather(*tasks)
     except BaseException:
@@ -105,16 +101,14 @@ async def submit_all(
 
 
 async def _submit(
-    client: AsyncEngineClient,
-    job: PromptJob,
-    not_found: Callable[[str], LoraServeError],
-    autoloader: AdapterAutoloader | None,
+    context: ServerContext, job: PromptJob, not_found: Callable[[str], LoraServeError]
 ) -> RequestStream:
+    autoloader = context.autoloader
     if job.lora_name is None or autoloader is None or not job.autoload:
-        return await _hand_over(client, job, not_found)
+        return await _hand_over(context, job, not_found)
     with autoloader.using(job.lora_name):
         try:
-            return await _hand_over(client, job, not_found)
+            return await _hand_over(context, job, not_found)
         except AdapterNotFoundError as error:
             try:
                 await asyncio.wait_for(autoloader.load(job.lora_name), job.queueing.timeout_s)
@@ -129,14 +123,17 @@ async def _submit(
             except InvalidArgumentError as refusal:
                 param = getattr(error, "param", None)
                 raise RequestError(str(refusal), param=param, code="invalid_adapter") from None
-        return await _hand_over(client, job, not_found)
+            except LoraServeError as refusal:
+                raise error_for(context.caller, refusal) from None
+        return await _hand_over(context, job, not_found)
 
 
 async def _hand_over(
-    client: AsyncEngineClient, job: PromptJob, not_found: Callable[[str], LoraServeError]
+    context: ServerContext, job: PromptJob, not_found: Callable[[str], LoraServeError]
 ) -> RequestStream:
+    context.lifecycle.require_engine()
     try:
-        return await client.submit(
+        return await context.client.submit(
             job.prompt,
             job.sampling_params,
             lora_name=job.lora_name,
@@ -144,6 +141,7 @@ async def _hand_over(
             isolation_domain=make_domain(None, job.cache_salt),
         )
     except AdapterNotFoundError:
+        context.lifecycle.require_engine()  # The prompt's tokenising may have lasted for the engine's end.
         if job.lora_name is None:
             raise
         raise not_found(job.lora_name) from None

@@ -30,8 +30,12 @@ from lora_serve.server.limits import make_room
 from lora_serve.server.parsing.reasoning import check_reasoning_tokens
 from lora_serve.server.settings import AdapterFolderSettings, ServerSettings
 
-DEFAULT_DRAIN_TIMEOUT_S = 5.0
-"""Running requests get so long to end after the first signal; then the engine ends them."""
+DEFAULT_DRAIN_TIMEOUT_S = 25.0
+"""Running requests get so long to end after the first signal; then the engine ends them.
+
+With what the end itself takes it fits into the 30 s that Kubernetes gives by default, so that whatever is cut
+off is still told.
+"""
 GRACEFUL_SHUTDOWN_S = 0.5
 """After that time, connections whose last answer has been given get so long to be closed."""
 LAST_ANSWERS_S = 1
@@ -301,9 +305,15 @@ class _SupervisedEngine:
         self._client = client
         self._launch = launch
         self._autoloader = autoloader
-        self._folder = self._make_folder()
+        folder = launch.adapter_folder
+        self._folder = None if folder is None else AdapterFolder(client, folder)
         self._supervisor = EngineSupervisor(
-            client, lifecycle, launch.restart, is_ours=self._is_ours, reload=self._watch_again
+            client,
+            lifecycle,
+            launch.restart,
+            is_ours=self._is_ours,
+            forget=self._forget,
+            reload=self._watch_again,
         )
 
     async def start(self) -> None:
@@ -327,10 +337,6 @@ class _SupervisedEngine:
             await self._folder.close()
         await self._client.close()
 
-    def _make_folder(self) -> AdapterFolder | None:
-        settings = self._launch.adapter_folder
-        return None if settings is None else AdapterFolder(self._client, settings)
-
     def _is_ours(self, adapter: LoadedAdapter) -> bool:
         """Not those of the folder, nor those loaded on first use: they are loaded again by who owns them."""
         if self._autoloader is not None and self._autoloader.owns(adapter.name):
@@ -338,16 +344,16 @@ class _SupervisedEngine:
         settings = self._launch.adapter_folder
         return settings is None or adapter.path != os.path.join(os.path.abspath(settings.path), adapter.name)
 
-    async def _watch_again(self) -> None:
-        """Watch as from the start: what the folder had loaded was lost with the engine."""
+    async def _forget(self) -> None:
+        """Forget what the folder and first uses had loaded: it was lost with the engine."""
         if self._autoloader is not None:
             self._autoloader.forget_all()
         if self._folder is not None:
             await self._folder.close()
-            self._folder = self._make_folder()
-            assert self._folder is not None
-            await self._folder.look()
-            await self._folder.start()
+
+    async def _watch_again(self) -> None:
+        if self._folder is not None:
+            await self._folder.start_again()
 
 
 def _url(listener: socket.socket) -> str:

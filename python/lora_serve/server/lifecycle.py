@@ -55,10 +55,14 @@ class Lifecycle:
         Never leaves DRAINING again.
     has_given_up : bool
         The engine has ended, and nobody will start it again.
+    is_restarting : bool
+        Another engine is on its way, or does not have the adapters of the old one yet; also while the server
+        drains.
     """
 
     phase: Phase = Phase.SERVING
     has_given_up: bool = False
+    is_restarting: bool = False
     _num_requests: int = 0
     _is_idle: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -81,11 +85,13 @@ class Lifecycle:
 
     def begin_restart(self) -> None:
         """The engine has ended and will be started again."""
+        self.is_restarting = True
         if self.phase is Phase.SERVING:
             self.phase = Phase.RESTARTING
 
     def end_restart(self) -> None:
         """The engine serves as before."""
+        self.is_restarting = False
         if self.phase is Phase.RESTARTING:
             self.phase = Phase.SERVING
 
@@ -107,10 +113,25 @@ class Lifecycle:
                 "draining",
                 RETRY_AFTER_DRAIN_S,
             )
-        if self.phase is Phase.RESTARTING:
-            return NotServingError(
-                "the engine's process has ended and is being started again; send the request again later",
-                "engine_restarting",
-                RETRY_AFTER_RESTART_S,
-            )
-        return None
+        return _make_restarting() if self.is_restarting else None
+
+    def require_engine(self) -> None:
+        """Refuse a request that was let in before the engine ended, and reaches it only now.
+
+        Its adapter may be missing in the new engine, which says nothing about whether it exists.
+
+        Raises
+        ------
+        NotServingError
+            The engine is being started again.
+        """
+        if self.is_restarting:
+            raise _make_restarting()
+
+
+def _make_restarting() -> NotServingError:
+    return NotServingError(
+        "the engine's process has ended and is being started again; send the request again later",
+        "engine_restarting",
+        RETRY_AFTER_RESTART_S,
+    )

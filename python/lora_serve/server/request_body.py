@@ -10,6 +10,7 @@ from fastapi import Request
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
+from lora_serve.server.context import context_of
 from lora_serve.server.protocol.base import UNSUPPORTED_FIELD, WRONG_KIND, RequestModel
 from lora_serve.server.request_errors import BodyTooLargeError, RequestError
 
@@ -58,10 +59,13 @@ async def read_body(request: Request, model: type[RequestModelT], max_body_bytes
         The body is not JSON in UTF-8, or a field is missing, unknown, of a wrong type or not supported.
     BodyTooLargeError
         The body is longer than `max_body_bytes`.
+    NotServingError
+        The engine has ended while the body was on its way, and is being started again.
     starlette.requests.ClientDisconnect
         The client went away before its body was complete.
     """
     body = await _read_bytes(request, max_body_bytes)
+    context_of(request).lifecycle.require_engine()
     try:
         return model.model_validate_json(body)
     except ValidationError as error:

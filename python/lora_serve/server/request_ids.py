@@ -8,13 +8,13 @@ import re
 import time
 import uuid
 
-from fastapi import Request
 from fastapi.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lora_serve.server.caller import caller_of_scope
 from lora_serve.server.context import Shutdown
-from lora_serve.server.error_handlers import shape_of, translate_error
+from lora_serve.server.error_handlers import translate_error
+from lora_serve.server.error_shapes import shape_of
 
 HEADER = b"x-request-id"
 _VALID_ID = re.compile(rb"[A-Za-z0-9._:/+=@-]{1,128}")
@@ -71,7 +71,7 @@ class RequestIdMiddleware:
             logger.exception("%s %s failed", scope["method"], scope["path"])
             if status:
                 raise  # Nothing but the connection's end can tell the client now.
-            status, body = shape_of(Request(scope))(*translate_error(error, self._shutdown))
+            status, body = shape_of(scope)(*translate_error(error, self._shutdown))
             await JSONResponse(body, status_code=status)(scope, receive, send_with_id)
         finally:
             if access_logger.isEnabledFor(logging.INFO):

@@ -15,7 +15,6 @@ from lora_serve.engine.status import AdapterInfo
 from lora_serve.server.adapter_selection import check_adapter_name
 from lora_serve.server.caller import Caller
 from lora_serve.server.context import ServerContext, context_of
-from lora_serve.server.error_handlers import set_error_shape
 from lora_serve.server.openapi import body_schema
 from lora_serve.server.protocol.adapters import (
     LoadAdapterRequest,
@@ -50,7 +49,6 @@ async def load_lora_adapter(request: Request) -> Response:
     The load goes on when the client goes away, because others may already count on the name.
     """
     context = context_of(request)
-    set_error_shape(request, _with_sglang_fields)
     body = await read_body(request, LoadAdapterRequest, context.settings.max_body_bytes)
     result = await load_adapter(context, body)
     how = "was already loaded with this content" if result.already_loaded else "is loaded"
@@ -121,10 +119,6 @@ async def unload_adapter(context: ServerContext, body: UnloadAdapterRequest) -> 
     return await context.client.unload_lora_adapter(body.lora_name, force=bool(body.force))
 
 
-def _with_sglang_fields(status: int, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
-    return status, {**body, "success": False, "error_message": body["error"]["message"]}
-
-
 async def _loaded_adapters(context: ServerContext) -> dict[str, str]:
     adapters = await context.client.list_lora_adapters()
     return {adapter.name: adapter.path for adapter in adapters if adapter.is_serving}
@@ -152,7 +146,6 @@ def _weight_of(body: LoadAdapterRequest) -> float:
 async def unload_lora_adapter(request: Request) -> Response:
     """Unload an adapter; answer when its requests have ended and its memory is free."""
     context = context_of(request)
-    set_error_shape(request, _with_sglang_fields)
     body = await read_body(request, UnloadAdapterRequest, context.settings.max_body_bytes)
     await unload_adapter(context, body)
     answer = UnloadAdapterResponse(

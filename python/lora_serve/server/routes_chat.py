@@ -82,7 +82,7 @@ async def _accept(
     if context.settings.reasoning_parser is not None:
         start = find_start(prompt, client.tokenizer)
     job = replace(job, prompt=prompt, sampling_params=_after_reasoning(job.sampling_params, start, client))
-    [stream] = await submit_all(client, [job], not_found, context.autoloader)
+    [stream] = await submit_all(context, [job], not_found)
 
     def make_parts() -> AnswerParts:
         splitter = None if start is None else ReasoningSplitter(start)

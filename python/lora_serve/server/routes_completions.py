@@ -64,7 +64,7 @@ async def _accept(context: ServerContext, body: CompletionRequest, jobs: list[Pr
         jobs = [await _encode(context, body, job) for job in jobs]
     if body.max_tokens is None:
         jobs = [_with_default_max_tokens(context, job) for job in jobs]
-    streams = await submit_all(client, jobs, not_found, context.autoloader)
+    streams = await submit_all(context, jobs, not_found)
     prompts = []
     for job, stream in zip(jobs, streams, strict=True):
         text = job.prompt if isinstance(job.prompt, str) else job.text

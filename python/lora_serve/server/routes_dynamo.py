@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
 from urllib.parse import unquote
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from lora_serve.server.context import context_of
-from lora_serve.server.error_handlers import set_error_shape
 from lora_serve.server.openapi import body_schema
 from lora_serve.server.protocol.adapters import (
     LoadAdapterRequest,
@@ -32,7 +30,6 @@ FILE_SCHEME = "file://"
 async def load_lora(request: Request) -> Response:
     """Load an adapter, in Dynamo's form; answer when it is ready to serve."""
     context = context_of(request)
-    set_error_shape(request, _with_dynamo_fields)
     body = await read_body(request, LoadLoraRequest, context.settings.max_body_bytes)
     path = local_path_of(body.source.uri)
     result = await load_adapter(context, LoadAdapterRequest(lora_name=body.lora_name, lora_path=path))
@@ -43,7 +40,6 @@ async def load_lora(request: Request) -> Response:
 @router.delete("/v1/loras/{lora_name:path}", responses={200: {"model": LoraResponse}})
 async def unload_lora(request: Request, lora_name: str) -> Response:
     """Unload an adapter, in Dynamo's form; answer when its requests have ended and its memory is free."""
-    set_error_shape(request, _with_dynamo_fields)
     result = await unload_adapter(context_of(request), UnloadAdapterRequest(lora_name=lora_name))
     newest = max(result.adapter_ids, default=0)
     return _answer(f"adapter {lora_name!r} is unloaded", lora_name, newest)
@@ -76,7 +72,3 @@ def local_path_of(uri: str) -> str:
 def _answer(message: str, lora_name: str, adapter_id: int) -> Response:
     answer = LoraResponse(status="success", message=message, lora_name=lora_name, lora_id=adapter_id)
     return Response(answer.to_json(), media_type="application/json")
-
-
-def _with_dynamo_fields(status: int, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
-    return status, {**body, "status": "error", "message": body["error"]["message"]}

@@ -16,7 +16,8 @@ from lora_serve.lora.sources import may_be_local
 from lora_serve.server.adapter_selection import adapter_not_found, select_adapters
 from lora_serve.server.context import ServerContext, Shutdown, context_of
 from lora_serve.server.disconnect import run_while_connected
-from lora_serve.server.error_handlers import set_error_shape, translate_error
+from lora_serve.server.error_handlers import translate_error
+from lora_serve.server.error_shapes import lorax_error
 from lora_serve.server.generation import PromptJob, name_field, submit_all
 from lora_serve.server.lorax_answer import LoraxAnswer, LoraxJob
 from lora_serve.server.lorax_sampling import lorax_sampling_params, rename_fields
@@ -91,7 +92,6 @@ async def _stream(request: Request, body: LoraxRequest) -> Response:
 
 
 async def _read(request: Request) -> LoraxRequest:
-    set_error_shape(request, lorax_error)
     return await read_body(request, LoraxRequest, context_of(request).settings.max_body_bytes)
 
 
@@ -135,7 +135,7 @@ async def _submit(context: ServerContext, job: PromptJob, lorax_job: LoraxJob) -
         if lorax_job.parameters.truncate is not None:
             token_ids = await client.encode(lorax_job.inputs)
             job = replace(job, prompt=token_ids[-lorax_job.parameters.truncate :])
-        [stream] = await submit_all(client, [job], _not_found, context.autoloader)
+        [stream] = await submit_all(context, [job], _not_found)
     except InvalidArgumentError as error:
         raise name_field(rename_fields(str(error)), job.param) from None
     return LoraxAnswer(lorax_job, stream, client.tokenizer)
@@ -151,16 +151,3 @@ async def _as_events(answer: LoraxAnswer, shutdown: Shutdown) -> AsyncGenerator[
             logger.exception("a stream failed")
         _, body = lorax_error(*translate_error(error, shutdown))
         yield f"data:{json.dumps(body)}\n\n"
-
-
-def lorax_error(status: int, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
-    """Give LoRAX's shape of an error: what is wrong with a request is 422 there."""
-    kind, code = body["error"]["type"], body["error"]["code"]
-    error_type = "generation"
-    if code == "model_not_found":
-        error_type = "adapter_not_found"
-    elif kind == "rate_limit_error":
-        error_type = "overloaded"
-    elif kind == "invalid_request_error" and code != "adapter_conflict":
-        error_type = "validation"
-    return 422 if status == 400 else status, {"error": body["error"]["message"], "error_type": error_type}

@@ -10,7 +10,7 @@ from lora_serve.lora.adapter_layout import AdapterLayout, ModuleLayout
 from lora_serve.lora.adapter_reader import HostAdapter, never
 from lora_serve.lora.allowed_roots import AllowedRoots
 from lora_serve.lora.eviction_order import AdapterLine
-from lora_serve.lora.host_adapters import HostNews
+from lora_serve.lora.host_adapters import HostNews, HostResidency
 from lora_serve.lora.manager import NO_SLOT, AdapterResidency
 from lora_serve.lora.sources import AdapterFolder
 
@@ -138,16 +138,16 @@ class OracleAdapterStore:
         """Give every generation that was added, ordered by id."""
         return [
             AdapterResidency(
-                adapter_id=adapter_id,
-                adapter_slot=self._slots.get(adapter_id, NO_SLOT),
-                is_on_host=True,
-                is_being_read=False,
-                num_bytes=adapter.num_bytes,
-                lora_rank=adapter.lora_rank,
-                target_modules=adapter.layout.target_modules,
-                num_reads=1,
-                load_ms={},
-                last_used_s=0.0,
+                adapter_id,
+                self._slots.get(adapter_id, NO_SLOT),
+                HostResidency(
+                    is_on_host=True,
+                    is_being_read=False,
+                    layout=adapter.layout,
+                    load_ms={},
+                    num_reads=1,
+                    last_used_s=0.0,
+                ),
             )
             for adapter_id, adapter in sorted(self._adapters.items())
         ]

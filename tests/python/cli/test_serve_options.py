@@ -8,6 +8,7 @@ from lora_serve.cli.main import main, make_parser
 from lora_serve.cli.serve import ADMIN_API_KEY_VARIABLE, API_KEY_VARIABLE, make_launch
 from lora_serve.common.config import EngineConfig
 from lora_serve.common.errors import InvalidArgumentError
+from lora_serve.engine.process_handle import SHUTDOWN_TIMEOUT_S
 from lora_serve.server.api_keys import KeyEntry
 from lora_serve.server.engine_supervisor import RestartSettings
 from lora_serve.server.launch import DEFAULT_DRAIN_TIMEOUT_S, AdapterModule
@@ -130,6 +131,7 @@ def test_limits_and_life_reach_the_server():
     without = launch_of("m")
     assert without.settings.limits == ServerLimits()
     assert (without.restart.max_restarts, without.drain_timeout_s) == (0, DEFAULT_DRAIN_TIMEOUT_S)
+    assert without.drain_timeout_s + SHUTDOWN_TIMEOUT_S <= 30, "Kubernetes' default grace period"
 
 
 def test_limit_of_answers_per_request_reaches_the_server():

@@ -139,7 +139,7 @@ class CoreDriver:
 
     # --- Doing --------------------------------------------------------------------------------------------
 
-    def add(self, lora_name=None, prompt=None, *, priority=0, queue_timeout_s=None, **params):
+    def add(self, lora_name=None, prompt=None, *, priority=0, queue_timeout_s=None, domain=b"", **params):
         """Add a request; give its id."""
         request_id = self._next_id
         self._next_id += 1
@@ -153,6 +153,7 @@ class CoreDriver:
                 lora_name=lora_name,
                 priority=priority,
                 queue_timeout_s=queue_timeout_s,
+                isolation_domain=domain,
             )
         )
         self._requests[request_id] = (admission.adapter_id, prompt, params.max_tokens)

@@ -12,6 +12,7 @@ import zmq
 from lora_serve.common.config import EngineConfig
 from lora_serve.common.errors import InvalidArgumentError
 from lora_serve.common.kv_events_config import KVEventsConfig, parse_kv_events_config
+from lora_serve.engine.isolation import make_domain
 from lora_serve.engine.kv_event_publisher import KVEventPublisher
 
 from .core_driver import CoreDriver
@@ -112,6 +113,23 @@ def test_the_same_tokens_have_other_hashes_under_each_adapter(make):
         by_name.setdefault(event.lora_name, set()).add(one)
     assert {name: len(hashes) for name, hashes in by_name.items()} == {None: 2, "sql": 2, "law": 2}
     assert len(set.union(*by_name.values())) == 6
+
+
+@pytest.mark.parametrize("num_host_pages", [0, 32])
+@pytest.mark.parametrize("lora_name", [None, "sql"])
+def test_pages_that_only_one_isolation_domain_can_use_are_not_published(make, lora_name, num_host_pages):
+    setup = make(num_host_pages=num_host_pages, driver_options={"num_device_pages": 16})
+    setup.driver.load("sql", "/sql")
+    domain = make_domain("group", "salt")
+    secret, public = list(range(8)), list(range(100, 108))
+    for begin in range(0, 80, 8):  # More than there is room for: pages leave as well.
+        setup.run([begin + token for token in secret], lora_name=lora_name, domain=domain, max_tokens=1)
+    setup.run(public, lora_name=lora_name, max_tokens=1)
+    setup.driver.unload("sql")
+    setup.driver.step(2)
+    setup.catch_up()
+    stored = [event for event in setup.router.events if isinstance(event, BlockStored)]
+    assert {token for event in stored for token in event.token_ids} == set(public)
 
 
 def test_unloading_removes_the_pages_of_that_adapter_only(make):

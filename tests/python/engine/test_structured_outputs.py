@@ -12,7 +12,8 @@ from lora_serve.common.errors import InvalidArgumentError
 from lora_serve.common.sampling_params import SamplingParams
 from lora_serve.common.structured_outputs import ReasoningTokens, StructuredOutputsParams
 from lora_serve.engine import grammar_compiler
-from lora_serve.engine.grammar_compiler import GrammarCompiler
+from lora_serve.engine.grammar_compiler import NUM_THREADS, GrammarCompiler
+from lora_serve.engine.isolation import make_domain
 from lora_serve.engine.messages import EngineRequest
 from lora_serve.engine.tokenizer import Tokenizer
 from lora_serve.llm import LLM
@@ -310,13 +311,16 @@ def test_a_wrong_grammar_is_compiled_once_and_refused_to_all_who_asked(model, mo
 
 
 def test_the_least_recently_used_grammars_are_forgotten(model, monkeypatch):
+    compiled = []
+    real = grammar_compiler._compile
+    monkeypatch.setattr(
+        grammar_compiler, "_compile", lambda backend, source: compiled.append(source) or real(backend, source)
+    )
     monkeypatch.setattr(grammar_compiler, "CACHE_BYTES", 1)
     compiler = GrammarCompiler(str(model), 259, (END,))
-    for regex in ("a", "b"):
-        assert compiler.prepare([form_of(regex=regex)])
+    for regex in ("a", "b", "b", "a"):
         compiler.matcher(form_of(regex=regex))
-    assert not compiler.prepare([form_of(regex="b")])
-    assert compiler.prepare([form_of(regex="a")])
+    assert [source.text for source in compiled] == ["a", "b", "a"]
     compiler.close()
 
 
@@ -337,6 +341,73 @@ def test_preparing_does_not_wait_for_the_compiler(model, monkeypatch):
     first.result(30)
     assert compiler.prepare([form_of(regex="a")]) == []
     compiler.close()
+
+
+class SlowForms:
+    """Forms whose text begins with 'slow' are compiled when they may; `begun` has all texts in order."""
+
+    def __init__(self, monkeypatch):
+        self.begun = []
+        self.may_end = threading.Event()
+        self.real = grammar_compiler._compile
+        monkeypatch.setattr(grammar_compiler, "_compile", self.compile)
+
+    def compile(self, backend, source):
+        self.begun.append(source.text)
+        if source.text.startswith("slow"):
+            assert self.may_end.wait(30)
+        return self.real(backend, source)
+
+
+def test_slow_forms_of_one_owner_keep_only_that_one_waiting(model, monkeypatch):
+    forms = SlowForms(monkeypatch)
+    compiler = GrammarCompiler(str(model), 259, (END,))
+    slow = [compiler.prepare([form_of(regex=f"slow{i}")], "a") for i in range(2 * NUM_THREADS)]
+    [quick_of_a] = compiler.prepare([form_of(regex="quick1")], "a")
+    for owner, text in (("b", "quick2"), (None, "quick3"), ("c", "quick1")):
+        for future in compiler.prepare([form_of(regex=text)], owner):
+            future.result(30)
+    assert quick_of_a.done(), "what others want too is compiled in their turn"
+    assert sorted(forms.begun) == ["quick1", "quick2", "quick3", "slow0"]
+    forms.may_end.set()
+    for [future] in slow:
+        future.result(30)
+    assert len(forms.begun) == 2 * NUM_THREADS + 3, "each was compiled once"
+    compiler.close()
+
+
+def test_a_form_that_nobody_waits_for_any_more_is_not_compiled_unless_it_is_wanted_again(model, monkeypatch):
+    forms = SlowForms(monkeypatch)
+    compiler = GrammarCompiler(str(model), 259, (END,))
+    [slow] = compiler.prepare([form_of(regex="slow")])
+    for text in ("gone", "back"):
+        [future] = compiler.prepare([form_of(regex=text)])
+        assert future.cancel()
+    [again] = compiler.prepare([form_of(regex="back")])
+    forms.may_end.set()
+    again.result(30)
+    assert slow.done()
+    assert forms.begun == ["slow", "back"]
+    compiler.close()
+
+
+def test_a_group_is_the_owner_of_its_forms_whatever_their_salt_and_adapter(model, monkeypatch):
+    owners = []
+    with make_llm(model) as llm:
+        monkeypatch.setattr(llm._core._grammars, "prepare", lambda forms, owner: owners.append(owner) or [])
+        for group, salt, name in (("g", None, "a"), ("g", "s", "b"), (None, "s", "a"), (None, None, "a")):
+            domain = make_domain(group, salt)
+            request = EngineRequest(
+                request_id=1,
+                prompt_token_ids=[1],
+                sampling_params=SamplingParams(),
+                lora_name=name,
+                isolation_domain=domain,
+            )
+            llm._core.prepare_grammars([request])
+    assert owners[0] == owners[1]
+    assert owners[2:] == ["a", "a"]
+    assert owners[0] != "a"
 
 
 def test_the_engine_itself_takes_only_a_checked_form(llm):

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from lora_serve.common.config import EngineConfig
-from lora_serve.common.errors import InternalError
 from lora_serve.common.sampling_params import SamplingParams
 from lora_serve.executor.grammar_matcher import GrammarMatcher
 from lora_serve.executor.logit_adjustments import adjust_logits
 from lora_serve.executor.sampling_state import SamplingState
+from lora_serve.executor.token_restriction import RestrictionError
 from lora_serve.testing.models import make_random_model
 
 from .executors import make_executor
@@ -162,5 +162,75 @@ def test_after_the_end_every_token_may_come_and_none_counts(compiler):
 
 
 def test_a_token_that_was_sampled_without_the_mask_is_a_bug(compiler):
-    with pytest.raises(InternalError, match="does not allow it"):
-        GrammarMatcher(compiler.compile_regex("ab"), VOCAB).accept(ord("b"))
+    matcher = GrammarMatcher(compiler.compile_regex("ab"), VOCAB)
+    with pytest.raises(RestrictionError, match="does not allow it"):
+        matcher.accept(ord("b"))
+    assert not matcher.restricts
+
+
+class BreakingMatcher(GrammarMatcher):
+    """Its grammar fails at the third token: at taking it, or at the mask for it."""
+
+    def __init__(self, compiled, method):
+        super().__init__(compiled, VOCAB)
+        real = self._matcher
+        num_calls = 0
+
+        class Breaking:
+            def __getattr__(self, name):
+                nonlocal num_calls
+                if name == method:
+                    num_calls += 1
+                    if num_calls == 3:
+                        raise RuntimeError("it broke")
+                return getattr(real, name)
+
+        self._matcher = Breaking()
+
+
+class RunWithErrors(SchedulerRun):
+    """Ends the requests whose rows fail, as the engine does, and keeps why."""
+
+    errors: dict[int, str]
+
+    def _take_oldest(self):
+        collect = self.executor.collect
+
+        def collect_and_end():
+            result = collect()
+            for row, reason in result.row_errors.items():
+                request_id = int(self.in_flight[0].request_ids[row])
+                self.errors.setdefault(request_id, reason)
+                if request_id not in self.ended:
+                    self.abort(request_id)
+            return result
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(self.executor, "collect", collect_and_end)
+            return super()._take_oldest()
+
+
+@pytest.mark.parametrize("max_in_flight", [1, 2])
+@pytest.mark.parametrize(
+    ("method", "message"), [("accept_token", "it broke"), ("fill_next_token_bitmask", "leave none to sample")]
+)
+def test_a_grammar_that_fails_ends_its_row_and_no_other(executor, compiler, method, message, max_in_flight):
+    broken, good = state_of(compiler, "[a-z]{6}"), state_of(compiler, "[a-z]{6}")
+    broken.restriction = BreakingMatcher(compiler.compile_regex("[a-z]{6}"), method)
+    run = RunWithErrors(
+        executor,
+        max_in_flight=max_in_flight,
+        page_size=PAGE_SIZE,
+        max_num_seqs=8,
+        max_num_batched_tokens=64,
+        enable_prefix_caching=False,
+    )
+    run.errors = {}
+    for request_id, state in ((1, broken), (2, good)):
+        run.add(request_id, state, 7)
+    while len(run.ended) < 2 or run.in_flight:
+        run.step()
+    assert message in run.errors[1]
+    assert list(run.outputs[1]) == list(run.outputs[2])[:2], "it ends with the step that failed"
+    assert bytes(run.outputs[2][:6]).isalpha()
+    assert 2 not in run.errors

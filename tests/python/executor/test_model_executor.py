@@ -253,7 +253,7 @@ def test_adapters_and_base_mixed_in_a_step_equal_transformers_with_merged_weight
         assert run.states[request_id].output_token_ids == expected, adapter_id
         answers.add(tuple(expected))
     assert len(answers) == len(wanted)
-    assert any(entry.num_reads > 1 for entry in executor.lora.snapshot()) == (num_host_adapters == 1)
+    assert any(entry.host.num_reads > 1 for entry in executor.lora.snapshot()) == (num_host_adapters == 1)
     executor.close()
 
 

@@ -73,12 +73,12 @@ def test_adapter_that_is_only_on_disk_ends_its_load_later_and_is_read_again(make
 
     assert memory.plan({1: 0}) == loaded()
     memory.assert_holds({})
-    assert memory.residency(1).is_being_read
+    assert memory.residency(1).host.is_being_read
     assert memory.wait_for_loads() == loaded(1)
 
     memory.assert_holds({1: 0})
-    assert memory.residency(1).num_reads == 2
-    assert memory.residency(2).num_reads == 1
+    assert memory.residency(1).host.num_reads == 2
+    assert memory.residency(2).host.num_reads == 1
     assert memory.news.arrived == [1]
 
 
@@ -169,9 +169,9 @@ def test_adapter_in_front_of_the_line_is_on_the_host_when_a_plan_loads_it(make_m
     memory.evict_from_host()
     memory.read_ahead(2)
     memory.poll()
-    assert [entry.is_being_read for entry in memory.manager.snapshot()] == [False, True]
+    assert [entry.host.is_being_read for entry in memory.manager.snapshot()] == [False, True]
     wait_until(lambda: memory.poll() and memory.news.arrived)
-    assert [(entry.tier, entry.num_reads) for entry in memory.manager.snapshot()] == [
+    assert [(entry.tier, entry.host.num_reads) for entry in memory.manager.snapshot()] == [
         ("device", 1),
         ("host", 2),
     ]
@@ -186,7 +186,7 @@ def test_read_ahead_serves_the_plan_that_comes_before_its_end(make_memory):
     memory.read_ahead(1)
     assert memory.plan({1: 0}) == loaded()
     assert memory.wait_for_loads() == loaded(1)
-    assert memory.residency(1).num_reads == 2
+    assert memory.residency(1).host.num_reads == 2
     memory.assert_holds({1: 0})
 
 
@@ -388,10 +388,10 @@ def test_snapshot_tells_tiers_bytes_ranks_and_the_stages_of_loads(make_memory):
     assert [entry.adapter_id for entry in memory.manager.snapshot()] == [1, 2, 3, 4]
     assert [entry.tier for entry in (first, second, third, fourth)] == ["disk", "device", "disk", "host"]
     assert [entry.adapter_slot for entry in (first, second)] == [NO_SLOT, 4]
-    assert [entry.is_being_read for entry in (first, second, third)] == [False, False, True]
-    assert (first.lora_rank, second.lora_rank) == (2, 5)
-    assert first.target_modules == ("embed_tokens", "o_proj")
-    assert num_exact_bytes(path) == pytest.approx(first.num_bytes, abs=255)
+    assert [entry.host.is_being_read for entry in (first, second, third)] == [False, False, True]
+    assert (first.host.layout.lora_rank, second.host.layout.lora_rank) == (2, 5)
+    assert first.host.layout.target_modules == ("embed_tokens", "o_proj")
+    assert num_exact_bytes(path) == pytest.approx(first.host.layout.num_bytes, abs=255)
     assert first.load_ms.keys() == {"locate", "check", "room", "read"}
     assert second.load_ms.keys() == {*first.load_ms, "copy"}
     assert all(0 <= milliseconds < 1e5 for milliseconds in second.load_ms.values())

@@ -249,6 +249,28 @@ def test_slow_load_holds_up_nothing_else_and_few_run_at_once(tmp_path):
     assert engine.most_loading == MAX_LOADS
 
 
+def test_after_a_restart_of_the_engine_what_has_not_changed_is_loaded_at_once(tmp_path):
+    write(tmp_path / "sql")
+    write(tmp_path / "chat")
+
+    async def run():
+        engine = FolderEngine()
+        folder = AdapterFolder(engine, AdapterFolderSettings(str(tmp_path), "base", poll_seconds=0.05))
+        await folder.look()
+        await folder.start()
+        await folder.close()
+        engine.adapters.clear()
+        write(tmp_path / "chat", "other")
+        write(tmp_path / "new")
+        await folder.start_again()
+        assert set(engine.adapters) == {"sql"}
+        await until(lambda: set(engine.adapters) == {"sql", "chat", "new"})
+        await folder.close()
+        assert engine.kinds() == ["load", "load"]
+
+    asyncio.run(run())
+
+
 def test_close_ends_the_loads_that_wait(tmp_path):
     engine = FolderEngine()
 

@@ -29,6 +29,34 @@ def test_without_a_key_everything_is_401(shown, path):
     assert response.headers["www-authenticate"] == "Bearer"
 
 
+@pytest.mark.parametrize(
+    ("method", "path", "fields"),
+    [
+        *(("POST", path, {"error_type": "generation"}) for path in ("/", "/generate", "/generate_stream")),
+        ("POST", "/v1/load_lora_adapter", {"success": False}),
+        ("POST", "/unload_lora_adapter", {"success": False}),
+        ("POST", "/v1/loras", {"status": "error"}),
+        ("DELETE", "/v1/loras/sql", {"status": "error"}),
+    ],
+)
+@pytest.mark.parametrize("refused_for", ["key", "drain"])
+def test_a_refusal_before_any_route_has_the_shape_of_the_paths_dialect(method, path, fields, refused_for):
+    app = make_app(api_keys=KEYS if refused_for == "key" else ())
+    if refused_for == "drain":
+        app.state.context.lifecycle.begin_drain()
+    response = call(app, method, path, content=b"{}")
+    assert response.status_code == (401 if refused_for == "key" else 503)
+    body = response.json()
+    assert fields.items() <= body.items()
+    text = "API key is missing" if refused_for == "key" else "shutting down"
+    if "error_type" in body:
+        assert set(body) == {"error", "error_type"}
+        assert text in body["error"]
+    else:
+        assert text in body["error"]["message"]
+        assert text in body.get("error_message", body.get("message"))
+
+
 def test_keys_that_are_not_ascii_are_401():
     response = call(make_app(api_keys=KEYS), "GET", "/v1/models", headers={"Authorization": b"Bearer \xff"})
     assert response.status_code == 401

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 from typing import cast
 
@@ -13,6 +14,7 @@ from lora_serve.engine.engine_client import AsyncEngineClient, LoadedAdapter
 from lora_serve.engine.messages import LoadAdapterResult
 from lora_serve.server.engine_supervisor import EngineSupervisor, RestartSettings
 from lora_serve.server.lifecycle import Lifecycle, Phase
+from server.http_calls import call, make_app, make_client
 
 
 def adapter(name, digest="d0", **fields):
@@ -30,6 +32,8 @@ class FakeEngine:
         self.has_failed = asyncio.Event()
         self.is_healthy = True
         self.calls = []
+        self.forgotten = []
+        self.reload_error = None
 
     def die(self):
         self.is_healthy = False
@@ -41,6 +45,7 @@ class FakeEngine:
     async def restart(self):
         assert self.lifecycle.phase is Phase.RESTARTING
         self.calls.append("restart")
+        self.loaded_adapters.clear()
         outcome = self.outcomes.pop(0)
         if outcome is not True:
             raise outcome
@@ -67,15 +72,23 @@ def supervise(outcomes, script, loaded=(), **settings):
         lifecycle = Lifecycle()
         engine = FakeEngine(lifecycle, outcomes, loaded)
 
+        async def forget():
+            assert lifecycle.phase is Phase.RESTARTING
+            engine.forgotten.append(list(engine.calls))
+
         async def reload():
             engine.calls.append("reload")
+            if engine.reload_error is not None:
+                raise engine.reload_error
 
         restarts = RestartSettings(**{"max_restarts": 3, "first_pause_s": 0.0, **settings})
         supervisor = EngineSupervisor(
             cast(AsyncEngineClient, engine),
             lifecycle,
             restarts,
-            is_ours=lambda adapter: adapter.name != "watched",
+            # As of a path loaded on first use: nobody remembers whose it was once that is forgotten.
+            is_ours=lambda adapter: adapter.name != "watched" or bool(engine.forgotten),
+            forget=forget,
             reload=reload,
         )
         supervisor.start()
@@ -107,6 +120,13 @@ def test_adapters_are_loaded_again_before_requests_are_let_in():
     engine, lifecycle = supervise([True], die_and_come_back, loaded)
     assert engine.calls == ["restart", "red", "blue", "reload"]
     assert lifecycle.why_not_serving() is None
+
+
+def test_what_others_had_loaded_is_forgotten_before_the_new_engine_starts_and_never_taken_for_ours():
+    loaded = [adapter("red"), adapter("watched")]
+    engine, _ = supervise([InternalError("no memory"), True], die_and_come_back, loaded)
+    assert engine.calls == ["restart", "restart", "red", "reload"]
+    assert engine.forgotten == [[], ["restart"]]
 
 
 def test_a_failed_start_is_tried_again_up_to_the_limit():
@@ -153,12 +173,27 @@ def test_an_adapter_that_cannot_be_loaded_again_is_named_and_the_others_are_load
     assert "adapter 'blue' has another content" in caplog.text
 
 
+@pytest.mark.parametrize("error", [InternalError("no folder"), OSError("no folder")])
+@pytest.mark.parametrize("what", ["load", "reload"])
+def test_an_engine_that_is_healthy_serves_even_if_something_beside_it_fails(what, error, caplog):
+    async def script(engine, lifecycle):
+        if what == "load":
+            engine.broken["red"] = (error, False)
+        else:
+            engine.reload_error = error
+        await die_and_come_back(engine, lifecycle)
+
+    engine, lifecycle = supervise([True], script, [adapter("red"), adapter("blue")])
+    assert engine.calls == ["restart", "red", "blue", "reload"]
+    assert lifecycle.why_not_serving() is None
+    assert "no folder" in caplog.text
+
+
 def test_an_engine_that_ends_while_adapters_are_loaded_again_forgets_none_of_them():
     async def script(engine, lifecycle):
         engine.broken["red"] = (InternalError("it has ended"), True)
         engine.die()
         await until(lambda: "red" in engine.calls)
-        engine.loaded_adapters.clear()
         await until(lambda: engine.calls[-1] == "reload")
 
     engine, _ = supervise([True, True], script, [adapter("red"), adapter("blue")])
@@ -171,6 +206,56 @@ def test_a_drain_is_not_ended_by_a_restart():
     lifecycle.begin_drain()
     lifecycle.end_restart()
     assert lifecycle.why_not_serving().code == "draining"
+
+
+BODIES_OF_THE_OLD_ENGINE = [
+    ("/v1/completions", {"model": "sql", "prompt": "hi"}),
+    ("/v1/completions", {"model": "tiny", "prompt": ["a", "b"], "lora_path": ["sql", None], "stream": True}),
+    ("/v1/chat/completions", {"model": "sql", "messages": [{"role": "user", "content": "hi"}]}),
+    ("/generate", {"inputs": "hi", "parameters": {"adapter_id": "sql"}}),
+    ("/tokenize", {"model": "sql", "prompt": "hi"}),
+    ("/v1/unload_lora_adapter", {"lora_name": "sql"}),
+]
+
+
+@pytest.mark.parametrize("is_draining", [False, True])
+@pytest.mark.parametrize(
+    ("path", "body", "ends_in"),
+    [
+        *((*request, "body") for request in BODIES_OF_THE_OLD_ENGINE),
+        *((*request, "submit") for request in BODIES_OF_THE_OLD_ENGINE[:4]),
+    ],
+)
+def test_a_request_that_was_on_its_way_when_the_engine_ended_is_503_while_adapters_are_missing(
+    path, body, ends_in, is_draining
+):
+    client = make_client()
+    app = make_app(client)
+    lifecycle = app.state.context.lifecycle
+
+    def end_engine():
+        lifecycle.begin_restart()
+        if is_draining:
+            lifecycle.begin_drain()
+        client.adapters.clear()
+
+    async def pieces():
+        yield json.dumps(body)[:5].encode()
+        if ends_in == "body":
+            end_engine()
+        yield json.dumps(body)[5:].encode()
+
+    submit = client.submit
+
+    async def submit_after_the_end(*arguments, **options):
+        end_engine()
+        return await submit(*arguments, **options)
+
+    client.submit = submit_after_the_end
+    response = call(app, "POST", path, content=pieces())
+    assert response.status_code == 503, response.text
+    assert "is being started again" in response.text
+    assert int(response.headers["retry-after"]) > 0
 
 
 def test_a_negative_number_of_restarts_is_refused():

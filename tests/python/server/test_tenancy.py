@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
 
+import msgspec
 import pytest
 
-from lora_serve.common.errors import CapacityError, InvalidArgumentError
+from lora_serve.common.errors import AdapterConflictError, CapacityError, InvalidArgumentError
 from lora_serve.engine.engine_client import AsyncEngineClient
 from lora_serve.engine.isolation import make_domain
 from lora_serve.server.api_keys import KeyEntry, read_key_file
@@ -158,21 +160,60 @@ def test_the_fingerprint_does_not_count_the_loads_of_others():
         assert answer["system_fingerprint"] == expected
 
 
-@pytest.mark.parametrize("retry_after_s", [2, None])
-def test_what_waits_of_others_is_not_counted_in_a_refusal(retry_after_s):
-    error = CapacityError("request 3 would make 41 queued requests; max_queued_requests is 40", retry_after_s)
-    app, client = make_tenant_app()
+REFUSALS_THAT_TELL_OF_OTHERS = [
+    CapacityError("request 3 would make 41 queued requests; max_queued_requests is 40", 2),
+    CapacityError("request 3 would make 41 live requests of adapter 12; max_requests_per_adapter is 40"),
+    CapacityError("the adapter takes 41 bytes but all host memory for adapters is 40 bytes"),
+    CapacityError("adapter 12 takes 41 bytes; with 4141 bytes of pinned adapters there is no room"),
+    CapacityError("all 41 adapters that may be loaded on first use are in use", retry_after_s=1),
+    AdapterConflictError("adapter 'org/a' is loaded from '/adapters/law' with other content"),
+    AdapterConflictError("the load of adapter 'org/a' from '/adapters/law' was cancelled by an unload"),
+]
+NAMES_OF_OTHERS = re.compile(r"law|41|12|max_|first use")
 
+
+def refuse_with(error):
     async def refuse(*_arguments, **_options):
         raise error
 
-    client.submit = refuse
-    response = ask(app, "POST", "/v1/completions", SQL_KEY, json={"model": "sql", "prompt": "hi"})
-    assert response.status_code == 429
-    assert response.headers.get("retry-after") == (retry_after_s and str(retry_after_s))
-    assert "41" not in response.text
-    full = ask(app, "POST", "/v1/completions", FULL_KEY, json={"model": "sql", "prompt": "hi"})
-    assert "41" in full.text
+    return refuse
+
+
+@pytest.mark.parametrize("method", ["submit", "load_lora_adapter"])
+@pytest.mark.parametrize("error", REFUSALS_THAT_TELL_OF_OTHERS, ids=lambda error: str(error)[-20:])
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/completions", {"model": BASE, "lora_path": "org/a", "prompt": "hi"}),
+        ("/v1/chat/completions", {"model": f"{BASE}:org/a", "messages": [{"role": "user", "content": "hi"}]}),
+        ("/generate_stream", {"inputs": "hi", "parameters": {"adapter_id": "org/a"}}),
+    ],
+)
+def test_no_refusal_of_a_tenant_counts_or_names_what_others_have(path, body, error, method):
+    client = make_client()
+    tenant = KeyEntry(name="group", key="key-of-group", group="group")
+    autoload = AutoloadSettings(allow_hub=True)
+    app = make_app(client, api_keys=(FULL_KEY,), key_entries=(tenant,), autoload=autoload)
+    setattr(client, method, refuse_with(error))
+    refused = ask(app, "POST", path, "key-of-group", json=body)
+    assert refused.status_code == (429 if isinstance(error, CapacityError) else 409)
+    retry_after_s = getattr(error, "retry_after_s", None)
+    assert refused.headers.get("retry-after") == (retry_after_s and str(retry_after_s))
+    assert not NAMES_OF_OTHERS.search(refused.text), refused.text
+    assert str(error) in ask(app, "POST", path, FULL_KEY, json=body).text, "an operator is told all of it"
+
+
+def test_a_full_set_of_adapters_loaded_on_first_use_is_not_counted_for_a_tenant():
+    client = make_client()
+    tenant = KeyEntry(name="group", key="key-of-group", group="group")
+    autoload = AutoloadSettings(max_adapters=1, allow_hub=True)
+    app = make_app(client, key_entries=(tenant,), api_keys=(FULL_KEY,), autoload=autoload)
+    body = {"model": BASE, "prompt": "hi"}
+    assert ask(app, "POST", "/v1/completions", FULL_KEY, json={**body, "lora_path": "o/1"}).status_code == 200
+    client.adapters["o/1"] = msgspec.structs.replace(client.adapters["o/1"], num_running_requests=1)
+    refused = ask(app, "POST", "/v1/completions", "key-of-group", json={**body, "lora_path": "o/2"})
+    assert refused.status_code == 429
+    assert not NAMES_OF_OTHERS.search(refused.json()["error"]["message"])
 
 
 @pytest.mark.parametrize(("key", "status"), [(SQL_KEY, 403), (FULL_KEY, 403), (ADMIN_KEY, 200)])

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import threading
 import time
 
 from lora_serve.common.config import EngineConfig
 from lora_serve.common.errors import InvalidArgumentError
+from lora_serve.engine.grammar_compiler import GrammarCompiler
 from lora_serve.testing.oracle_executor import OracleExecutor, OracleOptions
 from support.tiny_checkpoint import VOCAB_SIZE
 
@@ -45,6 +47,19 @@ def make_oracle(config):
 
 
 def make_slow_oracle(config):
+    return SlowOracle(_options(config))
+
+
+def make_oracle_with_endless_forms(config):
+    """A form whose text begins with 'endless' is never compiled."""
+    run = GrammarCompiler._run
+
+    def run_or_wait(self, source, compilation):
+        if source.text.startswith("endless"):
+            threading.Event().wait()
+        run(self, source, compilation)
+
+    GrammarCompiler._run = run_or_wait
     return SlowOracle(_options(config))
 
 

@@ -32,8 +32,9 @@ class ServerProcess:
     """
 
     def __init__(self, *arguments: str | Path, environment: Mapping[str, str] | None = None) -> None:
-        self._command = [sys.executable, "-m", "lora_serve.cli.main", "serve", *map(str, arguments)]
-        self._command += ["--host", "127.0.0.1", "--port", "0"]
+        # Streams that a test leaves open are not waited for for long; its own option comes later and wins.
+        self._command = [sys.executable, "-m", "lora_serve.cli.main", "serve", "--drain-timeout", "5"]
+        self._command += [*map(str, arguments), "--host", "127.0.0.1", "--port", "0"]
         paths = os.pathsep.join(path for path in sys.path if path)
         self._environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths, **(environment or {})}
         self._folder = tempfile.TemporaryDirectory(prefix="lora-serve-test-")
