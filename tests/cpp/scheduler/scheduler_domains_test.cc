@@ -64,7 +64,7 @@ TEST_P(SchedulerDomainsTest, CountsOfAnAdapterAreThoseOfAllItsDomains) {
   EXPECT_EQ(stats.num_missed_tokens, 13 + 1 + 9);
 }
 
-TEST_P(SchedulerDomainsTest, EventsOfEveryDomainNameTheAdapterAndDifferInTheirHashes) {
+TEST_P(SchedulerDomainsTest, EventsOfEveryDomainDifferInTheirHashesAndSayWhatIsPrivate) {
   harness_.OpenAndLoad(adapter());
   harness_.scheduler().SetEventsEnabled(true);
   std::set<std::uint64_t> hashes;
@@ -72,6 +72,7 @@ TEST_P(SchedulerDomainsTest, EventsOfEveryDomainNameTheAdapterAndDifferInTheirHa
     Run(domain, MakePrompt(5));
     for (const AdapterKVEvent& event : harness_.scheduler().TakeEvents()) {
       EXPECT_EQ(event.adapter_id, adapter());
+      EXPECT_EQ(event.is_private, !domain.empty());
       if (event.event.tier != Tier::kDevice) continue;
       hashes.insert(event.event.page_hashes.begin(), event.event.page_hashes.end());
     }
