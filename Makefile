@@ -81,7 +81,7 @@ test-cpp: $(VENV)/.packages
 
 test-python: setup setup-clients
 	@scripts/install_browser.sh $(SUDO)
-	$(BIN)/python -m pytest -m 'not gpu and not multi_gpu and not slow'
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m 'not gpu and not multi_gpu and not slow'
 
 sanitize: $(VENV)/.packages
 	@scripts/install_cpp_library.sh GTest libgtest-dev $(SUDO)

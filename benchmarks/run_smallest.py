@@ -11,9 +11,14 @@ import sys
 from pathlib import Path
 
 
+def python_scripts() -> list[Path]:
+    """All benchmarks in Python; tests/python/test_benchmarks.py runs them, too."""
+    return sorted(Path(__file__).resolve().parent.glob("*/bench_*.py"))
+
+
 def run_python_scripts() -> int:
     """Run all scripts and return how many there are."""
-    scripts = sorted(Path(__file__).resolve().parent.glob("*/bench_*.py"))
+    scripts = python_scripts()
     for script in scripts:
         print(f"== {script.name}", flush=True)
         subprocess.run([sys.executable, str(script), "--smallest"], check=True)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from unittest import mock
 
 import torch
 from kernel_bench import Bench, Case
@@ -30,11 +31,15 @@ def torch_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch
 
 
 def launched_with(num_heads: int, num_warps: int, call: Callable[[], object]) -> Callable[[], object]:
+    parameters = {
+        "_ELEMENTS_OF_A_WARP": num_heads * HEAD_DIM // num_warps,
+        "_MOST_DECODE_TOKENS": -1,  # The number of warps of a prefill counts for any number of tokens.
+        "_WARPS_OF_A_PREFILL": num_warps,
+    }
+
     def run() -> None:
-        before = rotary_store._ELEMENTS_OF_A_PROGRAM, rotary_store._NUM_WARPS
-        rotary_store._ELEMENTS_OF_A_PROGRAM, rotary_store._NUM_WARPS = num_heads * HEAD_DIM, num_warps
-        call()
-        rotary_store._ELEMENTS_OF_A_PROGRAM, rotary_store._NUM_WARPS = before
+        with mock.patch.multiple(rotary_store, **parameters):
+            call()
 
     return run
 
