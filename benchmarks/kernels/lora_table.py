@@ -1,6 +1,6 @@
 """The rows of `bench_lora` as Markdown: microseconds of both halves, and in brackets what is their floor.
 
-    python benchmarks/kernels/lora_table.py > benchmarks/results/lora_kernels_h100.md
+python benchmarks/kernels/lora_table.py > benchmarks/results/lora_kernels_h100.md
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def prefill_table(rows: dict[tuple[str, ...], Row]) -> Iterator[str]:
     names = {row["provider"]: None for row in of_prefill.values()}
     yield from header(["tokens", "adapters", "rank", *names])
     for key in dict.fromkeys(key[:4] for key in of_prefill):
-        shape, num_rows, adapters, rank = key
+        _, num_rows, adapters, rank = key
         yield line([num_rows, adapters, rank, *(cell_of(of_prefill.get((*key, name))) for name in names)])
 
 

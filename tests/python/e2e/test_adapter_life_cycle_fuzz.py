@@ -24,7 +24,7 @@ from support.life_cycle.faults import FAULTS
 from support.life_cycle.server import FuzzServer, make_server
 from support.life_cycle.world import World
 
-SECONDS = float(os.environ.get("LORA_SERVE_TEST_SECONDS", "20"))
+SECONDS = float(os.environ.get("LORA_SERVE_TEST_SECONDS", "60"))
 SEED = int(os.environ.get("LORA_SERVE_TEST_SEED", str(random.SystemRandom().randrange(2**31))))
 NUM_CLIENTS = 8
 CATALOGUE_SEED = 3
