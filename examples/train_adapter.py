@@ -3,7 +3,8 @@
     pip install peft
     python examples/train_adapter.py --model MODEL --out FOLDER --question "Who are you?" --answer "A boat."
 
-Enough to see an adapter of your own at work, and no way to train a good one: that takes data.
+Enough to see an adapter of your own at work, and no way to train a good one: that takes data. A model of
+billions of weights wants a GPU: the weights are held in bfloat16 there, in float32 on a CPU.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ def main() -> None:
     parser.add_argument("--answer", required=True)
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--max-steps", type=int, default=100)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     torch.manual_seed(0)
 
@@ -36,11 +38,12 @@ def main() -> None:
     )
     prompt_ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
     answer_ids = tokenizer(args.answer, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
-    token_ids = torch.tensor([prompt_ids + answer_ids])
+    token_ids = torch.tensor([prompt_ids + answer_ids], device=args.device)
     labels = token_ids.clone()
     labels[0, : len(prompt_ids)] = -100  # Only the answer is learnt.
 
-    base = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
+    dtype = torch.float32 if args.device == "cpu" else torch.bfloat16
+    base = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype).to(args.device)
     # Any rank, any linear projections. Bias, DoRA and modules_to_save would be more than LoRA, and refused.
     settings = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear")
     model = get_peft_model(base, settings)

@@ -23,6 +23,7 @@ def make_parser() -> argparse.ArgumentParser:
         "serve",
         help="serve a model and its adapters over HTTP",
         description="Serve a model and its adapters over HTTP.",
+        allow_abbrev=False,  # Else another server's --enable-lora could be taken for an option of ours.
     )
     serve.add_arguments(serve_parser)
     serve_parser.set_defaults(command=serve.main)
@@ -60,7 +61,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit status: 0 = well, 1 = an error that was printed, 130 = interrupted. Bad usage exits with 2,
         and `adapter check` has its own.
     """
-    args = make_parser().parse_args(argv)
+    parser = make_parser()
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        parser.error(
+            f"unrecognized arguments: {' '.join(unknown)} (options of other servers, what stands for them "
+            "here or why they are not needed: docs/migrating.md)"
+        )
     try:
         status: int = args.command(args)
     except LoraServeError as error:

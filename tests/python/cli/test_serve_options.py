@@ -224,6 +224,16 @@ def test_sizes_of_the_kv_memory_exclude_each_other(option):
         main(["serve", "m", option, "1", "--kv-memory-gb", "1"])
 
 
+@pytest.mark.parametrize("option", ["--enable-lora", "--enable-tokenizer-info", "--max-cpu-loras=4"])
+def test_option_of_another_server_points_to_the_page_on_migrating(option, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["serve", "m", option])
+
+    assert ended.value.code == 2
+    assert f"unrecognized arguments: {option} (" in (error := capsys.readouterr().err)
+    assert "docs/migrating.md" in error
+
+
 def test_demo_prints_its_paths(capsys):
     assert main(["demo", "--print-paths"]) == 0
     assert '"adapters"' in capsys.readouterr().out
