@@ -349,7 +349,7 @@ class _SupervisedEngine:
         if self._autoloader is not None:
             self._autoloader.forget_all()
         if self._folder is not None:
-            await self._folder.close()
+            await self._folder.forget_engine()
 
     async def _watch_again(self) -> None:
         if self._folder is not None:
