@@ -15,7 +15,9 @@ asking. The answer of a client that went away, or whose adapter was unloaded by 
 In the end the streams run out, and all adapters are unloaded. It has failed (exit status 1) if an answer was
 wrong, mixed, lost or ended by nobody, if memory or threads of server or engine grew after the warm-up (see
 `soak/server_state.py`), if requests, adapters, pinned or adapters' KV pages or sockets are left, if the
-server has counted other answers than the clients, or has logged an error. The last line is a summary in JSON.
+server has counted other answers than the clients, does not end with status 0 when it is told to, or has
+logged an error until then, or if something that the load should try has not happened. The last line is a
+summary in JSON.
 """
 
 from __future__ import annotations
@@ -50,9 +52,9 @@ from soak.server_state import (  # noqa: E402
     BOUNDS,
     ServerProcesses,
     find_leftovers,
-    find_log_problems,
     num_base_pages,
 )
+from soak.server_summary import end_server, find_untried  # noqa: E402
 
 _DRAIN_LIMIT_S = 180.0
 _CLOSE_LIMIT_S = 10.0
@@ -84,7 +86,7 @@ class Soak:
         self.problems: list[str] = []
 
     async def run(self) -> dict[str, Any]:
-        """Learn, load, drain, check; give the summary."""
+        """Learn, load, let the streams end, check; give the summary."""
         # Operators' calls wait for drains; a kept-alive connection may be closed by the server as it is used.
         connector = aiohttp.TCPConnector(limit=0, force_close=True)
         timeout = aiohttp.ClientTimeout(total=_DRAIN_LIMIT_S)
@@ -96,7 +98,7 @@ class Soak:
             finally:
                 await self._reader.close()
             await self._check_sockets(num_sockets)
-        self.problems += find_log_problems(self._server.log_path.read_text(errors="replace"))
+        self.problems += find_untried(summary, self._sizes)
         return {**summary, "problems": self.problems}
 
     async def _run(self, session: aiohttp.ClientSession) -> dict[str, Any]:
@@ -215,12 +217,6 @@ class Soak:
             )
         self._check_counts(await _read_finished(session))
         stats: dict[str, Any] = loras["stats"]
-        for name in self._sizes.must_have_happened:
-            if not stats[name]:
-                self.problems.append(f"{name} is 0: the load does not try what it should")
-        for what, count in self._changes.counts.items():
-            if not count:
-                self.problems.append(f"there was no {what}: the load does not try what it should")
         return stats
 
     async def _end_changes(self) -> None:
@@ -291,6 +287,7 @@ def main(arguments: list[str] | None = None) -> int:
         try:
             with open(options.record or os.devnull, "w", encoding="utf-8") as record:
                 summary = asyncio.run(Soak(server, sizes, options.seed, record).run())
+            summary["problems"] += end_server(server)
         except BaseException:
             print(server.log_tail(), file=sys.stderr)
             raise

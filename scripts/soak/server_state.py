@@ -26,6 +26,8 @@ _MUST_BE_ZERO = (
     *("num_queued_requests", "num_queued_tokens", "num_private_pages", "num_transfers"),
     *("num_adapters_in_line", "num_paused_adapters", "num_loading_adapters"),
 )
+_BAD_LEVELS = (" ERROR ", " CRITICAL ")
+_BAD_BEGINNINGS = ("Traceback", "Fatal Python error")
 _MUST_BE_ZERO_WITHOUT_ADAPTERS = ("num_adapters", "num_resident_adapters", "num_adapter_bytes")
 
 
@@ -95,4 +97,8 @@ def num_base_pages(loras: dict[str, Any]) -> tuple[int, int]:
 
 def find_log_problems(log: str) -> list[str]:
     """Lines of the server's log that say that something went wrong."""
-    return [line for line in log.splitlines() if " ERROR " in line or line.startswith("Traceback")]
+    return [
+        line
+        for line in log.splitlines()
+        if any(level in line for level in _BAD_LEVELS) or line.startswith(_BAD_BEGINNINGS)
+    ]

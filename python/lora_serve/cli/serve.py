@@ -12,6 +12,7 @@ from lora_serve.common.log_format import LOG_FORMATS
 from lora_serve.server.limits import ServerLimits
 from lora_serve.server.settings import (
     DEFAULT_ADAPTER_FOLDER_POLL_SECONDS,
+    DEFAULT_DRAIN_TIMEOUT_S,
     DEFAULT_MAX_ANSWERS_PER_REQUEST,
     DEFAULT_MAX_AUTOLOADED_ADAPTERS,
     DEFAULT_MAX_BODY_BYTES,
@@ -194,7 +195,7 @@ def _add_limit_options(group: argparse._ArgumentGroup) -> None:
         ("--body-timeout", defaults.body_timeout_s, "a request whose body is not complete fails"),
         (
             "--drain-timeout",
-            25.0,
+            DEFAULT_DRAIN_TIMEOUT_S,
             "running requests are ended after a signal; a second signal ends them at once",
         ),
     ):

@@ -105,18 +105,25 @@ class ServerProcess:
         assert self._process is not None
         return self._process.wait()
 
+    def terminate(self) -> int | None:
+        """Asks the server to end; gives its exit status, None if it still runs after `STOP_TIMEOUT_S`."""
+        assert self._process is not None
+        self._process.send_signal(signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(STOP_TIMEOUT_S)
+        return self._process.returncode
+
     def stop(self) -> None:
         """Asks the server to end, kills what is left of it after `STOP_TIMEOUT_S`; may be called twice."""
-        process, self._process = self._process, None
+        process = self._process
         if process is not None:
             if process.poll() is None:
-                process.send_signal(signal.SIGTERM)
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    process.wait(STOP_TIMEOUT_S)
+                self.terminate()
             # Usually nothing is left of the group by now.
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
+            self._process = None
         if self._folder is not None:
             self._folder.cleanup()
             self._folder = None

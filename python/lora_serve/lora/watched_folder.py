@@ -14,7 +14,7 @@ Scans go in, one a poll; actions come out. The rules:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -159,14 +159,23 @@ class WatchedFolder:
         if adapter_id is not None:
             subfolder.adapter_id = adapter_id
 
-    def forget_engine(self) -> None:
+    def forget_engine(self, served: Collection[str]) -> None:
         """Take in that nothing serves any more, and that the actions under way were dropped.
 
-        What is the same at the next update as at the last one is asked for then.
+        These actions, and what served, are asked for at the next update if the files are the same then as at
+        the last one. The rest is left alone until its files change, as before: what has failed, and what
+        somebody has unloaded.
+
+        Parameters
+        ----------
+        served
+            Names of the adapters that served from this folder.
         """
         self._is_at_rest = False
-        for subfolder in self._subfolders.values():
-            subfolder.adapter_id = subfolder.handled = None
+        for name, subfolder in self._subfolders.items():
+            if name in served:
+                subfolder.handled = None
+            subfolder.adapter_id = None
             subfolder.is_busy = False
 
     def _update_one(

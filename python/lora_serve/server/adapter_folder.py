@@ -62,17 +62,29 @@ class AdapterFolder:
         await asyncio.sleep(self._looked_at_s + self._settings.poll_seconds - time.monotonic())
         await self._load_and_watch()
 
-    async def start_again(self) -> None:
-        """Load at once what was loaded before `close` and has not changed, into an engine without adapters.
+    async def forget_engine(self) -> None:
+        """End the watch of an engine that has ended; its client has not been started again yet.
 
-        What has changed is loaded when it has come to rest, as ever.
+        Until then the client knows what served, and so what :meth:`start_again` has to load.
         """
-        self._folder.forget_engine()
+        await self.close()
+        self._folder.forget_engine(
+            {
+                adapter.name
+                for adapter in self._client.loaded_adapters
+                if adapter.path == os.path.join(self._path, adapter.name)
+            }
+        )
+
+    async def start_again(self) -> None:
+        """Load at once what served before `forget_engine` and has not changed; the engine has no adapters.
+
+        What has changed is loaded when it has come to rest, as ever; what somebody had unloaded stays so.
+        """
         await self._load_and_watch()
 
     async def close(self) -> None:
         """End the watch; what is loaded stays. Closing twice changes nothing."""
-        self._finish_actions()
         tasks = [task for task in (self._task, *self._actions.values()) if task is not None]
         self._task, self._actions = None, {}
         for task in tasks:

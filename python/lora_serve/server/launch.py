@@ -28,14 +28,8 @@ from lora_serve.server.engine_supervisor import EngineSupervisor, RestartSetting
 from lora_serve.server.lifecycle import Lifecycle
 from lora_serve.server.limits import make_room
 from lora_serve.server.parsing.reasoning import check_reasoning_tokens
-from lora_serve.server.settings import AdapterFolderSettings, ServerSettings
+from lora_serve.server.settings import DEFAULT_DRAIN_TIMEOUT_S, AdapterFolderSettings, ServerSettings
 
-DEFAULT_DRAIN_TIMEOUT_S = 25.0
-"""Running requests get so long to end after the first signal; then the engine ends them.
-
-With what the end itself takes it fits into the 30 s that Kubernetes gives by default, so that whatever is cut
-off is still told.
-"""
 GRACEFUL_SHUTDOWN_S = 0.5
 """After that time, connections whose last answer has been given get so long to be closed."""
 LAST_ANSWERS_S = 1
@@ -349,7 +343,7 @@ class _SupervisedEngine:
         if self._autoloader is not None:
             self._autoloader.forget_all()
         if self._folder is not None:
-            await self._folder.close()
+            await self._folder.forget_engine()
 
     async def _watch_again(self) -> None:
         if self._folder is not None:

@@ -19,6 +19,12 @@ MIN_ADAPTER_FOLDER_POLL_SECONDS = 0.01
 TOOL_PARSERS = ("auto", "hermes", "llama3_json")
 REASONING_PARSERS = ("qwen3",)
 DEFAULT_MAX_AUTOLOADED_ADAPTERS = 64
+DEFAULT_DRAIN_TIMEOUT_S = 25.0
+"""Running requests get so long to end after the first signal; then the engine ends them.
+
+With what the end itself takes it fits into the 30 s that Kubernetes gives by default, so that whatever is cut
+off is still told.
+"""
 
 
 @dataclass(frozen=True)

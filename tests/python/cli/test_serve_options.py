@@ -11,9 +11,9 @@ from lora_serve.common.errors import InvalidArgumentError
 from lora_serve.engine.process_handle import SHUTDOWN_TIMEOUT_S
 from lora_serve.server.api_keys import KeyEntry
 from lora_serve.server.engine_supervisor import RestartSettings
-from lora_serve.server.launch import DEFAULT_DRAIN_TIMEOUT_S, AdapterModule
+from lora_serve.server.launch import AdapterModule
 from lora_serve.server.limits import ServerLimits
-from lora_serve.server.settings import AdapterFolderSettings
+from lora_serve.server.settings import DEFAULT_DRAIN_TIMEOUT_S, AdapterFolderSettings
 
 
 @pytest.fixture(autouse=True)

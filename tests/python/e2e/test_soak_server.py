@@ -18,7 +18,9 @@ from soak.http_adapters import HttpAdapters
 from soak.http_streams import Heard
 from soak.server_answers import AnswerCheck
 from soak.server_questions import PASSWORDS, RightAnswer
+from soak.server_sizes import MUST_HAVE_HAPPENED, Sizes
 from soak.server_state import find_leftovers, find_log_problems, num_base_pages
+from soak.server_summary import end_server, find_untried
 
 QUESTION = PASSWORDS[0]
 BASE = "demo"
@@ -199,6 +201,101 @@ class TestLeftovers:
         assert num_base_pages(loras) == (1, 0)
 
     def test_errors_in_the_log_are_found(self):
-        log = "03:00:00 INFO all is well\n03:00:01 ERROR it failed\nTraceback (most recent call last):\n"
+        bad = [
+            "03:00:01 ERROR it failed",
+            "03:00:01 CRITICAL it failed for good",
+            "Traceback (most recent call last):",
+            "Fatal Python error: Segmentation fault",
+        ]
 
-        assert len(find_log_problems(log)) == 2
+        assert find_log_problems("\n".join(["03:00:00 INFO all is well", *bad])) == bad
+
+
+class TestUntried:
+    def summary(self) -> dict[str, Any]:
+        return {
+            "least_open": 450,
+            "answers": {"answered": 1, "left": 1, "aborted by an unload": 1},
+            "slow": 1,
+            "changes": {"load": 1, "unload": 1},
+            "stats": dict.fromkeys(MUST_HAVE_HAPPENED, 1),
+        }
+
+    def test_a_load_that_has_tried_everything_passes(self):
+        assert find_untried(self.summary(), Sizes()) == []
+
+    @pytest.mark.parametrize(
+        ("part", "name"),
+        [
+            ("answers", "answered"),
+            ("answers", "left"),
+            ("answers", "aborted by an unload"),
+            ("changes", "unload"),
+            ("stats", "total_preemptions"),
+        ],
+    )
+    def test_what_has_not_happened_is_found(self, part, name):
+        summary = self.summary()
+        summary[part][name] = 0
+
+        [problem] = find_untried(summary, Sizes())
+
+        assert name in problem
+
+    def test_an_answer_of_a_kind_that_never_came_is_found(self):
+        summary = self.summary()
+        del summary["answers"]["left"]
+
+        assert len(find_untried(summary, Sizes())) == 1
+
+    def test_a_load_without_slow_readers_or_with_too_few_streams_is_found(self):
+        assert len(find_untried({**self.summary(), "slow": 0}, Sizes())) == 1
+        assert len(find_untried({**self.summary(), "least_open": 449}, Sizes())) == 1
+
+
+class FakeServer:
+    """A server that ends with this status, after a last line in its log."""
+
+    def __init__(self, status: int | None, log_path: Path, last_line: str = "") -> None:
+        self.log_path = log_path
+        self._status, self._last_line = status, last_line
+        log_path.write_text("03:00:00 INFO all is well\n")
+
+    def __enter__(self) -> FakeServer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.log_path.unlink()
+
+    def terminate(self) -> int | None:
+        self.log_path.write_text(self.log_path.read_text() + self._last_line)
+        return self._status
+
+
+class TestEndServer:
+    def test_a_server_that_ends_in_order_passes(self, tmp_path):
+        assert end_server(FakeServer(0, tmp_path / "log")) == []
+
+    @pytest.mark.parametrize(("status", "words"), [(None, "still runs"), (1, "status 1"), (-6, "status -6")])
+    def test_another_end_is_found(self, status, words, tmp_path):
+        [problem] = end_server(FakeServer(status, tmp_path / "log"))
+
+        assert words in problem
+
+    def test_a_soak_fails_whose_server_does_not_end_in_order(self, tmp_path, capsys, monkeypatch):
+        async def run(soak: Any) -> dict[str, Any]:
+            return {"problems": []}
+
+        monkeypatch.setattr(soak_server.Soak, "__init__", lambda *_: None)
+        monkeypatch.setattr(soak_server.Soak, "run", run)
+        monkeypatch.setattr(soak_server, "ServerProcess", lambda *_: FakeServer(1, tmp_path / "log"))
+
+        status, summary = run_soak(capsys, "--smallest")
+
+        assert status == 1
+        assert len(summary["problems"]) == 1
+
+    def test_an_error_that_is_logged_at_the_end_is_found(self, tmp_path):
+        line = "03:00:09 ERROR it cannot be closed"
+
+        assert end_server(FakeServer(0, tmp_path / "log", line)) == [line]

@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Callable
 import pytest
 
 from lora_serve.common.errors import InternalError, InvalidArgumentError
+from lora_serve.engine.engine_client import LoadedAdapter
 from lora_serve.engine.messages import LoadAdapterResult
 from lora_serve.server.adapter_folder import MAX_LOADS, AdapterFolder
 from lora_serve.server.settings import AdapterFolderSettings
@@ -38,6 +39,7 @@ class FolderEngine(FakeEngineClient):
         self.errors: dict[str, BaseException] = {}
         self.listing_errors: list[Exception] = []
         self.gate: asyncio.Event | None = None
+        self.paths: dict[str, str] = {}
         self.num_loading = self.most_loading = 0
 
     async def load_lora_adapter(self, name, path, *, load_inplace=False, pinned=False, weight=1.0):
@@ -51,6 +53,7 @@ class FolderEngine(FakeEngineClient):
                 raise self.errors[name]
         finally:
             self.num_loading -= 1
+        self.paths[name] = path
         return self.serve(name, pinned=pinned, weight=weight)
 
     def serve(self, name, **fields):
@@ -65,6 +68,10 @@ class FolderEngine(FakeEngineClient):
         if self.listing_errors:
             raise self.listing_errors.pop()
         return list(self.adapters.values())
+
+    @property
+    def loaded_adapters(self):
+        return [LoadedAdapter(name, self.paths[name], False, 1.0, "") for name in self.adapters]
 
     def kinds(self, name="sql"):
         """What was asked for a name, a word each."""
@@ -258,8 +265,9 @@ def test_after_a_restart_of_the_engine_what_has_not_changed_is_loaded_at_once(tm
         folder = AdapterFolder(engine, AdapterFolderSettings(str(tmp_path), "base", poll_seconds=0.05))
         await folder.look()
         await folder.start()
-        await folder.close()
+        await folder.forget_engine()
         engine.adapters.clear()
+        await folder.forget_engine()  # As after an engine that ended before it had its adapters.
         write(tmp_path / "chat", "other")
         write(tmp_path / "new")
         await folder.start_again()
@@ -267,6 +275,50 @@ def test_after_a_restart_of_the_engine_what_has_not_changed_is_loaded_at_once(tm
         await until(lambda: set(engine.adapters) == {"sql", "chat", "new"})
         await folder.close()
         assert engine.kinds() == ["load", "load"]
+
+    asyncio.run(run())
+
+
+def test_after_a_restart_of_the_engine_what_was_unloaded_by_hand_stays_unloaded(tmp_path):
+    write(tmp_path / "sql")
+    write(tmp_path / "chat")
+    write(tmp_path / "math")
+
+    async def run():
+        engine = FolderEngine()
+        folder = AdapterFolder(engine, AdapterFolderSettings(str(tmp_path), "base", POLL_SECONDS))
+        await folder.look()
+        await folder.start()
+        del engine.adapters["sql"]
+        engine.serve("math", pinned=False, weight=1.0)
+        engine.paths["math"] = "/elsewhere/math"
+        num_listings = engine.num_listings
+        await until(lambda: engine.num_listings > num_listings)
+        await folder.forget_engine()
+        engine.adapters.clear()
+        await folder.start_again()
+        assert set(engine.adapters) == {"chat"}
+        write(tmp_path / "sql", "other")
+        await until(lambda: set(engine.adapters) == {"chat", "sql"})
+        await folder.close()
+
+    asyncio.run(run())
+
+
+def test_load_that_ended_with_the_engine_is_asked_of_the_next_one(tmp_path):
+    write(tmp_path / "sql")
+
+    async def run():
+        engine = FolderEngine()
+        folder = AdapterFolder(engine, AdapterFolderSettings(str(tmp_path), "base", POLL_SECONDS))
+        await folder.look()
+        engine.errors["sql"] = InternalError("the engine has ended")
+        await folder.start()
+        await folder.forget_engine()
+        engine.errors.clear()
+        await folder.start_again()
+        assert set(engine.adapters) == {"sql"}
+        await folder.close()
 
     asyncio.run(run())
 
