@@ -48,6 +48,8 @@ LAST_LINES_S = 1.0
 """How long the last lines of the log may take when the process ends by itself."""
 STALLED_POLL_MS = 1
 """Sleep after a step that could do nothing although the scheduler has work: never a busy loop."""
+LONGEST_POLL_MS = 60_000
+"""Most that one sleep without work may take: poll counts in 32 bits, and deadlines may be decades away."""
 SWITCH_INTERVAL_S = 1e-3
 """How long a thread that only runs Python code may hold up the loop; Python's default is 5 ms.
 
@@ -122,7 +124,7 @@ class EngineServer:
                 self._list_adapters()
             elif not core.has_work:
                 self._collect_garbage()
-                poller.poll(self._ms_to_next_deadline(core))
+                poller.poll(self._poll_ms(core))
             elif core.is_stalled:
                 poller.poll(STALLED_POLL_MS)
             self._clear_wake_ups()
@@ -238,9 +240,12 @@ class EngineServer:
             error = WireError.from_exception(core.admission.expire(message.requests[0]))
             self._send(wire.CallFailed(message.call_id, error))
 
-    def _ms_to_next_deadline(self, core: EngineCore) -> int | None:
+    def _poll_ms(self, core: EngineCore) -> int | None:
+        """Until the next deadline of a held request, or for a while; None = a wake-up comes."""
         deadline_us = self._waiting_for_grammars.next_deadline_us
-        return None if deadline_us is None else max(0, -(-(deadline_us - core.now_us) // 1000))
+        if deadline_us is None:
+            return None
+        return min(LONGEST_POLL_MS, max(0, -(-(deadline_us - core.now_us) // 1000)))
 
     def _admit_ended(self, core: EngineCore, message: wire.AddRequests) -> None:
         """Answer a call whose requests were ended by its caller while they were held."""
