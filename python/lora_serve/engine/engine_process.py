@@ -82,7 +82,7 @@ class EngineServer:
         self._make_core = make_core
         self._decoder = msgspec.msgpack.Decoder(wire.ClientMessage)
         self._is_running = True
-        self._waiting_for_grammars = WaitingForGrammars()
+        self._waiting_for_grammars = WaitingForGrammars(self._wake)
         self._collected_at = time.monotonic()
         self._listings: deque[tuple[int, AdapterListing]] = deque()
         # Reader threads wake the loop through this pipe; a full pipe means that it is awake already.
@@ -215,10 +215,10 @@ class EngineServer:
             self._send(wire.Adapters(call_id, listing.infos))
 
     def _add_requests(self, core: EngineCore, message: wire.AddRequests) -> None:
-        held = self._waiting_for_grammars.messages
+        held = self._waiting_for_grammars.counts
         # Before anything is compiled for them. Those without a form are as ever, unless some are held.
-        if held or message.requests[0].form is not None:
-            core.admission.check_room(message.requests, [request for one in held for request in one.requests])
+        if held.num_requests or message.requests[0].form is not None:
+            core.admission.check_room(message.requests, held)
         self._hold_or_admit(core, message, core.now_us)
 
     def _hold_or_admit(self, core: EngineCore, message: wire.AddRequests, arrival_us: int) -> None:
@@ -227,8 +227,6 @@ class EngineServer:
             self._send(wire.Admitted(message.call_id, core.add_requests(message.requests, arrival_us)))
             return
         self._waiting_for_grammars.add(message, waits_for, arrival_us)
-        for future in waits_for:
-            future.add_done_callback(lambda _: self._wake())
 
     def _take_up_held(self, core: EngineCore) -> None:
         """Admit the requests whose grammars are there, and end those whose time is over."""

@@ -6,7 +6,7 @@ import math
 import re
 import threading
 import time
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Hashable, Iterable
 from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
@@ -86,6 +86,8 @@ class GrammarCompiler:
         self._compiled: OrderedDict[GrammarSource, xgrammar.CompiledGrammar] = OrderedDict()
         self._failed: OrderedDict[GrammarSource, BaseException] = OrderedDict()
         self._under_way: dict[GrammarSource, _Compilation] = {}
+        # Of those under way, what has ended since anybody looked: filled by the threads, and by who cancels.
+        self._finished: deque[GrammarSource] = deque()
 
     def load(self) -> None:
         """Read the tokenizer now.
@@ -116,8 +118,10 @@ class GrammarCompiler:
         wanted = {form.source for form in forms if form is not None}
         self._take_finished()
         waits_for: list[Future[Any]] = []
-        for source in sorted(wanted - self._compiled.keys() - self._failed.keys()):
-            compilation = self._under_way.setdefault(source, _Compilation())
+        for source in sorted(wanted):
+            if source in self._compiled or source in self._failed:
+                continue
+            compilation = self._under_way.get(source) or self._begin(source)
             if owner not in compilation.owners:
                 compilation.owners.add(owner)
                 self._threads.add(owner, partial(self._run, source, compilation))
@@ -140,7 +144,7 @@ class GrammarCompiler:
         source = form.source
         while source not in self._compiled and source not in self._failed:
             wait(self.prepare([form]))
-            self._take_finished()
+            self._take(source)
         error = self._failed.get(source)
         if error is not None:
             self._failed.move_to_end(source)
@@ -152,20 +156,28 @@ class GrammarCompiler:
         """End the threads after the grammars that they compile, without waiting."""
         self._threads.close()
 
+    def _begin(self, source: GrammarSource) -> _Compilation:
+        compilation = self._under_way[source] = _Compilation()
+        compilation.future.add_done_callback(lambda _: self._finished.append(source))
+        return compilation
+
     def _take_finished(self) -> None:
-        """Keep what was compiled, and why others could not be: whoever asks again does not wait again."""
-        for source, compilation in list(self._under_way.items()):
-            future = compilation.future
-            if not future.done():
-                continue
-            del self._under_way[source]
-            if future.cancelled():
-                continue
-            error = future.exception()
-            if error is None:
-                self._compiled[source] = future.result()
-            else:
-                self._failed[source] = error
+        while self._finished:
+            self._take(self._finished.popleft())
+
+    def _take(self, source: GrammarSource) -> None:
+        """Keep what was compiled, or why it could not be: whoever asks again does not wait again."""
+        compilation = self._under_way.get(source)
+        if compilation is None or not compilation.future.done():
+            return  # It was taken before, and may be under way again.
+        future = self._under_way.pop(source).future
+        if future.cancelled():
+            return
+        error = future.exception()
+        if error is None:
+            self._compiled[source] = future.result()
+        else:
+            self._failed[source] = error
         while len(self._failed) > MAX_FAILURES:
             self._failed.popitem(last=False)
         while len(self._compiled) > 1 and self._num_bytes() > CACHE_BYTES:
