@@ -7,7 +7,7 @@ import re
 import threading
 import time
 from collections import OrderedDict, deque
-from collections.abc import Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from functools import partial
@@ -44,14 +44,14 @@ class _Compilation:
     ----------
     future
         Whose result is the grammar. Cancelled when nobody waits for it any more, unless it has begun.
-    owners
-        Who has asked for it: it is compiled in the turn of the first one who has one.
+    jobs
+        For each owner who has asked for it, what waits for its turn: it is compiled in the first one's.
     turn
         Taken by the thread that compiles it.
     """
 
     future: Future[xgrammar.CompiledGrammar] = field(default_factory=Future)
-    owners: set[Hashable] = field(default_factory=set)
+    jobs: dict[Hashable, Callable[[], None]] = field(default_factory=dict)
     turn: threading.Lock = field(default_factory=threading.Lock)
 
 
@@ -122,11 +122,12 @@ class GrammarCompiler:
             if source in self._compiled or source in self._failed:
                 continue
             compilation = self._under_way.get(source) or self._begin(source)
-            if owner not in compilation.owners:
-                compilation.owners.add(owner)
-                self._threads.add(owner, partial(self._run, source, compilation))
-            if not compilation.future.done():
-                waits_for.append(compilation.future)
+            if compilation.future.done():
+                continue
+            waits_for.append(compilation.future)
+            if owner not in compilation.jobs:
+                compilation.jobs[owner] = partial(self._run, source, compilation)
+                self._threads.add(owner, compilation.jobs[owner])
         return waits_for
 
     def matcher(self, form: GrammarForm | None) -> GrammarMatcher | None:
@@ -170,7 +171,11 @@ class GrammarCompiler:
         compilation = self._under_way.get(source)
         if compilation is None or not compilation.future.done():
             return  # It was taken before, and may be under way again.
-        future = self._under_way.pop(source).future
+        del self._under_way[source]
+        for owner, job in compilation.jobs.items():  # They would keep the text until each owner's turn.
+            self._threads.drop(owner, job)
+        compilation.jobs.clear()
+        future = compilation.future
         if future.cancelled():
             return
         error = future.exception()

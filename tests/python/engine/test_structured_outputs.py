@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import threading
+import weakref
 
 import pytest
 
@@ -388,6 +389,26 @@ def test_a_form_that_nobody_waits_for_any_more_is_not_compiled_unless_it_is_want
     again.result(30)
     assert slow.done()
     assert forms.begun == ["slow", "back"]
+    compiler.close()
+
+
+def test_forms_that_nobody_waits_for_any_more_are_forgotten_before_their_owners_turn(model, monkeypatch):
+    forms = SlowForms(monkeypatch)
+    compiler = GrammarCompiler(str(model), 259, (END,))
+    [slow] = compiler.prepare([form_of(regex="slow")], "a")
+    gone = []
+    for i in range(100):
+        for owner in ("a", "b") if i % 2 else ("a",):
+            [future] = compiler.prepare([form_of(regex=f"slow{i}")], owner)
+            gone.append(weakref.ref(future))
+        future.cancel()
+    del future
+    [wanted] = compiler.prepare([form_of(regex="wanted")], "a")
+    kept = {id(ref()) for ref in gone if ref() is not None}
+    assert len(kept) <= NUM_THREADS, "those that have begun"
+    forms.may_end.set()
+    assert wanted.result(30) is not None
+    assert slow.done()
     compiler.close()
 
 
