@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 import threading
 import time
@@ -31,8 +32,10 @@ CACHE_BYTES = 256 * 1024 * 1024
 """Compiled grammars that are kept, at most; requests that run keep theirs beyond."""
 MAX_FAILURES = 64
 """Wrong grammars that are remembered, so that nobody compiles them again at once."""
-NUM_THREADS = 4
-"""Grammars compiled at once, each for another owner."""
+MAX_THREADS = 4
+"""Most grammars compiled at once, each for another owner."""
+CORES_FOR_STEPS = 2
+"""Cores on which nothing is compiled, where there are more: for the engine's steps and the HTTP server."""
 _LOG_PREFIX = re.compile(r"^\[[\d:]+\] \S+: (Check failed: \(.*?\) is false: )?")
 
 
@@ -80,7 +83,7 @@ class GrammarCompiler:
         self._model = model
         self._vocab_size = vocab_size
         self._eos_token_ids = eos_token_ids
-        self._threads = FairThreads(NUM_THREADS, "lora-serve-grammars")
+        self._threads = FairThreads(_count_threads(), "lora-serve-grammars")
         self._vocabulary: xgrammar.TokenizerInfo | None = None
         self._vocabulary_lock = threading.Lock()
         self._compiled: OrderedDict[GrammarSource, xgrammar.CompiledGrammar] = OrderedDict()
@@ -218,6 +221,10 @@ class GrammarCompiler:
             )
         except BaseException as error:
             future.set_exception(InternalError(f"a grammar could not be compiled: {error!r}"))
+
+
+def _count_threads() -> int:
+    return max(1, min(MAX_THREADS, len(os.sched_getaffinity(0)) - CORES_FOR_STEPS))
 
 
 def _read_vocabulary(model: str, vocab_size: int, eos_token_ids: tuple[int, ...]) -> xgrammar.TokenizerInfo:
