@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from lora_serve.common.errors import CapacityError, InvalidArgumentError, QueueTimeoutError
 from lora_serve.engine.live_requests import LiveRequests
@@ -10,6 +11,9 @@ from lora_serve.engine.messages import AdmissionResult, EngineRequest
 from lora_serve.engine.throughput import Throughput
 from lora_serve.lora.registry import AdapterRegistry
 from lora_serve.scheduler import NewRequest, Scheduler, SchedulerOptions
+
+if TYPE_CHECKING:
+    from lora_serve.engine.waiting_for_grammars import HeldCounts
 
 
 def check_can_ever_fit(options: SchedulerOptions, requests: Sequence[EngineRequest]) -> None:
@@ -99,7 +103,7 @@ class Admission:
         except CapacityError as error:
             raise CapacityError(str(error), self._seconds_for_the_queue()) from None
 
-    def check_room(self, requests: Sequence[EngineRequest], held: Sequence[EngineRequest]) -> None:
+    def check_room(self, requests: Sequence[EngineRequest], held: HeldCounts) -> None:
         """Refuse newcomers that exceed a limit together with those that are queued, and those held outside.
 
         Whoever is let in beside those that are held leaves them their room: the scheduler takes them later.
@@ -108,8 +112,8 @@ class Admission:
         ----------
         requests : sequence of EngineRequest
             Newcomers under one adapter, at least one.
-        held : sequence of EngineRequest
-            Accepted, and waiting for their grammars.
+        held : HeldCounts
+            Of those that were accepted, and wait for their grammars.
 
         Raises
         ------
@@ -122,9 +126,9 @@ class Admission:
         check_can_ever_fit(options, requests)
         name = requests[0].lora_name
         num_live = len(self._requests.find_by_adapter([self.resolve(name).adapter_id]))
-        num_live += len(requests) + sum(request.lora_name == name for request in held)
-        num_queued = counters.num_queued_requests + len(held) + len(requests)
-        num_tokens = sum(len(request.prompt_token_ids) for request in (*held, *requests))
+        num_live += len(requests) + held.num_requests_by_name[name]
+        num_queued = counters.num_queued_requests + held.num_requests + len(requests)
+        num_tokens = held.num_tokens + sum(len(request.prompt_token_ids) for request in requests)
         # One longer than the limit may still wait alone.
         most_tokens = options.max_queued_tokens if num_queued > 1 else 0
         num_queued_tokens = counters.num_queued_tokens + num_tokens

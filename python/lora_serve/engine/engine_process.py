@@ -48,6 +48,8 @@ LAST_LINES_S = 1.0
 """How long the last lines of the log may take when the process ends by itself."""
 STALLED_POLL_MS = 1
 """Sleep after a step that could do nothing although the scheduler has work: never a busy loop."""
+LONGEST_POLL_MS = 60_000
+"""Most that one sleep without work may take: poll counts in 32 bits, and deadlines may be decades away."""
 SWITCH_INTERVAL_S = 1e-3
 """How long a thread that only runs Python code may hold up the loop; Python's default is 5 ms.
 
@@ -80,7 +82,7 @@ class EngineServer:
         self._make_core = make_core
         self._decoder = msgspec.msgpack.Decoder(wire.ClientMessage)
         self._is_running = True
-        self._waiting_for_grammars = WaitingForGrammars()
+        self._waiting_for_grammars = WaitingForGrammars(self._wake)
         self._collected_at = time.monotonic()
         self._listings: deque[tuple[int, AdapterListing]] = deque()
         # Reader threads wake the loop through this pipe; a full pipe means that it is awake already.
@@ -122,7 +124,7 @@ class EngineServer:
                 self._list_adapters()
             elif not core.has_work:
                 self._collect_garbage()
-                poller.poll(self._ms_to_next_deadline(core))
+                poller.poll(self._poll_ms(core))
             elif core.is_stalled:
                 poller.poll(STALLED_POLL_MS)
             self._clear_wake_ups()
@@ -213,10 +215,10 @@ class EngineServer:
             self._send(wire.Adapters(call_id, listing.infos))
 
     def _add_requests(self, core: EngineCore, message: wire.AddRequests) -> None:
-        held = self._waiting_for_grammars.messages
+        held = self._waiting_for_grammars.counts
         # Before anything is compiled for them. Those without a form are as ever, unless some are held.
-        if held or message.requests[0].form is not None:
-            core.admission.check_room(message.requests, [request for one in held for request in one.requests])
+        if held.num_requests or message.requests[0].form is not None:
+            core.admission.check_room(message.requests, held)
         self._hold_or_admit(core, message, core.now_us)
 
     def _hold_or_admit(self, core: EngineCore, message: wire.AddRequests, arrival_us: int) -> None:
@@ -225,8 +227,6 @@ class EngineServer:
             self._send(wire.Admitted(message.call_id, core.add_requests(message.requests, arrival_us)))
             return
         self._waiting_for_grammars.add(message, waits_for, arrival_us)
-        for future in waits_for:
-            future.add_done_callback(lambda _: self._wake())
 
     def _take_up_held(self, core: EngineCore) -> None:
         """Admit the requests whose grammars are there, and end those whose time is over."""
@@ -238,9 +238,12 @@ class EngineServer:
             error = WireError.from_exception(core.admission.expire(message.requests[0]))
             self._send(wire.CallFailed(message.call_id, error))
 
-    def _ms_to_next_deadline(self, core: EngineCore) -> int | None:
+    def _poll_ms(self, core: EngineCore) -> int | None:
+        """Until the next deadline of a held request, or for a while; None = a wake-up comes."""
         deadline_us = self._waiting_for_grammars.next_deadline_us
-        return None if deadline_us is None else max(0, -(-(deadline_us - core.now_us) // 1000))
+        if deadline_us is None:
+            return None
+        return min(LONGEST_POLL_MS, max(0, -(-(deadline_us - core.now_us) // 1000)))
 
     def _admit_ended(self, core: EngineCore, message: wire.AddRequests) -> None:
         """Answer a call whose requests were ended by its caller while they were held."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Callable, Hashable
 
 
@@ -29,7 +29,7 @@ class FairThreads:
         self._name = name
         self._changed = threading.Condition()
         # Those who have jobs that wait, in the order of their turns.
-        self._waiting: OrderedDict[Hashable, deque[Callable[[], None]]] = OrderedDict()
+        self._waiting: OrderedDict[Hashable, OrderedDict[Callable[[], None], None]] = OrderedDict()
         self._busy_owners: set[Hashable] = set()
         self._threads: list[threading.Thread] = []
         self._is_closed = False
@@ -42,15 +42,24 @@ class FairThreads:
         owner
             Who is kept waiting by it.
         job
-            Raises nothing.
+            Raises nothing. Hashable, and none that waits for this owner's turn already.
         """
         with self._changed:
-            self._waiting.setdefault(owner, deque()).append(job)
+            self._waiting.setdefault(owner, OrderedDict())[job] = None
             self._changed.notify()
         if len(self._threads) < self._num_threads:
             thread = threading.Thread(target=self._run, name=self._name, daemon=True)
             self._threads.append(thread)
             thread.start()
+
+    def drop(self, owner: Hashable, job: Callable[[], None]) -> None:
+        """Forget a job that was added for this owner, unless it has begun."""
+        with self._changed:
+            jobs = self._waiting.get(owner)
+            if jobs is not None and job in jobs:
+                del jobs[job]
+                if not jobs:
+                    del self._waiting[owner]
 
     def close(self) -> None:
         """Begin no job any more; those that run are not waited for."""
@@ -80,7 +89,7 @@ class FairThreads:
             if owner in self._busy_owners:
                 continue
             self._busy_owners.add(owner)
-            job = jobs.popleft()
+            job, _ = jobs.popitem(last=False)
             self._waiting.move_to_end(owner)
             if not jobs:
                 del self._waiting[owner]

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 import threading
 import time
-from collections import OrderedDict
-from collections.abc import Hashable, Iterable
+from collections import OrderedDict, deque
+from collections.abc import Callable, Hashable, Iterable
 from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from functools import partial
@@ -31,8 +32,10 @@ CACHE_BYTES = 256 * 1024 * 1024
 """Compiled grammars that are kept, at most; requests that run keep theirs beyond."""
 MAX_FAILURES = 64
 """Wrong grammars that are remembered, so that nobody compiles them again at once."""
-NUM_THREADS = 4
-"""Grammars compiled at once, each for another owner."""
+MAX_THREADS = 4
+"""Most grammars compiled at once, each for another owner."""
+CORES_FOR_STEPS = 2
+"""Cores on which nothing is compiled, where there are more: for the engine's steps and the HTTP server."""
 _LOG_PREFIX = re.compile(r"^\[[\d:]+\] \S+: (Check failed: \(.*?\) is false: )?")
 
 
@@ -44,14 +47,14 @@ class _Compilation:
     ----------
     future
         Whose result is the grammar. Cancelled when nobody waits for it any more, unless it has begun.
-    owners
-        Who has asked for it: it is compiled in the turn of the first one who has one.
+    jobs
+        For each owner who has asked for it, what waits for its turn: it is compiled in the first one's.
     turn
         Taken by the thread that compiles it.
     """
 
     future: Future[xgrammar.CompiledGrammar] = field(default_factory=Future)
-    owners: set[Hashable] = field(default_factory=set)
+    jobs: dict[Hashable, Callable[[], None]] = field(default_factory=dict)
     turn: threading.Lock = field(default_factory=threading.Lock)
 
 
@@ -80,12 +83,14 @@ class GrammarCompiler:
         self._model = model
         self._vocab_size = vocab_size
         self._eos_token_ids = eos_token_ids
-        self._threads = FairThreads(NUM_THREADS, "lora-serve-grammars")
+        self._threads = FairThreads(_count_threads(), "lora-serve-grammars")
         self._vocabulary: xgrammar.TokenizerInfo | None = None
         self._vocabulary_lock = threading.Lock()
         self._compiled: OrderedDict[GrammarSource, xgrammar.CompiledGrammar] = OrderedDict()
         self._failed: OrderedDict[GrammarSource, BaseException] = OrderedDict()
         self._under_way: dict[GrammarSource, _Compilation] = {}
+        # Of those under way, what has ended since anybody looked: filled by the threads, and by who cancels.
+        self._finished: deque[GrammarSource] = deque()
 
     def load(self) -> None:
         """Read the tokenizer now.
@@ -116,13 +121,16 @@ class GrammarCompiler:
         wanted = {form.source for form in forms if form is not None}
         self._take_finished()
         waits_for: list[Future[Any]] = []
-        for source in sorted(wanted - self._compiled.keys() - self._failed.keys()):
-            compilation = self._under_way.setdefault(source, _Compilation())
-            if owner not in compilation.owners:
-                compilation.owners.add(owner)
-                self._threads.add(owner, partial(self._run, source, compilation))
-            if not compilation.future.done():
-                waits_for.append(compilation.future)
+        for source in sorted(wanted):
+            if source in self._compiled or source in self._failed:
+                continue
+            compilation = self._under_way.get(source) or self._begin(source)
+            if compilation.future.done():
+                continue
+            waits_for.append(compilation.future)
+            if owner not in compilation.jobs:
+                compilation.jobs[owner] = partial(self._run, source, compilation)
+                self._threads.add(owner, compilation.jobs[owner])
         return waits_for
 
     def matcher(self, form: GrammarForm | None) -> GrammarMatcher | None:
@@ -140,7 +148,7 @@ class GrammarCompiler:
         source = form.source
         while source not in self._compiled and source not in self._failed:
             wait(self.prepare([form]))
-            self._take_finished()
+            self._take(source)
         error = self._failed.get(source)
         if error is not None:
             self._failed.move_to_end(source)
@@ -152,20 +160,32 @@ class GrammarCompiler:
         """End the threads after the grammars that they compile, without waiting."""
         self._threads.close()
 
+    def _begin(self, source: GrammarSource) -> _Compilation:
+        compilation = self._under_way[source] = _Compilation()
+        compilation.future.add_done_callback(lambda _: self._finished.append(source))
+        return compilation
+
     def _take_finished(self) -> None:
-        """Keep what was compiled, and why others could not be: whoever asks again does not wait again."""
-        for source, compilation in list(self._under_way.items()):
-            future = compilation.future
-            if not future.done():
-                continue
-            del self._under_way[source]
-            if future.cancelled():
-                continue
-            error = future.exception()
-            if error is None:
-                self._compiled[source] = future.result()
-            else:
-                self._failed[source] = error
+        while self._finished:
+            self._take(self._finished.popleft())
+
+    def _take(self, source: GrammarSource) -> None:
+        """Keep what was compiled, or why it could not be: whoever asks again does not wait again."""
+        compilation = self._under_way.get(source)
+        if compilation is None or not compilation.future.done():
+            return  # It was taken before, and may be under way again.
+        del self._under_way[source]
+        for owner, job in compilation.jobs.items():  # They would keep the text until each owner's turn.
+            self._threads.drop(owner, job)
+        compilation.jobs.clear()
+        future = compilation.future
+        if future.cancelled():
+            return
+        error = future.exception()
+        if error is None:
+            self._compiled[source] = future.result()
+        else:
+            self._failed[source] = error
         while len(self._failed) > MAX_FAILURES:
             self._failed.popitem(last=False)
         while len(self._compiled) > 1 and self._num_bytes() > CACHE_BYTES:
@@ -201,6 +221,10 @@ class GrammarCompiler:
             )
         except BaseException as error:
             future.set_exception(InternalError(f"a grammar could not be compiled: {error!r}"))
+
+
+def _count_threads() -> int:
+    return max(1, min(MAX_THREADS, len(os.sched_getaffinity(0)) - CORES_FOR_STEPS))
 
 
 def _read_vocabulary(model: str, vocab_size: int, eos_token_ids: tuple[int, ...]) -> xgrammar.TokenizerInfo:

@@ -9,7 +9,7 @@ import pytest
 
 from lora_serve.common.config import EngineConfig
 from lora_serve.common.errors import AdapterNotFoundError, CapacityError, QueueTimeoutError
-from lora_serve.common.queueing import Queueing
+from lora_serve.common.queueing import MAX_QUEUE_TIMEOUT_S, Queueing
 from lora_serve.common.sampling_params import SamplingParams
 from lora_serve.common.structured_outputs import StructuredOutputsParams
 from lora_serve.engine.engine_client import AsyncEngineClient
@@ -82,6 +82,18 @@ def test_a_request_fails_when_its_time_is_over_while_its_form_is_compiled(engine
         with pytest.raises(QueueTimeoutError, match=r"queue_timeout of 0\.05 seconds") as refusal:
             await client.submit([1], endless(), queueing=Queueing(timeout_s=0.05))
         assert refusal.value.retry_after_s is not None
+
+    run(main())
+
+
+def test_the_longest_time_that_a_request_may_wait_for_its_form_does_not_end_the_engine(engine):
+    client, run = engine
+
+    async def main():
+        async with held(client, endless(), queueing=Queueing(timeout_s=MAX_QUEUE_TIMEOUT_S)):
+            output = await (await client.submit([1], PLAIN)).collect()
+            assert output.outputs[0].finish_reason == "length"
+            assert (await client.stats()).num_waiting_requests == 1
 
     run(main())
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import threading
+import weakref
 
 import pytest
 
@@ -12,7 +14,7 @@ from lora_serve.common.errors import InvalidArgumentError
 from lora_serve.common.sampling_params import SamplingParams
 from lora_serve.common.structured_outputs import ReasoningTokens, StructuredOutputsParams
 from lora_serve.engine import grammar_compiler
-from lora_serve.engine.grammar_compiler import NUM_THREADS, GrammarCompiler
+from lora_serve.engine.grammar_compiler import MAX_THREADS, GrammarCompiler
 from lora_serve.engine.isolation import make_domain
 from lora_serve.engine.messages import EngineRequest
 from lora_serve.engine.tokenizer import Tokenizer
@@ -344,25 +346,36 @@ def test_preparing_does_not_wait_for_the_compiler(model, monkeypatch):
 
 
 class SlowForms:
-    """Forms whose text begins with 'slow' are compiled when they may; `begun` has all texts in order."""
+    """Forms whose text begins with 'slow' are compiled when they may; `begun` has all texts in order.
 
-    def __init__(self, monkeypatch):
+    Compilers made from now on see a machine of so many cores.
+    """
+
+    def __init__(self, monkeypatch, num_cores=64):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(num_cores)))
         self.begun = []
+        self.changed = threading.Condition()
         self.may_end = threading.Event()
         self.real = grammar_compiler._compile
         monkeypatch.setattr(grammar_compiler, "_compile", self.compile)
 
     def compile(self, backend, source):
-        self.begun.append(source.text)
+        with self.changed:
+            self.begun.append(source.text)
+            self.changed.notify_all()
         if source.text.startswith("slow"):
             assert self.may_end.wait(30)
         return self.real(backend, source)
+
+    def wait_until_begun(self, num_forms):
+        with self.changed:
+            return self.changed.wait_for(lambda: len(self.begun) >= num_forms, 30)
 
 
 def test_slow_forms_of_one_owner_keep_only_that_one_waiting(model, monkeypatch):
     forms = SlowForms(monkeypatch)
     compiler = GrammarCompiler(str(model), 259, (END,))
-    slow = [compiler.prepare([form_of(regex=f"slow{i}")], "a") for i in range(2 * NUM_THREADS)]
+    slow = [compiler.prepare([form_of(regex=f"slow{i}")], "a") for i in range(2 * MAX_THREADS)]
     [quick_of_a] = compiler.prepare([form_of(regex="quick1")], "a")
     for owner, text in (("b", "quick2"), (None, "quick3"), ("c", "quick1")):
         for future in compiler.prepare([form_of(regex=text)], owner):
@@ -372,7 +385,21 @@ def test_slow_forms_of_one_owner_keep_only_that_one_waiting(model, monkeypatch):
     forms.may_end.set()
     for [future] in slow:
         future.result(30)
-    assert len(forms.begun) == 2 * NUM_THREADS + 3, "each was compiled once"
+    assert len(forms.begun) == 2 * MAX_THREADS + 3, "each was compiled once"
+    compiler.close()
+
+
+@pytest.mark.parametrize(("num_cores", "num_at_once"), [(1, 1), (2, 1), (4, 2), (6, 4), (64, 4)])
+def test_two_cores_are_left_to_the_steps_while_forms_are_compiled(model, monkeypatch, num_cores, num_at_once):
+    forms = SlowForms(monkeypatch, num_cores)
+    compiler = GrammarCompiler(str(model), 259, (END,))
+    futures = [compiler.prepare([form_of(regex=f"slow{owner}")], owner)[0] for owner in range(6)]
+    assert forms.wait_until_begun(num_at_once)
+    assert len(compiler._threads._threads) == num_at_once
+    assert len(forms.begun) == num_at_once
+    forms.may_end.set()
+    for future in futures:
+        future.result(30)
     compiler.close()
 
 
@@ -388,6 +415,26 @@ def test_a_form_that_nobody_waits_for_any_more_is_not_compiled_unless_it_is_want
     again.result(30)
     assert slow.done()
     assert forms.begun == ["slow", "back"]
+    compiler.close()
+
+
+def test_forms_that_nobody_waits_for_any_more_are_forgotten_before_their_owners_turn(model, monkeypatch):
+    forms = SlowForms(monkeypatch)
+    compiler = GrammarCompiler(str(model), 259, (END,))
+    [slow] = compiler.prepare([form_of(regex="slow")], "a")
+    gone = []
+    for i in range(100):
+        for owner in ("a", "b") if i % 2 else ("a",):
+            [future] = compiler.prepare([form_of(regex=f"slow{i}")], owner)
+            gone.append(weakref.ref(future))
+        future.cancel()
+    del future
+    [wanted] = compiler.prepare([form_of(regex="wanted")], "a")
+    kept = {id(ref()) for ref in gone if ref() is not None}
+    assert len(kept) <= MAX_THREADS, "those that have begun"
+    forms.may_end.set()
+    assert wanted.result(30) is not None
+    assert slow.done()
     compiler.close()
 
 
