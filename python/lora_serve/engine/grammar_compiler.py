@@ -224,7 +224,8 @@ class GrammarCompiler:
 
 
 def _count_threads() -> int:
-    return max(1, min(MAX_THREADS, len(os.sched_getaffinity(0)) - CORES_FOR_STEPS))
+    # Two at least, also where they take time from the steps: one slow form must not hold up everybody else's.
+    return max(2, min(MAX_THREADS, len(os.sched_getaffinity(0)) - CORES_FOR_STEPS))
 
 
 def _read_vocabulary(model: str, vocab_size: int, eos_token_ids: tuple[int, ...]) -> xgrammar.TokenizerInfo:

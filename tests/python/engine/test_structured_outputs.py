@@ -389,8 +389,10 @@ def test_slow_forms_of_one_owner_keep_only_that_one_waiting(model, monkeypatch):
     compiler.close()
 
 
-@pytest.mark.parametrize(("num_cores", "num_at_once"), [(1, 1), (2, 1), (4, 2), (6, 4), (64, 4)])
-def test_two_cores_are_left_to_the_steps_while_forms_are_compiled(model, monkeypatch, num_cores, num_at_once):
+@pytest.mark.parametrize(("num_cores", "num_at_once"), [(1, 2), (2, 2), (4, 2), (5, 3), (6, 4), (64, 4)])
+def test_two_cores_are_left_to_the_steps_unless_one_form_would_hold_up_all(
+    model, monkeypatch, num_cores, num_at_once
+):
     forms = SlowForms(monkeypatch, num_cores)
     compiler = GrammarCompiler(str(model), 259, (END,))
     futures = [compiler.prepare([form_of(regex=f"slow{owner}")], owner)[0] for owner in range(6)]
