@@ -55,7 +55,7 @@ def check(layers: Layers, providers: dict[str, Provider]) -> None:
             layers.y_of(last).zero_()
             with provider.in_its_tiles():
                 provider.run(last)
-            results[name] = layers.y_of(last).float()
+            results[name] = layers.y_of(last).float().clone()
     expected = results["torch_loop"]
     scale = expected.abs().max().item()
     for name, result in results.items():

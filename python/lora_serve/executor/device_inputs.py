@@ -303,7 +303,7 @@ class DeviceInputs:
         return self._block[:total]
 
     def _padded_lora(self, num_tokens: int) -> LoRAMetadata:
-        """The groups of the step that was padded last; groups hold its own tokens only."""
+        """The step that was padded last, for kernels alone: groups hold its own tokens, stale ones follow."""
         mapping, order = self._lora_of_tokens[:, :num_tokens]
         return LoRAMetadata(mapping, order, *self._lora_groups, no_adapter=False)
 

@@ -16,13 +16,15 @@ import numpy as np
 import pytest
 import torch
 
+from lora_serve.common.config import EngineConfig
 from lora_serve.common.sampling_params import SamplingParams
 from lora_serve.executor.decode_graphs import DecodeGraphs
 from lora_serve.executor.kv_tensors import page_num_bytes
+from lora_serve.executor.prefill_graphs import PrefillGraphs
 from lora_serve.llm import LLM
 from lora_serve.models.config import read_model_config
 from lora_serve.testing.adapters import ALL_PROJECTIONS, make_random_adapter
-from support.engine_kinds import GRAPH_SIZES, EngineKind
+from support.engine_kinds import GRAPH_SIZES, GRAPHS, EngineKind
 from support.expected_answers import ExpectedAnswers
 from support.tiny_checkpoint import VOCAB_SIZE, make_tiny_checkpoint
 
@@ -87,6 +89,20 @@ def setup(
 
 
 @pytest.fixture
+def prefills_from_graphs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Tokens of the steps that were run from prefill graphs."""
+    sizes: list[int] = []
+    run = PrefillGraphs.run
+
+    def counted(graphs: PrefillGraphs, step: Any, attention_plan: Any) -> Any:
+        sizes.append(len(step.token_ids))
+        return run(graphs, step, attention_plan)
+
+    monkeypatch.setattr(PrefillGraphs, "run", counted)
+    return sizes
+
+
+@pytest.fixture
 def replayed_sizes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Padded sizes of the decode steps that were replayed from graphs."""
     replayed: list[int] = []
@@ -100,17 +116,25 @@ def replayed_sizes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return replayed
 
 
-def make_llm(setup: Setup, *, num_host_pages: int = 0, **options: Any) -> LLM:
-    page_gb = page_num_bytes(read_model_config(setup.model), PAGE_SIZE) / 2**30
+def options_of(kind: EngineKind, **options: Any) -> dict[str, Any]:
     defaults = {
         "page_size": PAGE_SIZE,
         "max_model_len": 80,
         "num_device_pages": 256,
         "max_num_seqs": 16,
         "max_num_batched_tokens": 512,
-        "kv_host_memory_gb": num_host_pages * page_gb,
     }
-    llm = LLM(str(setup.model), **{**setup.engine.options, **defaults, **options})
+    merged = {**kind.options, **defaults, **options}
+    if kind.has_graphs:
+        most = merged["max_num_batched_tokens"]
+        merged["prefill_graph_sizes"] = [size for size in merged["prefill_graph_sizes"] if size <= most]
+    return merged
+
+
+def make_llm(setup: Setup, *, num_host_pages: int = 0, **options: Any) -> LLM:
+    page_gb = page_num_bytes(read_model_config(setup.model), PAGE_SIZE) / 2**30
+    host_gb = num_host_pages * page_gb
+    llm = LLM(str(setup.model), **options_of(setup.engine, kv_host_memory_gb=host_gb, **options))
     for name, path in setup.adapters.items():
         llm.load_lora_adapter(name, str(path))
     return llm
@@ -151,7 +175,7 @@ def llm(setup: Setup, request: pytest.FixtureRequest) -> Iterator[LLM]:
 
 
 def test_answers_are_those_of_transformers_and_peft(
-    setup: Setup, llm: LLM, replayed_sizes: list[int]
+    setup: Setup, llm: LLM, replayed_sizes: list[int], prefills_from_graphs: list[int]
 ) -> None:
     """Base alone, base with adapters, with some on the embedding; then again, from the prefix cache."""
     batches = [[None] * 8, LINEAR_NAMES, ALL_NAMES]
@@ -163,6 +187,7 @@ def test_answers_are_those_of_transformers_and_peft(
     setup.expected.check(outputs, names)
     assert set(replayed_sizes) <= set(GRAPH_SIZES)
     assert (len(replayed_sizes) > 10) == setup.engine.has_graphs
+    assert (len(prefills_from_graphs) > 2) == setup.engine.has_graphs
 
 
 def test_every_adapter_changes_the_answer(setup: Setup) -> None:
@@ -171,3 +196,13 @@ def test_every_adapter_changes_the_answer(setup: Setup) -> None:
     base = setup.expected.logprobs(None, prompt)
     for name in ALL:
         assert np.abs(setup.expected.logprobs(name, prompt) - base).max() > 0.2, name
+
+
+@pytest.mark.parametrize("options", SCENARIOS.values(), ids=SCENARIOS)
+@pytest.mark.parametrize("kind", [kind.values[0] for kind in GRAPHS], ids=lambda kind: kind.name)
+def test_every_scenario_is_one_that_an_engine_with_graphs_takes(
+    kind: EngineKind, options: dict[str, Any]
+) -> None:
+    """Where there is no GPU, none of them runs."""
+    fields = options_of(kind, **{name: value for name, value in options.items() if name != "num_host_pages"})
+    assert EngineConfig(model="m", **fields).chosen_prefill_graph_sizes

@@ -12,6 +12,7 @@ import torch
 from lora_serve.common.config import EngineConfig
 from lora_serve.executor.cuda_executor import CudaExecutor
 from lora_serve.executor.logprobs import TokenLogprobs
+from lora_serve.executor.prefill_graphs import PrefillGraphs
 from lora_serve.kernels import build_lora_metadata
 from lora_serve.layers import flashinfer_attention_split
 from lora_serve.testing.adapters import make_random_adapter
@@ -127,28 +128,82 @@ def test_rows_that_grow_long_are_replayed_with_splits(model_path, monkeypatch):
             break
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("slot", [-1, 0])
-def test_prefill_from_graphs_is_that_of_eager_steps(model_path, tmp_path, slot):
-    adapter = tmp_path / "adapter"
-    make_random_adapter(adapter, model_path, rank=8, seed=1)
-    found = []
-    for options in ({"enforce_eager": True}, {"cuda_graph_sizes": [8], "prefill_graph_sizes": [4, 32]}):
-        executor = make(model_path, **options)
-        with (
-            ThreadPoolExecutor(1) as thread,
-            thread.submit(executor.lora.read, str(adapter)).result() as read,
-        ):
-            executor.lora.add(1, read)
-        run_plan(executor, PlanStandIn(plan_id=90, loads=[(1, 0)]), [])
+def prompt_logprobs_of_all_slots(executor: CudaExecutor, adapters: list[str]) -> dict[str, list[float]]:
+    """Of PROMPT without an adapter and with each: in chunks, then all in one step beside a decode."""
+    with ThreadPoolExecutor(1) as thread:
+        for index, adapter in enumerate(adapters):
+            with thread.submit(executor.lora.read, adapter).result() as read:
+                executor.lora.add(index + 1, read)
+    slots = range(len(adapters))
+    run_plan(executor, PlanStandIn(plan_id=90, loads=[(slot + 1, slot) for slot in slots]), [])
+    # A longer step of other tokens and adapters is what the padded tokens have left.
+    longer = make_state(list(range(200, 240)), vocab_size=VOCAB, temperature=0.0)
+    decode = HandMadeRun(executor, longer, list(range(30, 42)), row=3, slot=slots[-1])
+    decode.finish([40], 1)
+    found = {}
+    for slot in (-1, *slots):
         state = greedy(prompt_logprobs=0)
         HandMadeRun(executor, state, first_pages(), slot=slot).finish([11, 3, 6], 1)
-        found.append([entry.logprob for entry in state.prompt_logprobs[1:]])
-        assert (executor.prefill_graphs is None) == ("enforce_eager" in options)
+        found[f"chunks of slot {slot}"] = state
+    runs = {
+        f"slot {slot} among others": HandMadeRun(
+            executor, greedy(prompt_logprobs=0), list(range(6 * row, 6 * row + 6)), row=row, slot=slot
+        )
+        for row, slot in enumerate((0, -1, 1))
+    }
+    plans = [decode.plan(1), *(run.plan(len(PROMPT)) for run in runs.values())]
+    together = PlanStandIn(
+        plan_id=91,
+        rows=[row for plan in plans for row in plan.rows],
+        tokens=[token for plan in plans for token in plan.tokens],
+        deltas=[delta for plan in plans for delta in plan.deltas],
+    )
+    run_plan(executor, together, [decode.state, *(run.state for run in runs.values())])
+    found |= {name: run.state for name, run in runs.items()}
+    return {name: [entry.logprob for entry in state.prompt_logprobs[1:]] for name, state in found.items()}
+
+
+@pytest.fixture(scope="module")
+def two_adapters(model_path, tmp_path_factory) -> list[str]:
+    folders = [tmp_path_factory.mktemp(f"adapter{seed}") for seed in (1, 2)]
+    for seed, folder in enumerate(folders):
+        make_random_adapter(folder, model_path, rank=(8, 3)[seed], seed=seed, scale=0.8)
+    return [str(folder) for folder in folders]
+
+
+def check_that_slots_differ(logprobs: dict[str, list[float]]) -> None:
+    for slot, other in ((-1, 0), (-1, 1), (0, 1)):
+        ours, others = (np.array(logprobs[f"chunks of slot {each}"]) for each in (slot, other))
+        assert np.abs(ours - others).max() > 0.2
+
+
+def test_rows_of_several_adapters_in_one_step_are_those_of_each_alone(model_path, two_adapters):
+    executor = make(model_path, "interpreted")
+    found = prompt_logprobs_of_all_slots(executor, two_adapters)
+    executor.close()
+
+    check_that_slots_differ(found)
+    for slot in (-1, 0, 1):
+        assert found[f"slot {slot} among others"] == pytest.approx(found[f"chunks of slot {slot}"], abs=1e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("size", [8, 32, 64, 160, 640])
+def test_prefill_from_graphs_is_that_of_eager_steps(model_path, two_adapters, size, monkeypatch):
+    runs = []
+    run = PrefillGraphs.run
+    monkeypatch.setattr(PrefillGraphs, "run", lambda self, *step: (runs.append(self), run(self, *step))[1])
+    found = []
+    for options in ({"enforce_eager": True}, {"cuda_graph_sizes": [8], "prefill_graph_sizes": [size]}):
+        executor = make(model_path, **options)
+        found.append(prompt_logprobs_of_all_slots(executor, two_adapters))
+        assert (len(runs) >= 6) == (executor.prefill_graphs is not None)
         executor.close()
 
-    assert len(found[0]) == len(PROMPT) - 1
-    assert found[0] == pytest.approx(found[1], abs=0.1)
+    eager, from_graphs = found
+    check_that_slots_differ(from_graphs)
+    for name, logprobs in eager.items():
+        assert from_graphs[name] == pytest.approx(logprobs, abs=0.1), name
 
 
 @pytest.mark.gpu

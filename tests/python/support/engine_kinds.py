@@ -15,7 +15,8 @@ import torch
 _MEMORY = {"lora_memory_gb": 2**-4, "lora_host_memory_gb": 2**-3}
 """Little: pinned memory takes its time."""
 GRAPH_SIZES = [1, 2, 4, 8]
-PREFILL_GRAPH_SIZES = [8, 32]
+PREFILL_GRAPH_SIZES = [8, 64, 320]
+"""Of a step of few, of some and of many tokens, as the LoRA kernels see it."""
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
