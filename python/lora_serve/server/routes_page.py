@@ -10,6 +10,8 @@ from pathlib import Path
 from fastapi import APIRouter
 from fastapi.responses import Response
 
+from lora_serve.server.routes_lorax import ERRORS
+
 _PAGE = Path(__file__).resolve().parent / "assets" / "operator_page.html"
 _INLINE = re.compile(rb"<(script|style)>(.*?)</\1>", re.DOTALL)
 
@@ -26,8 +28,10 @@ def make_router() -> APIRouter:
     }
     router = APIRouter()
 
-    # The schema describes the interface for programs; this is not part of it.
-    @router.get("/", include_in_schema=False)
+    # In the schema because LoRAX's POST has the same path, and with it the shape of errors.
+    page = {"content": {"text/html": {"schema": {"type": "string"}}}, "description": "The page"}
+
+    @router.get("/", response_class=Response, responses={200: page, **ERRORS})
     async def operator_page() -> Response:
         return Response(content, media_type="text/html", headers=headers)
 

@@ -57,6 +57,7 @@ def test_with_the_page_lorax_keeps_its_path():
     assert call(make_app(), "POST", "/", json={"inputs": "hello"}).status_code == 200
 
 
-def test_the_page_is_no_part_of_the_interface_for_programs():
-    schema = call(make_app(), "GET", "/openapi.json").json()
-    assert set(schema["paths"]["/"]) == {"post"}
+def test_the_schema_says_that_the_path_of_loraxs_requests_has_the_page_too():
+    operations = call(make_app(), "GET", "/openapi.json").json()["paths"]["/"]
+    assert set(operations) == {"get", "post"}
+    assert set(operations["get"]["responses"]["200"]["content"]) == {"text/html"}
