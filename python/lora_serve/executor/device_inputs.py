@@ -213,17 +213,16 @@ class DeviceInputs:
             adapts_embedding=False,
         )
         nothing = self._block[:0]
-        host_nothing = np.empty(0, dtype=np.int64)
-        no_rows = _Tail(np.zeros(1, dtype=np.int32), host_nothing, host_nothing, *np.zeros((2, 0), np.int32))
+        no_lengths = np.empty(0, dtype=np.int32)
         return DeviceStep(
             token_ids=self._token_ids[:num_tokens],
             context=context,
-            attention=AttentionMetadata(*(nothing,) * 4, no_rows.query_lens, no_rows.seq_lens),
+            attention=AttentionMetadata(*(nothing,) * 4, no_lengths, no_lengths),
             page_table_rows=nothing,
             row_failed=nothing,
             sampled_rows=nothing,
             sampled_tokens=nothing,
-            host_sampled_rows=host_nothing,
+            host_sampled_rows=np.empty(0, dtype=np.int64),
             is_decode=False,
         )
 
