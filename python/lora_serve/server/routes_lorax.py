@@ -39,13 +39,13 @@ router = APIRouter()
 
 BASE_MODEL_ADAPTER_ID = "__base_model__"
 """LoRAX's `adapter_id` of the base model."""
-ERRORS: dict[int | str, dict[str, Any]] = {"4XX": {"model": LoraxError}, "5XX": {"model": LoraxError}}
+_ERRORS: dict[int | str, dict[str, Any]] = {"4XX": {"model": LoraxError}, "5XX": {"model": LoraxError}}
 
 
 @router.post(
     "/generate",
     openapi_extra=body_schema(LoraxRequest),
-    responses={200: {"model": LoraxResponse}, **ERRORS},
+    responses={200: {"model": LoraxResponse}, **_ERRORS},
 )
 async def generate(request: Request) -> Response:
     """Continue a prompt, in LoRAX's form."""
@@ -61,7 +61,7 @@ async def generate(request: Request) -> Response:
     "/generate_stream",
     openapi_extra=body_schema(LoraxRequest),
     response_class=Response,
-    responses={200: {"content": EVENT_STREAM, "description": "One event a token"}, **ERRORS},
+    responses={200: {"content": EVENT_STREAM, "description": "One event a token"}, **_ERRORS},
 )
 async def generate_stream(request: Request) -> Response:
     """Continue a prompt token by token, in LoRAX's form."""
@@ -74,7 +74,7 @@ async def generate_stream(request: Request) -> Response:
 @router.post(
     "/",
     openapi_extra=body_schema(LoraxRequest),
-    responses={200: {"model": list[LoraxResponse], "content": EVENT_STREAM}, **ERRORS},
+    responses={200: {"model": list[LoraxResponse], "content": EVENT_STREAM}, **_ERRORS},
 )
 async def generate_or_stream(request: Request) -> Response:
     """Do what /generate does, in a list of one, or with `stream` what /generate_stream does."""

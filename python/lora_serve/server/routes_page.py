@@ -10,8 +10,6 @@ from pathlib import Path
 from fastapi import APIRouter
 from fastapi.responses import Response
 
-from lora_serve.server.routes_lorax import ERRORS
-
 _PAGE = Path(__file__).resolve().parent / "assets" / "operator_page.html"
 _INLINE = re.compile(rb"<(script|style)>(.*?)</\1>", re.DOTALL)
 
@@ -28,10 +26,10 @@ def make_router() -> APIRouter:
     }
     router = APIRouter()
 
-    # In the schema because LoRAX's POST has the same path, and with it the shape of errors.
+    # In the schema because LoRAX's POST has the same path, of which the schema tells all methods.
     page = {"content": {"text/html": {"schema": {"type": "string"}}}, "description": "The page"}
 
-    @router.get("/", response_class=Response, responses={200: page, **ERRORS})
+    @router.get("/", response_class=Response, responses={200: page})
     async def operator_page() -> Response:
         return Response(content, media_type="text/html", headers=headers)
 
