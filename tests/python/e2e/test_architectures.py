@@ -124,11 +124,7 @@ def options_of(kind: EngineKind, **options: Any) -> dict[str, Any]:
         "max_num_seqs": 16,
         "max_num_batched_tokens": 512,
     }
-    merged = {**kind.options, **defaults, **options}
-    if kind.has_graphs:
-        most = merged["max_num_batched_tokens"]
-        merged["prefill_graph_sizes"] = [size for size in merged["prefill_graph_sizes"] if size <= most]
-    return merged
+    return kind.options_with(**{**defaults, **options})
 
 
 def make_llm(setup: Setup, *, num_host_pages: int = 0, **options: Any) -> LLM:

@@ -91,7 +91,7 @@ def llm(setup: Setup, request: pytest.FixtureRequest) -> Iterator[LLM]:
         "max_num_seqs": 12,
         "max_num_batched_tokens": 48,
     }
-    with LLM(str(setup.folder / "model"), **{**setup.engine.options, **options}) as llm:
+    with LLM(str(setup.folder / "model"), **setup.engine.options_with(**options)) as llm:
         llm.load_lora_adapter("changing", str(setup.folder / "old"))
         llm.load_lora_adapter("other", str(setup.folder / "other"))
         before = llm.stats()

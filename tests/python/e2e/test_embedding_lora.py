@@ -91,7 +91,7 @@ def save_adapter(model: str, path: Path, lora_rank: int, alpha: float, modules: 
 
 def make_llm(setup: Setup, **options: object) -> LLM:
     defaults = {"page_size": PAGE_SIZE, "max_model_len": 64}
-    llm = LLM(setup.model, **{**setup.engine.options, **defaults, **options})
+    llm = LLM(setup.model, **setup.engine.options_with(**{**defaults, **options}))
     for name, path in setup.adapters.items():
         llm.load_lora_adapter(name, str(path))
     return llm

@@ -54,14 +54,13 @@ def make_llm(
     folder: Path, engine: EngineKind, num_device_pages: int, num_host_pages: int = 0, **options: object
 ) -> LLM:
     page_gb = page_num_bytes(read_model_config(folder / "model"), PAGE_SIZE) / 2**30
+    defaults = {"max_num_seqs": NUM_CLIENTS, "max_num_batched_tokens": 64, "max_model_len": MAX_MODEL_LEN}
     llm = LLM(
         str(folder / "model"),
         page_size=PAGE_SIZE,
         num_device_pages=num_device_pages,
         kv_host_memory_gb=num_host_pages * page_gb,
-        max_num_seqs=NUM_CLIENTS,
-        max_num_batched_tokens=64,
-        **{**engine.options, "max_model_len": MAX_MODEL_LEN, **options},
+        **engine.options_with(**{**defaults, **options}),
     )
     for name in ADAPTERS:
         llm.load_lora_adapter(name, str(folder / name))

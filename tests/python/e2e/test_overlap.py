@@ -41,7 +41,7 @@ def make_llm(
         page_size=PAGE_SIZE,
         async_scheduling=overlap,
         kv_host_memory_gb=num_host_pages * page_gb,
-        **{**engine.options, **defaults, **options},
+        **engine.options_with(**{**defaults, **options}),
     )
     for name in ADAPTERS:
         llm.load_lora_adapter(name, str(folder / name))

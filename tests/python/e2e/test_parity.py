@@ -65,7 +65,7 @@ def expected(adapter_paths: dict[str, Path], engine: EngineKind) -> ExpectedAnsw
 
 def make_llm(adapter_paths: dict[str, Path], engine: EngineKind, **options: object) -> LLM:
     defaults = {"page_size": PAGE_SIZE, "max_model_len": 256}
-    llm = LLM(MODEL, **{**engine.options, **defaults, **options})
+    llm = LLM(MODEL, **engine.options_with(**{**defaults, **options}))
     for name, path in adapter_paths.items():
         llm.load_lora_adapter(name, str(path))
     return llm

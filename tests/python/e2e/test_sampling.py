@@ -92,7 +92,7 @@ def make_llm(setup: Setup, **options: Any) -> LLM:
     }
     if setup.engine.has_graphs:
         defaults["cuda_graph_sizes"] = [1, 8, 64]
-    llm = LLM(str(setup.folder / "model"), **{**setup.engine.options, **defaults, **options})
+    llm = LLM(str(setup.folder / "model"), **setup.engine.options_with(**{**defaults, **options}))
     llm.load_lora_adapter("a", str(setup.folder / "a"))
     return llm
 

@@ -17,6 +17,7 @@ from lora_serve.kernels import build_lora_metadata
 from lora_serve.layers import flashinfer_attention_split
 from lora_serve.testing.adapters import make_random_adapter
 from lora_serve.testing.models import make_random_model
+from support.device_waits import device_waits_are_errors
 
 from .executors import make_executor
 from .hand_made_run import HandMadeRun
@@ -43,7 +44,8 @@ def make(model_path: str, kind: str = "cuda", **fields) -> CudaExecutor:
         "interpreted": {"attention_backend": "torch"},
     }[kind]
     options = {"page_size": PAGE_SIZE, "num_device_pages": 64, "max_num_seqs": 8, "max_model_len": 64}
-    options |= {"lora_memory_gb": 2**-7, "lora_host_memory_gb": 2**-7, **of_kind, **fields}
+    options |= {"max_loras": PlanStandIn.max_loras, "lora_memory_gb": 2**-7, "lora_host_memory_gb": 2**-7}
+    options |= {**of_kind, **fields}
     return make_executor(kind, EngineConfig(model=model_path, **options))
 
 
@@ -257,11 +259,8 @@ def test_submit_does_not_wait_for_logits_that_an_adapter_changes(model_path, tmp
     plan = run.plan(1)
     torch.cuda.synchronize()
 
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with device_waits_are_errors():
         executor.submit(plan, [run.state])
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
     assert executor.collect().sampled_token_ids[0] >= 0
     executor.close()

@@ -23,6 +23,7 @@ from lora_serve.executor.sampling_state import SamplingState
 from lora_serve.executor.uploads import Uploads
 from lora_serve.kernels.greedy_sample import greedy_sample
 from lora_serve.kernels.host_copy import copy_small
+from support.device_waits import device_waits_are_errors
 
 from .states import make_state
 
@@ -224,9 +225,6 @@ def test_nothing_waits_for_the_device(dtype):
     expected = run()  # Compiles, and takes the pinned memory.
     run()
     torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with device_waits_are_errors():
         tokens = run()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     assert torch.equal(tokens, expected)

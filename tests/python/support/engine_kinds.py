@@ -35,6 +35,14 @@ class EngineKind:
     name: str
     options: dict[str, Any] = field(hash=False)
 
+    def options_with(self, **options: Any) -> dict[str, Any]:
+        """Its options and further ones, which win; no prefill graph is larger than a step may be."""
+        merged = {**self.options, **options}
+        if self.has_graphs and "max_num_batched_tokens" in merged:
+            most = merged["max_num_batched_tokens"]
+            merged["prefill_graph_sizes"] = [min(size, most) for size in merged["prefill_graph_sizes"]]
+        return merged
+
     @property
     def device(self) -> str:
         """Where; references of the same test run there, too."""
