@@ -20,7 +20,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 PROMPT_TOKENS = 128
-_STAGE = re.compile(r": (?P<stage>[\w -]+?) (?:ready|done)? ?in (?P<seconds>\d+\.\d) s$")
+_STAGE = re.compile(r": (?P<stage>[\w -]+?) (?:ready|done)? ?in (?P<seconds>\d+\.\d) s(?:, which take .*)?$")
 
 
 def answer_one_prompt(model: Path, *, is_dummy: bool) -> None:
