@@ -9,7 +9,7 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from rotating_layers import Layers
+from rotating_layers import ROTATED_BYTES, Layers
 from torch import Tensor
 
 from lora_serve.kernels.triton_lora_expand import triton_lora_expand
@@ -51,6 +51,8 @@ def providers_of(layers: Layers) -> dict[str, Provider]:
 
     - ours: two launches a layer, as the engine makes them; ours_shrink, ours_expand: one of them alone
     - naive: two launches without any tuning: tiles of 16 rows and 64 features, input features not split
+    - copy_shrink, copy_expand: a plain copy of as many bytes as the half must move: what a launch, its first
+      loads and its last stores take on top of the floor
     - torch_grouped: rows gathered by adapter, grouped products of the library (bfloat16 on a GPU alone)
     - torch_loop: for each adapter and slice a gather, two matrix products and an indexed addition
     """
@@ -67,6 +69,8 @@ def providers_of(layers: Layers) -> dict[str, Provider]:
         "ours_expand": Provider(partial(_expand, layers, v), "expand"),
         "naive": Provider(partial(_both_halves, layers), tiles=naive_tiles),
         "torch_loop": Provider(partial(_torch_loop, layers)),
+        "copy_shrink": Provider(_Copies(layers, "shrink"), "shrink"),
+        "copy_expand": Provider(_Copies(layers, "expand"), "expand"),
     }
     if layers.x.is_cuda:
         providers["torch_grouped"] = Provider(_TorchGrouped(layers))
@@ -74,24 +78,27 @@ def providers_of(layers: Layers) -> dict[str, Provider]:
 
 
 def floor_us(layers: Layers, halves: str, gb_per_s: float, tflops: float) -> float:
-    """Microseconds: the larger of what the bytes and what the products take at measured rates.
+    """Microseconds: the larger of what the bytes and what the products take at measured rates."""
+    features = layers.in_features * len(layers.output_slices) if halves != "expand" else 0
+    features += sum(layers.output_slices) if halves != "shrink" else 0
+    operations = 2 * len(layers.x) * layers.lora_rank * features
+    return max(num_bytes_of(layers, halves) / gb_per_s / 1e3, operations / tflops / 1e6)
+
+
+def num_bytes_of(layers: Layers, halves: str) -> int:
+    """What must be moved at least.
 
     A and B of the adapters present are read once, x too; y is read and written. What lies between the halves
     is written by the one and read by the other, and nobody's need where both are one provider.
     """
-    size, (num_rows, in_features) = layers.arena.element_size(), layers.x.shape
-    num_slices, out_features = len(layers.output_slices), sum(layers.output_slices)
+    num_rows, num_slices, out_features = len(layers.x), len(layers.output_slices), sum(layers.output_slices)
     weights = layers.num_adapters * layers.lora_rank
-    between = num_slices * num_rows * layers.lora_rank if halves != "both" else 0
-    num_bytes, features = size * between, 0
+    numbers = num_slices * num_rows * layers.lora_rank if halves != "both" else 0
     if halves != "expand":
-        num_bytes += size * (weights * num_slices * in_features + num_rows * in_features)
-        features += num_slices * in_features
+        numbers += (weights * num_slices + num_rows) * layers.in_features
     if halves != "shrink":
-        num_bytes += size * (weights * out_features + 2 * num_rows * out_features)
-        features += out_features
-    operations = 2 * num_rows * layers.lora_rank * features
-    return max(num_bytes / gb_per_s / 1e3, operations / tflops / 1e6)
+        numbers += (weights + 2 * num_rows) * out_features
+    return layers.arena.element_size() * numbers
 
 
 def _shrunk(layers: Layers) -> Tensor:
@@ -136,6 +143,20 @@ def _torch_loop(layers: Layers, layer: int) -> None:
             delta = (x @ a.t()).mul_(0.5) @ b
             layers.y_of(layer)[:, column : column + width].index_add_(0, rows, delta)
             column += width
+
+
+class _Copies:
+    """Copies of which each reads half of the bytes that a half must move, and writes as many."""
+
+    def __init__(self, layers: Layers, halves: str) -> None:
+        num_bytes = num_bytes_of(layers, halves)
+        num_sets = min(-(-ROTATED_BYTES // num_bytes) + 1, layers.num_layers)
+        shape = (num_sets, 2, num_bytes // 2)
+        self._sets = torch.zeros(shape, dtype=torch.uint8, device=layers.x.device)
+
+    def __call__(self, layer: int) -> None:
+        source, target = self._sets[layer % len(self._sets)]
+        target.copy_(source)
 
 
 class _TorchGrouped:
