@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import math
 from types import SimpleNamespace
 
@@ -152,6 +153,28 @@ def writes_skip_padding(monkeypatch) -> None:
         write(self, key[is_kept], value[is_kept], slot_mapping[is_kept])
 
     monkeypatch.setattr(KVLayer, "write", write_some)
+
+
+def test_graphs_of_the_trial_are_gone_when_its_memory_is_given_back(
+    model_path, graphs, writes_skip_padding, monkeypatch
+):
+    num_alive: list[int] = []
+
+    def count_alive() -> None:
+        graphs.clear()
+        gc.collect()
+        kinds = (decode_graphs.DecodeGraphs, prefill_graphs.PrefillGraphs)
+        num_alive.append(sum(type(one) in kinds for one in gc.get_objects()))
+
+    config = make_config(model_path)
+    setup = set_up_cpu(config)
+    monkeypatch.setattr(torch.cuda, "empty_cache", count_alive)
+
+    cuda_setup._measure_executor_bytes(config, setup.model, setup.lora, (1, 2), (4, 16))
+
+    before, with_trial, after = num_alive
+    assert with_trial - before == 2
+    assert after == before
 
 
 @pytest.mark.parametrize("prompt_logprobs", [None, 0])
