@@ -14,7 +14,7 @@ from lora_serve.common.config import EngineConfig
 from lora_serve.common.errors import InvalidArgumentError
 from lora_serve.common.stage_log import log_stage
 from lora_serve.executor.cuda_executor import CudaExecutor
-from lora_serve.executor.decode_graphs import bytes_of_more_sizes
+from lora_serve.executor.graph_capture import bytes_of_more_sizes
 from lora_serve.executor.kv_tensors import (
     allocate_kv_pool,
     choose_max_model_len,
