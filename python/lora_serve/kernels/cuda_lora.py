@@ -27,7 +27,7 @@ _MOST_ASIDE = 512
 
 def linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, table: LoRALayerTable, metadata: LoRAMetadata
-) -> tuple[Tensor, LoRADelta | None]:
+) -> tuple[Tensor, LoRADelta]:
     """Give a layer's base product, and what the adapters add; see :func:`lora_serve.layers.ops.lora_linear`.
 
     Notes
