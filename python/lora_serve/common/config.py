@@ -231,24 +231,19 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     def _validate_cuda(self) -> None:
         check_float("gpu_memory_utilization", self.gpu_memory_utilization, 0.0, 1.0, above_minimum=True)
         check_bool("enforce_eager", self.enforce_eager)
-        if self.cuda_graph_sizes is not None:
-            if not isinstance(self.cuda_graph_sizes, list) or not self.cuda_graph_sizes:
-                refuse(
-                    "cuda_graph_sizes",
-                    self.cuda_graph_sizes,
-                    "a list of sizes, or None for the usual ones (no graph at all: --enforce-eager)",
-                )
-            for size in self.cuda_graph_sizes:
-                check_int("cuda_graph_sizes", size, 1, self.max_num_seqs)
-        if self.prefill_graph_sizes is not None:
-            if not isinstance(self.prefill_graph_sizes, list):
-                refuse(
-                    "prefill_graph_sizes",
-                    self.prefill_graph_sizes,
-                    "a list of sizes, empty for no such graphs, or None for the usual ones",
-                )
-            for size in self.prefill_graph_sizes:
-                check_int("prefill_graph_sizes", size, 1, self.max_num_batched_tokens)
+        if self.cuda_graph_sizes == []:
+            refuse("cuda_graph_sizes", [], "one or more, or None for the usual ones (none: --enforce-eager)")
+        self._validate_graph_sizes("cuda_graph_sizes", self.max_num_seqs)
+        self._validate_graph_sizes("prefill_graph_sizes", self.max_num_batched_tokens)
+
+    def _validate_graph_sizes(self, field: str, largest: int) -> None:
+        sizes = getattr(self, field)
+        if sizes is None:
+            return
+        if not isinstance(sizes, list):
+            refuse(field, sizes, "a list of sizes, or None for the usual ones")
+        for size in sizes:
+            check_int(field, size, 1, largest)
 
     def _validate_kv_events(self) -> None:
         if self.kv_events_config is None:

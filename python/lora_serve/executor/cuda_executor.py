@@ -110,11 +110,13 @@ class CudaExecutor(ExecutorBase):
         self._is_closed = False
         self.graphs: DecodeGraphs | None = None
         self.prefill_graphs: PrefillGraphs | None = None
-        with self._on_stream():
+        with self._on_stream(), torch.inference_mode():
             if setup.decode_graph_sizes:
                 self.graphs = self._capture_graphs()
             if setup.prefill_graph_sizes:
-                self.prefill_graphs = self._capture_prefill_graphs()
+                self.prefill_graphs = PrefillGraphs(
+                    setup.prefill_graph_sizes, self._model, self._kv_layers, self._inputs
+                )
 
     @property
     def padded_batch_sizes(self) -> tuple[int, ...]:
@@ -351,15 +353,6 @@ class CudaExecutor(ExecutorBase):
             if earlier is not pending:
                 earlier.finish()
 
-    def _capture_prefill_graphs(self) -> PrefillGraphs:
-        inputs, sizes = self._inputs, self._setup.prefill_graph_sizes
-
-        def make_step(num_tokens: int, has_adapters: bool) -> DeviceStep:
-            return inputs.prefill_step(num_tokens, has_adapters=has_adapters)
-
-        with torch.inference_mode():
-            return PrefillGraphs(sizes, self._model, self._kv_layers, make_step, inputs.pad)
-
     def _capture_graphs(self) -> DecodeGraphs:
         model, inputs, setup = self._model, self._inputs, self._setup
 
@@ -373,5 +366,4 @@ class CudaExecutor(ExecutorBase):
                 num_rows, kv_layer, model.attention_specs, inputs.page_indices
             )
 
-        with torch.inference_mode():
-            return DecodeGraphs(setup.decode_graph_sizes, make_step, make_attention, self._run_decode)
+        return DecodeGraphs(setup.decode_graph_sizes, make_step, make_attention, self._run_decode)

@@ -14,7 +14,7 @@ from lora_serve.common.config import EngineConfig
 from lora_serve.common.errors import InvalidArgumentError
 from lora_serve.common.stage_log import log_stage
 from lora_serve.executor.cuda_executor import CudaExecutor
-from lora_serve.executor.decode_graphs import bytes_of_more_sizes
+from lora_serve.executor.graph_capture import bytes_of_more_sizes
 from lora_serve.executor.kv_tensors import (
     allocate_kv_pool,
     choose_max_model_len,
@@ -198,7 +198,7 @@ def _measure_executor_bytes(
         for graphs, sizes in ((executor.graphs, graph_sizes), (executor.prefill_graphs, prefill_sizes)):
             if graphs is not None:
                 num_bytes += bytes_of_more_sizes(graphs.num_bytes, len(sizes) - len(graphs.num_bytes))
-        del executor
+        del executor, graphs  # Or they would keep what is to be given back.
     except torch.OutOfMemoryError as error:
         raise InvalidArgumentError(
             f"the buffers of {config.max_num_seqs} requests and the CUDA graphs do not fit beside the model, "

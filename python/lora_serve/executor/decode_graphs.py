@@ -3,20 +3,14 @@
 from __future__ import annotations
 
 import functools
-import logging
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from lora_serve.executor.device_inputs import DeviceStep
-from lora_serve.executor.graph_capture import CapturedGraph, bytes_taken, capture_graph
+from lora_serve.executor.graph_capture import CapturedGraph, capture_graph, capture_sizes
 from lora_serve.layers.attention import DecodeGraphAttention
-
-logger = logging.getLogger(__name__)
 
 MakeStep = Callable[[int, bool], DeviceStep]
 RunStep = Callable[[DeviceStep, Any], Tensor]
@@ -57,31 +51,18 @@ class DecodeGraphs:
         make_attention: Callable[[int], Sequence[DecodeGraphAttention]],
         run_step: RunStep,
     ) -> None:
-        self._graphs: dict[tuple[int, bool, int], CapturedGraph[Tensor]] = {}
-        self.num_bytes = dict.fromkeys(sizes, 0)
         self._attention = {size: make_attention(size) for size in reversed(sizes)}
-        begin = time.perf_counter()
-        pool = torch.cuda.graph_pool_handle()
-        # The largest first: the smaller ones work in what it has taken.
-        kinds = [
-            (size, has_adapters, way)
-            for has_adapters in (False, True)
-            for size in reversed(sizes)
-            for way in range(len(self._attention[size]))
-        ]
-        for size, has_adapters, way in tqdm(kinds, desc="Capturing decode graphs", unit="graph"):
-            step, attention = make_step(size, has_adapters), self._attention[size][way]
-            attention.plan(step.attention)
-            run = functools.partial(run_step, step, attention)
-            free_bytes = torch.cuda.mem_get_info()[0]
-            self._graphs[size, has_adapters, way] = capture_graph(run, pool)
-            self.num_bytes[size] += bytes_taken(free_bytes)
-        logger.info(
-            "captured %d decode graphs in %.1f s, which take %.3f GiB",
-            len(kinds),
-            time.perf_counter() - begin,
-            sum(self.num_bytes.values()) / 2**30,
-        )
+
+        def capture(size: int, has_adapters: bool, pool: Any) -> list[CapturedGraph[Tensor]]:
+            """One graph for each way to attend."""
+            step = make_step(size, has_adapters)
+            graphs = []
+            for attention in self._attention[size]:
+                attention.plan(step.attention)
+                graphs.append(capture_graph(functools.partial(run_step, step, attention), pool))
+            return graphs
+
+        self._graphs, self.num_bytes = capture_sizes("decode", sizes, capture)
 
     def has(self, num_rows: int) -> bool:
         """Whether there are graphs of a padded batch size."""
@@ -101,30 +82,9 @@ class DecodeGraphs:
             [P, V] logits of the model's dtype, valid until the next step.
         """
         num_rows = len(step.page_table_rows)
-        ways = self._attention[num_rows]
-        way = next(i for i, attention in enumerate(ways) if attention.suits(step.attention))
-        graph = self._graphs[num_rows, step.context.lora is not None, way]
-        ways[way].plan(step.attention)
+        graphs = self._graphs[num_rows, step.context.lora is not None]
+        ways = zip(self._attention[num_rows], graphs, strict=True)
+        attention, graph = next(way for way in ways if way[0].suits(step.attention))
+        attention.plan(step.attention)
         graph.graph.replay()
         return graph.result
-
-
-def bytes_of_more_sizes(num_bytes: Mapping[int, int], num_more: int) -> int:
-    """Foretell what graphs of further sizes take.
-
-    Parameters
-    ----------
-    num_bytes
-        `DecodeGraphs.num_bytes` of some sizes, the largest of all among them.
-    num_more
-        Smaller sizes that are not among them.
-
-    Returns
-    -------
-    int
-        The largest has taken the memory that all work in; each further size takes as much as the others have.
-    """
-    others = sorted(num_bytes)[:-1]
-    if not others:
-        return num_more * max(num_bytes.values(), default=0)
-    return -(-num_more * sum(num_bytes[size] for size in others) // len(others))

@@ -15,26 +15,18 @@ Padded tokens belong to no row and no adapter, and are written nowhere; what is 
 from __future__ import annotations
 
 import functools
-import logging
-import time
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from lora_serve.executor.device_inputs import DeviceStep
-from lora_serve.executor.graph_capture import CapturedGraph, bytes_taken, capture_graph
+from lora_serve.executor.device_inputs import DeviceInputs, DeviceStep
+from lora_serve.executor.graph_capture import CapturedGraph, capture_graph, capture_sizes
 from lora_serve.layers.attention import KVLayer
 from lora_serve.models.decoder import DecoderModel
-
-logger = logging.getLogger(__name__)
-
-PadStep = Callable[[DeviceStep, int], None]
-MakeStep = Callable[[int, bool], DeviceStep]
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,11 +48,8 @@ class PrefillGraphs:
         The model.
     kv_layers : sequence of KVLayer
         The device's pages.
-    make_step : callable
-        Gives the inputs of a step of a size, with or without adapters, at the places where `pad_step` leaves
-        them.
-    pad_step : callable
-        Brings a step that has been loaded there, padded to a size.
+    inputs : DeviceInputs
+        Where the inputs of steps are, and are padded to a size.
 
     Notes
     -----
@@ -77,30 +66,14 @@ class PrefillGraphs:
         sizes: Sequence[int],
         model: DecoderModel,
         kv_layers: Sequence[KVLayer],
-        make_step: MakeStep,
-        pad_step: PadStep,
+        inputs: DeviceInputs,
     ) -> None:
-        self._sizes, self._model, self._kv_layers, self._pad_step = tuple(sizes), model, kv_layers, pad_step
+        self._sizes, self._model, self._kv_layers, self._inputs = tuple(sizes), model, kv_layers, inputs
         config = model.config
         shape = (self._sizes[-1], config.num_heads, config.head_dim)
         self._query = torch.zeros(shape, dtype=config.dtype, device=model.device)
         self._attended = torch.zeros_like(self._query)
-        self._pieces: dict[tuple[int, bool], _Pieces] = {}
-        self.num_bytes = dict.fromkeys(self._sizes, 0)
-        begin = time.perf_counter()
-        pool = torch.cuda.graph_pool_handle()
-        # The largest first: the smaller ones work in what it has taken.
-        kinds = [(size, has_adapters) for has_adapters in (False, True) for size in reversed(self._sizes)]
-        for size, has_adapters in tqdm(kinds, desc="Capturing prefill graphs", unit="size"):
-            free_bytes = torch.cuda.mem_get_info()[0]
-            self._pieces[size, has_adapters] = self._capture(make_step(size, has_adapters), pool)
-            self.num_bytes[size] += bytes_taken(free_bytes)
-        logger.info(
-            "captured prefill graphs of %d sizes in %.1f s, which take %.3f GiB",
-            len(self._sizes),
-            time.perf_counter() - begin,
-            sum(self.num_bytes.values()) / 2**30,
-        )
+        self._pieces, self.num_bytes = capture_sizes("prefill", self._sizes, self._capture)
 
     def has(self, num_tokens: int) -> bool:
         """Whether a step of so many tokens can be run."""
@@ -123,7 +96,7 @@ class PrefillGraphs:
         """
         num_tokens = len(step.token_ids)
         size = self._sizes[bisect_left(self._sizes, num_tokens)]
-        self._pad_step(step, size)
+        self._inputs.pad(step, size)
         pieces = self._pieces[size, step.context.lora is not None]
         query, attended = self._query[:num_tokens], self._attended[:num_tokens]
         for layer, (graph, kv_layer) in enumerate(zip(pieces.graphs, self._kv_layers, strict=True)):
@@ -131,7 +104,8 @@ class PrefillGraphs:
             self._model.attend(layer, query, kv_layer, attention_plan, attended)
         return attended.flatten(1), pieces.residual[:num_tokens]
 
-    def _capture(self, step: DeviceStep, pool: Any) -> _Pieces:
+    def _capture(self, num_tokens: int, has_adapters: bool, pool: Any) -> _Pieces:
+        step = self._inputs.prefill_step(num_tokens, has_adapters=has_adapters)
         first = capture_graph(functools.partial(self._run_first, step), pool)
         graphs: list[CapturedGraph[Any]] = [first]
         for layer in range(1, len(self._kv_layers)):

@@ -27,8 +27,8 @@ _MOST_ASIDE = 512
 
 def linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, table: LoRALayerTable, metadata: LoRAMetadata
-) -> tuple[Tensor, LoRADelta | None]:
-    """See `lora_linear`.
+) -> tuple[Tensor, LoRADelta]:
+    """Give a layer's base product, and what the adapters add; see :func:`lora_serve.layers.ops.lora_linear`.
 
     Notes
     -----
@@ -56,7 +56,7 @@ def _aside(device: torch.device) -> torch.cuda.Stream:
 
 
 def add_delta(y: Tensor, delta: LoRADelta) -> None:
-    """See `add_lora_delta`."""
+    """Add what `linear` has left over to its ``y`` [T, sum(O_s)], in place."""
     table = delta.table
     triton_lora_expand(y, delta.v, table.arena, table, delta.metadata, output_slices=table.output_slices)
 

@@ -8,21 +8,12 @@ from typing import Protocol
 from torch import Tensor
 
 from lora_serve.kernels import torch_lora
-from lora_serve.kernels.lora_delta import LoRADelta
 from lora_serve.kernels.lora_metadata import LoRAMetadata
 from lora_serve.kernels.lora_weights import LoRALayerTable
 
 
 class LoRAImplementation(Protocol):
     """What an implementation gives. Shapes were checked, and the step has adapters."""
-
-    def linear(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, table: LoRALayerTable, metadata: LoRAMetadata
-    ) -> tuple[Tensor, LoRADelta | None]:
-        """See `lora_linear`."""
-
-    def add_delta(self, y: Tensor, delta: LoRADelta) -> None:
-        """See `add_lora_delta`."""
 
     def add_linear(self, y: Tensor, x: Tensor, table: LoRALayerTable, metadata: LoRAMetadata) -> None:
         """See `add_lora_linear`, and `add_lora_logits`, where ``y`` is wider than ``x``."""

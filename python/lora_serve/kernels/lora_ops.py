@@ -13,7 +13,7 @@ give rows of zeros in ``v`` and keep their rows of ``y`` bit for bit. A slice on
 module counts as rank 0. Columns outside the slices are not touched. An empty step is fine. Nothing is summed
 in an order that depends on chance, so the same inputs give the same bits.
 
-With ``lora_embedding`` and ``lora_logits`` this file is the seam that layers call: `lora_linear` runs the
+With ``lora_embedding`` and ``lora_logits`` this file is the seam that layers call: `add_lora_linear` runs the
 implementation that ``lora_dispatch`` has for the device. `lora_shrink` and `lora_expand` are the halves in
 torch, on any device.
 
@@ -27,7 +27,6 @@ import torch
 from torch import Tensor
 
 from lora_serve.kernels import torch_lora
-from lora_serve.kernels.lora_delta import LoRADelta
 from lora_serve.kernels.lora_dispatch import lora_implementation
 from lora_serve.kernels.lora_metadata import LoRAMetadata
 from lora_serve.kernels.lora_weights import LoRALayerTable
@@ -109,45 +108,6 @@ def lora_expand(
             f"{metadata.num_tokens}, R] of y's dtype {y.dtype}"
         )
     torch_lora.expand(y, v, table, metadata, offset_start, add_inputs)
-
-
-def lora_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, table: LoRALayerTable, metadata: LoRAMetadata
-) -> tuple[Tensor, LoRADelta | None]:
-    """Give one packed linear layer with the adapters' deltas, or the base product and what is left of them.
-
-    Parameters
-    ----------
-    x
-        [T, H]: the layer's input.
-    weight, bias
-        [sum(O_s), H] and [sum(O_s)] or None, the dtype of ``x``.
-    table
-        The layer's weights by adapter slot.
-    metadata
-        Grouping of the T tokens; the step has adapters.
-
-    Returns
-    -------
-    y : Tensor
-        [T, sum(O_s)].
-    delta : LoRADelta or None
-        What is still to be added to ``y``, by `add_lora_delta` or by a kernel that reads ``y`` anyway.
-
-    Raises
-    ------
-    ValueError
-        Shapes or dtypes do not fit together.
-    LookupError
-        A token names an adapter slot that holds no adapter.
-    """
-    _check_input(x, table, metadata)
-    return lora_implementation(x.device.type).linear(x, weight, bias, table, metadata)
-
-
-def add_lora_delta(y: Tensor, delta: LoRADelta) -> None:
-    """Add what `lora_linear` has left over to its ``y`` [T, sum(O_s)], in place."""
-    lora_implementation(y.device.type).add_delta(y, delta)
 
 
 def add_lora_linear(y: Tensor, x: Tensor, table: LoRALayerTable, metadata: LoRAMetadata | None) -> None:

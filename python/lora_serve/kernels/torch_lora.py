@@ -21,11 +21,9 @@ from itertools import accumulate
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from lora_serve.kernels.device_tables import EMPTY_SLOT, DeviceTables, HostRows
-from lora_serve.kernels.lora_delta import LoRADelta
 from lora_serve.kernels.lora_metadata import LoRAGroups, LoRAMetadata
 from lora_serve.kernels.lora_weights import LoRALayerTable
 
@@ -34,22 +32,6 @@ from lora_serve.kernels.lora_weights import LoRALayerTable
 _READ_COST = 4
 _GATHER_COST = 4
 _MODULE_COST = 600_000
-
-
-def linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, table: LoRALayerTable, metadata: LoRAMetadata
-) -> tuple[Tensor, LoRADelta | None]:
-    """See `lora_linear`; nothing is left over."""
-    y = F.linear(x, weight, bias)
-    add_linear(y, x, table, metadata)
-    return y, None
-
-
-def add_delta(y: Tensor, delta: LoRADelta) -> None:
-    """See `add_lora_delta`; `linear` never leaves one."""
-    raise RuntimeError(
-        f"a delta was left for y {tuple(y.shape)} on {y.device}, where `linear` adds all of it: {delta}"
-    )
 
 
 def add_linear(y: Tensor, x: Tensor, table: LoRALayerTable, metadata: LoRAMetadata) -> None:

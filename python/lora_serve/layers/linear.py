@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lora_serve.kernels import LoRADelta, LoRALayerTable, add_lora_delta, add_lora_linear
+from lora_serve.kernels import LoRADelta, LoRALayerTable, add_lora_linear
 from lora_serve.layers import ops
 from lora_serve.layers.step_context import StepContext
 
@@ -132,7 +132,7 @@ class PackedLinear(nn.Module):
         """
         y, delta = self.forward_deferred(x, ctx)
         if delta is not None:
-            add_lora_delta(y, delta)
+            ops.add_lora_delta(y, delta)
         return y
 
     def forward_deferred(self, x: Tensor, ctx: StepContext) -> tuple[Tensor, LoRADelta | None]:

@@ -15,8 +15,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from lora_serve import kernels
-from lora_serve.kernels import LoRADelta, LoRALayerTable, LoRAMetadata, add_lora_delta
+from lora_serve.kernels import LoRADelta, LoRALayerTable, LoRAMetadata, add_lora_linear
 from lora_serve.kernels.lora_delta import FEW_TOKENS
 from lora_serve.layers import torch_ops
 from lora_serve.layers.attention import KVLayer
@@ -55,6 +54,10 @@ class _TritonOps(NamedTuple):
         [Tensor, LoRADelta, Tensor, Tensor, Tensor, KVLayer, Tensor | None, Tensor | None, float], Tensor
     ]
     lora_silu_mul: Callable[[Tensor, LoRADelta], Tensor]
+    lora_linear: Callable[
+        [Tensor, Tensor, Tensor | None, LoRALayerTable, LoRAMetadata], tuple[Tensor, LoRADelta | None]
+    ]
+    add_lora_delta: Callable[[Tensor, LoRADelta], None]
 
 
 _TORCH_OPS = _Ops(
@@ -72,7 +75,7 @@ MANY_TOKENS = 2048
 
 @functools.cache
 def _triton_ops() -> _TritonOps:
-    from lora_serve.kernels import lora_rotary_store, rotary_store
+    from lora_serve.kernels import cuda_lora, lora_rotary_store, rotary_store
     from lora_serve.kernels.cuda_linear import cuda_linear
     from lora_serve.kernels.lora_silu_mul import lora_silu_mul
     from lora_serve.kernels.rms_norm import add_rms_norm, rms_norm
@@ -110,7 +113,7 @@ def _triton_ops() -> _TritonOps:
         )
 
     plain = _Ops(rms_norm, add_rms_norm, norm_rotary_store, silu_mul, cuda_linear)
-    return _TritonOps(plain, lora_norm_rotary_store, lora_silu_mul)
+    return _TritonOps(plain, lora_norm_rotary_store, lora_silu_mul, cuda_lora.linear, cuda_lora.add_delta)
 
 
 def _ops_of(x: Tensor) -> _Ops:
@@ -258,13 +261,18 @@ def lora_linear(
     y : Tensor
         [T, O].
     delta : LoRADelta or None
-        For :func:`silu_mul`, :func:`norm_rotary_store` or ``add_lora_delta``; None = ``y`` is complete.
+        For :func:`silu_mul`, :func:`norm_rotary_store` or :func:`add_lora_delta`; None = ``y`` is complete.
     """
-    if not _torch_only:
-        return kernels.lora_linear(x, weight, bias, table, lora)
+    if _ops_of(x) is not _TORCH_OPS:
+        return _triton_ops().lora_linear(x, weight, bias, table, lora)
     y = torch_ops.linear(x, weight, bias, None)
-    kernels.add_lora_linear(y, x, table, lora)
+    add_lora_linear(y, x, table, lora)
     return y, None
+
+
+def add_lora_delta(y: Tensor, delta: LoRADelta) -> None:
+    """Add what :func:`lora_linear` has left over to its ``y`` [T, O], in place."""
+    _triton_ops().add_lora_delta(y, delta)
 
 
 def add_linear(residual: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:

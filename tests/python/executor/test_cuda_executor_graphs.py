@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import math
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
+import msgspec
+import numpy as np
 import pytest
 import torch
 
@@ -13,12 +17,13 @@ from lora_serve.common.config import EngineConfig
 from lora_serve.executor import cuda_setup, decode_graphs, prefill_graphs
 from lora_serve.executor.cuda_executor import CudaExecutor
 from lora_serve.executor.device_inputs import DeviceInputs
-from lora_serve.kernels import build_lora_metadata
+from lora_serve.kernels import LoRAMetadata, build_lora_metadata
 from lora_serve.layers import attention as attention_module
 from lora_serve.layers import flashinfer_attention, flashinfer_attention_split
 from lora_serve.layers.attention import KVLayer
 from lora_serve.layers.flashinfer_attention import FlashInferAttentionBackend
 from lora_serve.layers.flashinfer_attention_staging import StagingRing
+from lora_serve.testing.adapters import make_random_adapter
 from lora_serve.testing.models import make_random_model
 from support.fake_flashinfer import FakeFlashInfer
 
@@ -26,6 +31,7 @@ from .executors import set_up_cpu
 from .hand_made_run import HandMadeRun
 from .plans import PlanStandIn
 from .run_plan import run_plan
+from .scheduler_run import SchedulerRun
 from .states import make_state
 
 VOCAB = 64
@@ -154,6 +160,28 @@ def writes_skip_padding(monkeypatch) -> None:
     monkeypatch.setattr(KVLayer, "write", write_some)
 
 
+def test_graphs_of_the_trial_are_gone_when_its_memory_is_given_back(
+    model_path, graphs, writes_skip_padding, monkeypatch
+):
+    num_alive: list[int] = []
+
+    def count_alive() -> None:
+        graphs.clear()
+        gc.collect()
+        kinds = (decode_graphs.DecodeGraphs, prefill_graphs.PrefillGraphs)
+        num_alive.append(sum(type(one) in kinds for one in gc.get_objects()))
+
+    config = make_config(model_path)
+    setup = set_up_cpu(config)
+    monkeypatch.setattr(torch.cuda, "empty_cache", count_alive)
+
+    cuda_setup._measure_executor_bytes(config, setup.model, setup.lora, (1, 2), (4, 16))
+
+    before, with_trial, after = num_alive
+    assert with_trial - before == 2
+    assert after == before
+
+
 @pytest.mark.parametrize("prompt_logprobs", [None, 0])
 @pytest.mark.parametrize(
     ("chunks", "num_large", "num_small"), [([9], 1, 4), ([5, 1, 3], 1, 6), ([2, 7], 1, 5)]
@@ -246,3 +274,78 @@ def test_padded_tokens_have_no_adapter_and_no_place(slots):
     for name in ("num_tokens_per_lora", "lora_token_start_loc", "active_lora_ids"):
         assert getattr(lora, name).equal(getattr(own, name))
     assert int(lora.num_tokens_per_lora.sum()) == num_own
+
+
+@pytest.fixture
+def groups_are_read_anew(monkeypatch) -> None:
+    """Kernels read a step's groups in each replay; torch keeps what it has read once."""
+    group = LoRAMetadata.groups.func
+
+    def read(self):
+        counts, slots = self.num_tokens_per_lora, self.active_lora_ids
+        num_grouped = int(counts.sum())
+        tokens = self.token_indices_sorted_by_lora_ids[:num_grouped].long()
+        mapping = torch.full_like(self.token_lora_mapping, -1)
+        mapping[tokens] = slots.repeat_interleave(counts)
+        assert num_grouped == 0 or mapping.equal(self.token_lora_mapping)
+        return group(build_lora_metadata(mapping, len(slots)))
+
+    monkeypatch.setattr(LoRAMetadata, "groups", property(read))
+    monkeypatch.setattr(LoRAMetadata, "of_tables", property(lambda self: {}))
+
+
+def outputs_of_random_requests(executor: CudaExecutor, adapters: list[str]) -> dict[int, list[int]]:
+    """Of greedy, drawn, penalised and restricted requests, on so few pages that some are preempted."""
+    options = {"page_size": 4, "max_num_seqs": 4, "max_num_batched_tokens": 24, "max_loras": 2}
+    run = SchedulerRun(
+        executor,
+        max_in_flight=2,
+        padded_batch_sizes=list(executor.padded_batch_sizes),
+        adapter_memory_bytes=2**23,
+        **options,
+    )
+    for adapter_id, path in enumerate(adapters, start=1):
+        with ThreadPoolExecutor(1) as thread, thread.submit(executor.lora.read, path).result() as read:
+            executor.lora.add(adapter_id, read)
+            num_bytes = read.num_bytes
+        run.scheduler.open_adapter(adapter_id, digest_seed=adapter_id, size_bytes=num_bytes, is_staged=True)
+    kinds = [
+        {},
+        {"temperature": 1.0, "seed": 3},
+        {"repetition_penalty": 1.3},
+        {"allowed_token_ids": [5, 9, 40]},
+    ]
+    rng = np.random.default_rng(0)
+    for request_id in range(1, 17):
+        prompt = rng.integers(0, VOCAB, rng.integers(1, 24)).tolist()
+        params = {"temperature": 0.0, "logprobs": 1, **kinds[rng.integers(len(kinds))]}
+        state = make_state(prompt, vocab_size=VOCAB, **params)
+        run.add(request_id, state, int(rng.integers(1, 14)), int(rng.choice([0, 0, 0, 1, 2])))
+        run.step()
+    run.finish()
+    return run.outputs
+
+
+def test_random_requests_from_graphs_are_those_of_whole_steps(
+    model_path, graphs, writes_skip_padding, groups_are_read_anew, tmp_path
+):
+    adapters = [tmp_path / "first", tmp_path / "second"]
+    for seed, path in enumerate(adapters):
+        make_random_adapter(path, model_path, rank=(8, 3)[seed], seed=seed, scale=1.5)
+    config = msgspec.structs.replace(
+        make_config(model_path), num_device_pages=14, max_model_len=48, max_loras=2
+    )
+    found = []
+    for sizes, prefill_sizes in (((), ()), ((1, 4), (12,))):
+        setup = dataclasses.replace(
+            set_up_cpu(config), decode_graph_sizes=sizes, prefill_graph_sizes=prefill_sizes
+        )
+        executor = CudaExecutor(config, setup)
+        found.append(outputs_of_random_requests(executor, [str(path) for path in adapters]))
+        executor.close()
+
+    assert found[0] == found[1]
+    # Decodes of 4 and 1, without adapters and with them, every other with splits; then prefills.
+    num_replays = [graph.num_replays for graph in graphs]
+    assert all(num_replays[:8:2]), num_replays
+    assert all(num_replays[8:]), num_replays

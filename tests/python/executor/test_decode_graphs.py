@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from lora_serve.executor import decode_graphs
-from lora_serve.executor.decode_graphs import DecodeGraphs, bytes_of_more_sizes
+from lora_serve.executor.decode_graphs import DecodeGraphs
+from lora_serve.executor.graph_capture import bytes_of_more_sizes
 
 
 class Attention:
