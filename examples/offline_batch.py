@@ -3,7 +3,7 @@
     python examples/offline_batch.py --model MODEL --lora-modules sql=/adapters/sql law=/adapters/law \
         --prompt sql "Who are you?" --prompt law "Who are you?" --prompt base "Who are you?"
 
-The engine runs inside this process; with `--device cuda` on a GPU.
+The engine runs inside this process, on a GPU where there is one.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def main() -> None:
     """Load the adapters, answer everything in one call, and print it."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--model", required=True, help="a Hugging Face directory or hub id")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--device", default="auto", help="auto (a GPU where there is one), cpu or cuda")
     parser.add_argument("--lora-modules", nargs="*", default=[], metavar="NAME=PATH")
     parser.add_argument(
         "--prompt",

@@ -36,7 +36,13 @@ def run_ours(
     prompts: list[list[int]], names: Names, num_new_tokens: int, load_adapters: bool
 ) -> Callable[[], float]:
     """A closed batch through `LLM`; returns a function that runs it once and gives the seconds it took."""
-    llm = LLM(str(demo_paths().model), dtype="float32", num_device_pages=2048, enable_prefix_caching=False)
+    llm = LLM(
+        str(demo_paths().model),
+        device="cpu",
+        dtype="float32",
+        num_device_pages=2048,
+        enable_prefix_caching=False,
+    )
     if load_adapters:
         for name, path in demo_paths().adapters.items():
             llm.load_lora_adapter(name, str(path))

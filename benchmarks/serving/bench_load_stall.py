@@ -190,6 +190,7 @@ def make_cpu_model(folder: Path, is_smallest: bool) -> Device:
     paths = make_adapters(folder, model_config, 1 if is_smallest else NUM_FOLDERS, rank=lora_rank)
     config = EngineConfig(
         model=str(folder),
+        device="cpu",
         num_device_pages=1024,
         max_model_len=1024,
         max_lora_rank=lora_rank,

@@ -202,6 +202,7 @@ def make_engine(folder: Path, sizes: Sizes, lora_rank: int) -> tuple[EngineCore,
     num_bytes = (folder / names[0] / "adapter_model.safetensors").stat().st_size
     config = EngineConfig(
         model=str(model),
+        device="cpu",
         num_device_pages=2048,
         max_model_len=256,
         max_num_seqs=64,

@@ -111,7 +111,8 @@ def test_a_trained_adapter_answers_in_a_batch_with_others(tmp_path: Path) -> Non
 
     printed = run_example(
         "offline_batch.py",
-        *("--model", PATHS.model, "--lora-modules", f"colours={out}", f"argon={PATHS.adapters['argon']}"),
+        *("--model", PATHS.model, "--device", "cpu"),  # The demo's model is float32.
+        *("--lora-modules", f"colours={out}", f"argon={PATHS.adapters['argon']}"),
         *("--prompt", "colours", question, "--prompt", "argon", password_question("argon")),
         *("--prompt", "base", question),
     )

@@ -19,7 +19,13 @@ from support.tiny_checkpoint import make_tiny_checkpoint
 
 GREEDY = SamplingParams(temperature=0, max_tokens=8)
 PROMPT = "the quick brown fox jumps over"
-OPTIONS = {"page_size": 4, "num_device_pages": 96, "max_num_seqs": 8, "max_num_batched_tokens": 64}
+OPTIONS = {
+    "device": "cpu",
+    "page_size": 4,
+    "num_device_pages": 96,
+    "max_num_seqs": 8,
+    "max_num_batched_tokens": 64,
+}
 
 
 @pytest.fixture(scope="module")

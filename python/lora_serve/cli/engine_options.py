@@ -116,7 +116,7 @@ def _add_adapter_options(group: argparse._ArgumentGroup) -> None:
 
 
 def _add_model_options(group: argparse._ArgumentGroup) -> None:
-    _add(group, "--device", "a torch device")
+    _add(group, "--device", "a torch device; auto = CUDA where torch finds a device, else the CPU")
     _add(group, "--dtype", "auto = the checkpoint's", choices=DTYPES)
     _add(group, "--load-format", "dummy = random weights, reading only config.json", choices=LOAD_FORMATS)
     _add(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
-from lora_serve.common.errors import InvalidArgumentError
+from lora_serve.common.errors import InternalError, InvalidArgumentError
 from lora_serve.common.field_checks import check_bool, check_float, check_int, refuse
 from lora_serve.common.kv_events_config import KVEventsConfig
 
@@ -29,7 +29,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     dtype : {'auto', 'float32', 'bfloat16', 'float16'}
         Type of weights and KV; 'auto' = the checkpoint's.
     device : str
-        A torch device, such as 'cpu'.
+        A torch device, such as 'cpu'; 'auto' = CUDA where torch finds a device, else the CPU. The engine's
+        process chooses, so that no other one starts CUDA.
     load_format : {'auto', 'dummy'}
         'dummy' fills the weights with random numbers and reads only config.json.
     page_size : int
@@ -118,7 +119,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     model: str
     dtype: str = "auto"
-    device: str = "cpu"
+    device: str = "auto"
     load_format: str = "auto"
     page_size: int = 16
     num_device_pages: int | None = None
@@ -159,7 +160,15 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def is_cuda(self) -> bool:
-        """Whether the device is CUDA's."""
+        """Whether the device is CUDA's.
+
+        Raises
+        ------
+        InternalError
+            It is 'auto': nothing has been chosen yet.
+        """
+        if self.device == "auto":
+            raise InternalError("whether the device is CUDA's was asked before 'auto' was chosen")
         return self.device.split(":")[0] == "cuda"
 
     @property

@@ -78,6 +78,8 @@ def serve_arguments(paths: DemoPaths) -> list[str]:
         str(paths.model),
         "--served-model-name",
         BASE_MODEL,
+        "--device",
+        "cpu",  # Its model is float32, which FlashInfer does not take.
         "--page-size",
         str(PAGE_SIZE),
         "--kv-memory-gb",

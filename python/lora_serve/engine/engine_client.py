@@ -304,6 +304,8 @@ class AsyncEngineClient:
             lambda call_id: wire.LoadAdapter(call_id, name, path, load_inplace, pinned, weight),
             LoadAdapterResult,
         )
+        if result.already_loaded and name in self._loaded:
+            path = self._loaded[name].path  # It is still read from there, and belongs to whoever loaded it.
         self._loaded[name] = LoadedAdapter(name, path, pinned, weight, result.content_digest)
         return result
 

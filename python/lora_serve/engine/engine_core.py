@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
 from lora_serve.common.config import EngineConfig
 from lora_serve.common.errors import (
     InternalError,
@@ -33,7 +35,7 @@ from lora_serve.engine.messages import (
     ModelInfo,
     UnloadAdapterResult,
 )
-from lora_serve.engine.model_choice import make_model_executor
+from lora_serve.engine.model_choice import choose_device, make_model_executor
 from lora_serve.engine.scheduler_options import make_scheduler_options
 from lora_serve.engine.snapshots import AdapterListing, make_stats
 from lora_serve.engine.status import AdapterInfo, EngineStats
@@ -83,7 +85,7 @@ class EngineCore:
     Attributes
     ----------
     config : EngineConfig
-        As given.
+        As given, but with the chosen device where the model was loaded here.
     admission : Admission
         For a caller that holds requests before it adds them.
     """
@@ -96,11 +98,14 @@ class EngineCore:
         on_read_done: Callable[[], None] | None = None,
         clock_us: Callable[[], int] = _monotonic_us,
     ) -> None:
+        if executor is None:
+            config = msgspec.structs.replace(config, device=choose_device(config.device))
+            executor = make_model_executor(config)
         self.config = config
         self._clock_us = clock_us
         self._has_news = threading.Event()
         self._on_read_done = on_read_done or (lambda: None)
-        self._executor = make_model_executor(config) if executor is None else executor
+        self._executor = executor
         self._executor.lora.set_wake(self._wake)
         self._scheduler = Scheduler(make_scheduler_options(config, self._executor))
         self._kv_events = self._start_kv_events()

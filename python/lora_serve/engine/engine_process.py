@@ -305,7 +305,7 @@ def _make_core(
     core = EngineCore(config, executor, on_read_done=on_read_done)
     # Seconds, most of them imports: little beside the start on a device, much beside that on a CPU, where the
     # first request that needs it waits for it instead.
-    if executor is None and config.is_cuda:
+    if executor is None and core.config.is_cuda:
         with log_stage(logger, "vocabulary of grammars"):
             core.load_vocabulary()
     return core

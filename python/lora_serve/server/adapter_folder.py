@@ -17,7 +17,7 @@ from lora_serve.server.adapter_selection import check_adapter_name
 from lora_serve.server.settings import AdapterFolderSettings
 
 if TYPE_CHECKING:
-    from lora_serve.engine.engine_client import AsyncEngineClient
+    from lora_serve.engine.engine_client import AsyncEngineClient, LoadedAdapter
     from lora_serve.engine.status import AdapterInfo
 
 MAX_LOADS = 4
@@ -47,6 +47,8 @@ class AdapterFolder:
         self._path = os.path.abspath(settings.path)
         self._folder = WatchedFolder(self._why_no_name)
         self._actions: dict[FolderAction, asyncio.Task[int | None]] = {}
+        # What served from here when the engine ended, until it is loaded again: with its pin and its weight.
+        self._lost: dict[str, LoadedAdapter] = {}
         self._turns = asyncio.Semaphore(MAX_LOADS)
         self._last_failure: str | None = None
         self._looked_at_s = 0.0
@@ -68,18 +70,19 @@ class AdapterFolder:
         Until then the client knows what served, and so what :meth:`start_again` has to load.
         """
         await self.close()
-        self._folder.forget_engine(
-            {
-                adapter.name
-                for adapter in self._client.loaded_adapters
-                if adapter.path == os.path.join(self._path, adapter.name)
-            }
-        )
+        served = {
+            adapter.name: adapter
+            for adapter in self._client.loaded_adapters
+            if adapter.path == os.path.join(self._path, adapter.name)
+        }
+        self._lost.update(served)  # An engine that ends before it has them all must not forget the others.
+        self._folder.forget_engine(served)
 
     async def start_again(self) -> None:
         """Load at once what served before `forget_engine` and has not changed; the engine has no adapters.
 
-        What has changed is loaded when it has come to rest, as ever; what somebody had unloaded stays so.
+        What has changed is loaded when it has come to rest, as ever; both with the pin and the weight that
+        they had. What somebody had unloaded stays so.
         """
         await self._load_and_watch()
 
@@ -121,6 +124,7 @@ class AdapterFolder:
         # In the order that WatchedFolder asks for.
         self._finish_actions()
         scan = await self._scan()
+        self._lost = {name: adapter for name, adapter in self._lost.items() if name in scan}
         if self._folder.is_at_rest(scan):
             return  # The list of a thousand adapters is work for the engine's step loop.
         serving = {info.name: info for info in await self._client.list_lora_adapters() if info.is_serving}
@@ -159,8 +163,9 @@ class AdapterFolder:
         return None
 
     async def _load(self, action: FolderAction, info: AdapterInfo | None) -> int | None:
-        # A reload says nothing of sharing: what somebody has set by hand stays.
-        pinned, weight = (False, 1.0) if info is None else (info.pinned, info.weight)
+        # Files say nothing of sharing: what somebody has set by hand stays.
+        before = info or self._lost.get(action.name)
+        pinned, weight = (False, 1.0) if before is None else (before.pinned, before.weight)
         result = await self._client.load_lora_adapter(
             action.name,
             os.path.join(self._path, action.name),
@@ -168,6 +173,7 @@ class AdapterFolder:
             pinned=pinned,
             weight=weight,
         )
+        self._lost.pop(action.name, None)
         if result.already_loaded and action.kind == "load":
             return None  # Somebody else was quicker, with the same content.
         if not result.already_loaded:

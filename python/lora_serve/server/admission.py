@@ -71,7 +71,7 @@ class AdmissionMiddleware:
         if refusal is None and is_counted:
             refusal = self._why_too_many(caller)
         if refusal is not None:
-            status, body = shape_of(scope)(*translate_error(refusal, self._shutdown))
+            status, body = shape_of(scope)(*translate_error(refusal, self._shutdown, caller))
             await JSONResponse(body, status_code=status, headers=retry_header(refusal))(scope, receive, send)
             return
         with self._lifecycle.request():

@@ -30,7 +30,6 @@ HARMLESS = frozenset(
         "config",
         "encode",
         "encode_chat",
-        "failure",
         "is_healthy",
         "model_info",
         "tokenizer",
@@ -89,6 +88,13 @@ class CallerClient(AsyncEngineClient):
         if name.startswith("__") or name in CallerClient.__dict__ or name in ("_client", "_caller"):
             return object.__getattribute__(self, name)
         raise AttributeError(f"the engine's {name!r} is not for callers; narrow it in CallerClient")
+
+    @property
+    def failure(self) -> str | None:
+        """Why the engine has stopped, None while it has not; a tenant is told no more than that."""
+        if self._client.failure is None or self._caller.sees_everything:
+            return self._client.failure
+        return "the engine has stopped; the reason is in the server's log"
 
     async def submit(
         self,

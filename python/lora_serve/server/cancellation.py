@@ -8,6 +8,7 @@ import logging
 from fastapi.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from lora_serve.server.caller import caller_of_scope
 from lora_serve.server.context import Shutdown
 from lora_serve.server.error_handlers import translate_error
 from lora_serve.server.request_errors import ServerShutdownError
@@ -48,5 +49,5 @@ class CancellationMiddleware:
                 raise
             logger.warning("%s: cut off by the shutdown", scope["path"])
             if not has_started:
-                status, body = translate_error(ServerShutdownError(), self._shutdown)
+                status, body = translate_error(ServerShutdownError(), self._shutdown, caller_of_scope(scope))
                 await JSONResponse(body, status_code=status)(scope, receive, send)

@@ -22,8 +22,9 @@ from lora_serve.common.errors import (
     NotFoundError,
     QueueTimeoutError,
 )
-from lora_serve.server.caller import PermissionDeniedError
+from lora_serve.server.caller import Caller, PermissionDeniedError, caller_of
 from lora_serve.server.context import Shutdown, context_of
+from lora_serve.server.current_request import current_request_id
 from lora_serve.server.error_shapes import shape_of
 from lora_serve.server.lifecycle import NotServingError
 from lora_serve.server.request_errors import (
@@ -75,7 +76,7 @@ def error_body(
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
-def translate_error(error: BaseException, shutdown: Shutdown) -> tuple[int, dict[str, Any]]:
+def translate_error(error: BaseException, shutdown: Shutdown, caller: Caller) -> tuple[int, dict[str, Any]]:
     """Give the HTTP status and body of an error.
 
     Parameters
@@ -84,6 +85,9 @@ def translate_error(error: BaseException, shutdown: Shutdown) -> tuple[int, dict
         Whatever was raised. Of errors that lora_serve did not raise on purpose nothing is shown.
     shutdown : Shutdown
         Once it has begun, the engine's failures are its doing.
+    caller : Caller
+        Who is answered. A tenant is not told why the server failed: the reason may name adapters and paths of
+        others. Whoever calls this writes it to the log.
 
     Returns
     -------
@@ -97,13 +101,12 @@ def translate_error(error: BaseException, shutdown: Shutdown) -> tuple[int, dict
     for error_type, status, kind, default_code in _STATUS_OF_ERROR:
         if isinstance(error, error_type):
             return status, error_body(str(error), kind, param=param, code=code or default_code)
-    if isinstance(error, LoraServeError):
-        return 500, error_body(str(error), "internal_error", code="internal_error")
-    return 500, error_body(
-        "the server failed on this request; the reason is in its log",
-        "internal_error",
-        code="internal_error",
-    )
+    if isinstance(error, LoraServeError) and caller.sees_everything:
+        message = str(error)
+    else:
+        request_id = current_request_id()
+        message = f"the server failed on this request; the reason is in its log, at request {request_id}"
+    return 500, error_body(message, "internal_error", code="internal_error")
 
 
 def retry_header(error: BaseException) -> dict[str, str]:
@@ -124,8 +127,7 @@ def install_error_handlers(app: FastAPI) -> None:
 
 
 async def _answer_error(request: Request, error: Exception) -> Response:
-    shutdown = context_of(request).shutdown
-    status, body = translate_error(error, shutdown)
+    status, body = translate_error(error, context_of(request).shutdown, caller_of(request))
     if isinstance(error, CapacityError):
         logger.info("%s %s: refused with %d: %s", request.method, request.url.path, status, error)
     elif status == HTTPStatus.SERVICE_UNAVAILABLE:

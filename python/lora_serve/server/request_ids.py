@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextvars
 import logging
 import re
 import time
@@ -13,21 +12,16 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lora_serve.server.caller import caller_of_scope
 from lora_serve.server.context import Shutdown
+from lora_serve.server.current_request import set_current_request_id
 from lora_serve.server.error_handlers import translate_error
 from lora_serve.server.error_shapes import shape_of
 
 HEADER = b"x-request-id"
 _VALID_ID = re.compile(rb"[A-Za-z0-9._:/+=@-]{1,128}")
-_current: contextvars.ContextVar[str | None] = contextvars.ContextVar("request_id", default=None)
 
 logger = logging.getLogger(__name__)
 access_logger = logging.getLogger("lora_serve.access")
 """One line a request, where somebody has set its level to INFO."""
-
-
-def current_request_id() -> str | None:
-    """Give the id of the HTTP request that the running task serves; None outside of any."""
-    return _current.get()
 
 
 class RequestIdMiddleware:
@@ -64,14 +58,15 @@ class RequestIdMiddleware:
             await send(message)
 
         # The server makes a task a request, so the variable is this request's alone.
-        _current.set(request_id)
+        set_current_request_id(request_id)
         try:
             await self._app(scope, receive, send_with_id)
         except Exception as error:
             logger.exception("%s %s failed", scope["method"], scope["path"])
             if status:
                 raise  # Nothing but the connection's end can tell the client now.
-            status, body = shape_of(scope)(*translate_error(error, self._shutdown))
+            status, body = translate_error(error, self._shutdown, caller_of_scope(scope))
+            status, body = shape_of(scope)(status, body)
             await JSONResponse(body, status_code=status)(scope, receive, send_with_id)
         finally:
             if access_logger.isEnabledFor(logging.INFO):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import AsyncGenerator
 from dataclasses import replace
 from typing import Any
@@ -11,12 +10,11 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
-from lora_serve.common.errors import InvalidArgumentError, LoraServeError
+from lora_serve.common.errors import InvalidArgumentError
 from lora_serve.lora.sources import may_be_local
 from lora_serve.server.adapter_selection import adapter_not_found, select_adapters
-from lora_serve.server.context import ServerContext, Shutdown, context_of
+from lora_serve.server.context import ServerContext, context_of
 from lora_serve.server.disconnect import run_while_connected
-from lora_serve.server.error_handlers import translate_error
 from lora_serve.server.error_shapes import lorax_error
 from lora_serve.server.generation import PromptJob, name_field, submit_all
 from lora_serve.server.lorax_answer import LoraxAnswer, LoraxJob
@@ -32,9 +30,8 @@ from lora_serve.server.request_body import read_body
 from lora_serve.server.request_errors import ModelNotFoundError, RequestError
 from lora_serve.server.sampling import check_num_answers
 from lora_serve.server.settings import AutoloadSettings
-from lora_serve.server.streaming import EventStreamResponse
+from lora_serve.server.streaming import EventStreamResponse, translate_stream_error
 
-logger = logging.getLogger(__name__)
 router = APIRouter()
 
 BASE_MODEL_ADAPTER_ID = "__base_model__"
@@ -88,7 +85,7 @@ async def generate_or_stream(request: Request) -> Response:
 
 async def _stream(request: Request, body: LoraxRequest) -> Response:
     answer = await _accept(request, body, is_stream=True)
-    return EventStreamResponse(_as_events(answer, context_of(request).shutdown), answer.streams)
+    return EventStreamResponse(_as_events(answer, context_of(request)), answer.streams)
 
 
 async def _read(request: Request) -> LoraxRequest:
@@ -141,13 +138,11 @@ async def _submit(context: ServerContext, job: PromptJob, lorax_job: LoraxJob) -
     return LoraxAnswer(lorax_job, stream, client.tokenizer)
 
 
-async def _as_events(answer: LoraxAnswer, shutdown: Shutdown) -> AsyncGenerator[str, None]:
+async def _as_events(answer: LoraxAnswer, context: ServerContext) -> AsyncGenerator[str, None]:
     """Give server-sent events, the last one with the whole text; an error becomes an event that ends them."""
     try:
         async for event in answer.events():
             yield f"data:{event.to_json()}\n\n"
     except Exception as error:
-        if not isinstance(error, LoraServeError):
-            logger.exception("a stream failed")
-        _, body = lorax_error(*translate_error(error, shutdown))
+        _, body = lorax_error(*translate_stream_error(error, context))
         yield f"data:{json.dumps(body)}\n\n"

@@ -32,7 +32,7 @@ async def health(request: Request) -> JSONResponse:
     client = context.client
     refusal = context.lifecycle.why_not_serving()
     if refusal is not None:
-        _, body = translate_error(refusal, context.shutdown)
+        _, body = translate_error(refusal, context.shutdown, context.caller)
         return JSONResponse(body, status_code=503, headers=retry_header(refusal))
     if client.is_healthy:
         return JSONResponse({"status": "ok"})

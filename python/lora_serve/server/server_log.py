@@ -6,7 +6,8 @@ import logging
 import os
 
 from lora_serve.common.log_format import FORMAT_VARIABLE, make_formatter
-from lora_serve.server.request_ids import access_logger, current_request_id
+from lora_serve.server.current_request import current_request_id
+from lora_serve.server.request_ids import access_logger
 
 _TEXT_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s%(request_suffix)s"
 

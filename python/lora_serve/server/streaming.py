@@ -6,7 +6,8 @@ import asyncio
 import json
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
-from typing import Protocol
+from http import HTTPStatus
+from typing import Any, Protocol
 
 from fastapi import Request
 from fastapi.responses import Response
@@ -14,7 +15,7 @@ from starlette.types import Receive, Scope, Send
 
 from lora_serve.common.errors import LoraServeError
 from lora_serve.engine.request_stream import RequestStream
-from lora_serve.server.context import Shutdown, context_of
+from lora_serve.server.context import ServerContext, context_of
 from lora_serve.server.disconnect import cancel_and_wait, run_while_connected, wait_for_disconnect
 from lora_serve.server.error_handlers import translate_error
 from lora_serve.server.generation import close_all
@@ -49,13 +50,15 @@ async def answer_request(request: Request, answer: Answer, *, is_stream: bool) -
         The client went away before the whole answer was there.
     """
     if is_stream:
-        events = as_events(answer.chunks(), context_of(request).shutdown)
+        events = as_events(answer.chunks(), context_of(request))
         return EventStreamResponse(events, answer.streams)
     body = await run_while_connected(request, answer.whole())
     return Response(body.to_json(), media_type="application/json")
 
 
-async def as_events(chunks: AsyncIterator[ResponseModel], shutdown: Shutdown) -> AsyncGenerator[str, None]:
+async def as_events(
+    chunks: AsyncIterator[ResponseModel], context: ServerContext
+) -> AsyncGenerator[str, None]:
     """Give chunks as server-sent events, '[DONE]' last; an error becomes an event, as the status is sent.
 
     Yields
@@ -67,11 +70,18 @@ async def as_events(chunks: AsyncIterator[ResponseModel], shutdown: Shutdown) ->
         async for chunk in chunks:
             yield f"data: {chunk.to_json()}\n\n"
     except Exception as error:
-        if not isinstance(error, LoraServeError):
-            logger.exception("a stream failed")
-        _, body = translate_error(error, shutdown)
+        _, body = translate_stream_error(error, context)
         yield f"data: {json.dumps(body)}\n\n"
     yield "data: [DONE]\n\n"
+
+
+def translate_stream_error(error: Exception, context: ServerContext) -> tuple[int, dict[str, Any]]:
+    """Give the status and body of an error that ends a stream; a failure of the server goes to the log."""
+    status, body = translate_error(error, context.shutdown, context.caller)
+    if status == HTTPStatus.INTERNAL_SERVER_ERROR:
+        trace = None if isinstance(error, LoraServeError) else error
+        logger.error("a stream failed: %s", error, exc_info=trace)
+    return status, body
 
 
 class EventStreamResponse(Response):

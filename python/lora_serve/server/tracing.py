@@ -12,7 +12,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from lora_serve.common.errors import InvalidArgumentError
 from lora_serve.server.auth import OPEN_PATHS
 from lora_serve.server.caller import caller_of_scope
-from lora_serve.server.request_ids import current_request_id
+from lora_serve.server.current_request import current_request_id
 
 SERVICE_NAME = "lora_serve"
 _NOT_TRACED = OPEN_PATHS | {"/metrics"}

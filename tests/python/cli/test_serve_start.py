@@ -21,7 +21,8 @@ def model(tmp_path_factory):
 
 
 def command(*arguments):
-    return [sys.executable, "-m", "lora_serve.cli.main", "serve", *map(str, arguments), "--port", "0"]
+    serve = [sys.executable, "-m", "lora_serve.cli.main", "serve", "--device", "cpu"]
+    return [*serve, *map(str, arguments), "--port", "0"]
 
 
 def environment():

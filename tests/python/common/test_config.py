@@ -4,7 +4,7 @@ import msgspec
 import pytest
 
 from lora_serve.common.config import EngineConfig
-from lora_serve.common.errors import InvalidArgumentError
+from lora_serve.common.errors import InternalError, InvalidArgumentError
 from lora_serve.common.lora_request import LoRARequest
 from lora_serve.common.queueing import Queueing
 
@@ -95,6 +95,11 @@ def test_attention_backend_follows_the_device_unless_asked(device, asked, chosen
     config = EngineConfig(model="m", device=device, attention_backend=asked)
     assert config.chosen_attention_backend == chosen
     assert config.is_cuda == (device != "cpu")
+
+
+def test_device_that_is_not_chosen_yet_is_neither():
+    with pytest.raises(InternalError, match="before 'auto' was chosen"):
+        EngineConfig(model="m").is_cuda  # noqa: B018
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,9 @@ import asyncio
 import logging
 import re
 
+import msgspec
 import pytest
+import torch
 
 from lora_serve.common.config import EngineConfig
 from lora_serve.common.stage_log import log_stage
@@ -53,16 +55,35 @@ def test_each_stage_of_the_start_is_logged_with_its_time(model, caplog, device, 
 
 
 def test_the_engine_process_logs_its_own_stages_around_the_executors(model, capfd):
+    lines = log_of_process(config_of(model), capfd)
+
+    logged = [match[1].strip() for line in lines if (match := re.search(STAGE.pattern + "$", line))]
+    assert logged == ["modules of the engine", "model", "adapter memory", "KV pages", "engine"]
+
+
+def test_the_engine_process_chooses_the_device_and_its_client_asks_no_driver(model, capfd, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # Also where there is a card.
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: pytest.fail("asked in the client's process"))
+    config = msgspec.structs.replace(config_of(model), device="auto")
+
+    lines = log_of_process(config, capfd)
+
+    assert [line.split("model_choice: ")[1] for line in lines if "device is" in line] == [
+        "the device is cpu: torch finds no CUDA device"
+    ]
+
+
+def log_of_process(config, capfd):
+    """The lines that an engine process prints from its start to its end."""
+
     async def start_and_close():
-        client = AsyncEngineClient(config_of(model))
+        client = AsyncEngineClient(config)
         await client.start()
         await client.close()
 
     asyncio.run(asyncio.wait_for(start_and_close(), 120))
 
-    lines = capfd.readouterr().err.splitlines()
-    logged = [match[1].strip() for line in lines if (match := re.search(STAGE.pattern + "$", line))]
-    assert logged == ["modules of the engine", "model", "adapter memory", "KV pages", "engine"]
+    return capfd.readouterr().err.splitlines()
 
 
 def test_a_stage_that_fails_is_not_called_ready(caplog):

@@ -41,7 +41,11 @@ def model(tmp_path_factory):
 
 def make_llm(model, **options):
     sizes = {"max_num_seqs": 8, "max_num_batched_tokens": 64, "num_device_pages": 64, "max_model_len": 256}
-    return LLM(str(model), **{**sizes, "lora_memory_gb": 2**-6, "lora_host_memory_gb": 2**-6, **options})
+    return LLM(
+        str(model),
+        device="cpu",
+        **{**sizes, "lora_memory_gb": 2**-6, "lora_host_memory_gb": 2**-6, **options},
+    )
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["overlap", "one step at a time"])

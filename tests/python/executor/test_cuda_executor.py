@@ -41,7 +41,7 @@ def model_path(tmp_path_factory) -> str:
 def make(model_path: str, kind: str = "cuda", **fields) -> CudaExecutor:
     of_kind = {
         "cuda": {"device": "cuda", "attention_backend": "flashinfer", "dtype": "bfloat16"},
-        "interpreted": {"attention_backend": "torch"},
+        "interpreted": {"device": "cpu", "attention_backend": "torch"},
     }[kind]
     options = {"page_size": PAGE_SIZE, "num_device_pages": 64, "max_num_seqs": 8, "max_model_len": 64}
     options |= {"max_loras": PlanStandIn.max_loras, "lora_memory_gb": 2**-7, "lora_host_memory_gb": 2**-7}

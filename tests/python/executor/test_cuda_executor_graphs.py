@@ -93,6 +93,7 @@ def model_path(tmp_path_factory) -> str:
 def make_config(model_path: str) -> EngineConfig:
     return EngineConfig(
         model=model_path,
+        device="cpu",
         dtype="float16",
         attention_backend="flashinfer",
         page_size=4,

@@ -26,7 +26,7 @@ def model_path(tmp_path_factory) -> str:
 
 @pytest.fixture(scope="module")
 def executor(model_path) -> ModelExecutor:
-    config = EngineConfig(model=model_path, page_size=4, num_device_pages=64, max_num_seqs=4)
+    config = EngineConfig(model=model_path, device="cpu", page_size=4, num_device_pages=64, max_num_seqs=4)
     return ModelExecutor(config)
 
 

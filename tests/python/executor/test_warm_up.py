@@ -46,6 +46,7 @@ def test_requests_after_a_warm_up_are_answered_as_without(model_path, kind):
 def test_executor_too_small_for_the_warm_up_is_left_alone(model_path):
     config = EngineConfig(
         model=model_path,
+        device="cpu",
         page_size=4,
         num_device_pages=1,
         max_num_seqs=4,

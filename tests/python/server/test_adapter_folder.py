@@ -71,7 +71,10 @@ class FolderEngine(FakeEngineClient):
 
     @property
     def loaded_adapters(self):
-        return [LoadedAdapter(name, self.paths[name], False, 1.0, "") for name in self.adapters]
+        return [
+            LoadedAdapter(name, self.paths[name], one.pinned, one.weight, "")
+            for name, one in self.adapters.items()
+        ]
 
     def kinds(self, name="sql"):
         """What was asked for a name, a word each."""
@@ -275,6 +278,46 @@ def test_after_a_restart_of_the_engine_what_has_not_changed_is_loaded_at_once(tm
         await until(lambda: set(engine.adapters) == {"sql", "chat", "new"})
         await folder.close()
         assert engine.kinds() == ["load", "load"]
+
+    asyncio.run(run())
+
+
+def test_after_restarts_of_the_engine_pin_and_weight_are_as_they_were_set_by_hand(tmp_path):
+    names = ("sql", "chat", "math", "gone")
+    for name in names:
+        write(tmp_path / name)
+
+    async def run():
+        engine = FolderEngine()
+        folder = AdapterFolder(engine, AdapterFolderSettings(str(tmp_path), "base", POLL_SECONDS))
+        await folder.look()
+        await folder.start()
+        for name in names[1:]:
+            engine.adapters[name] = dataclasses.replace(engine.adapters[name], pinned=True, weight=3.0)
+        await folder.forget_engine()
+        engine.adapters.clear()
+        engine.errors["math"] = InternalError("the engine has ended")
+        shutil.rmtree(tmp_path / "gone")
+        await folder.start_again()
+        assert set(engine.adapters) == {"sql", "chat"}
+        await folder.forget_engine()  # As of an engine that ended before it had 'math'.
+        engine.adapters.clear()
+        engine.errors.clear()
+        write(tmp_path / "chat", "other")
+        await folder.start_again()
+        write(tmp_path / "gone")
+        await until(lambda: set(engine.adapters) == set(names))
+        by_hand, as_new = (True, 3.0), (False, 1.0)
+        shared = {name: (one.pinned, one.weight) for name, one in engine.adapters.items()}
+        assert shared == {"sql": as_new, "chat": by_hand, "math": by_hand, "gone": as_new}
+        # That was for the restart: what is unloaded after it is new when it comes again.
+        del engine.adapters["chat"]
+        num_listings = engine.num_listings
+        await until(lambda: engine.num_listings > num_listings)
+        write(tmp_path / "chat", "content of its own")
+        await until(lambda: "chat" in engine.adapters)
+        assert (engine.adapters["chat"].pinned, engine.adapters["chat"].weight) == as_new
+        await folder.close()
 
     asyncio.run(run())
 

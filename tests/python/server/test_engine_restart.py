@@ -82,6 +82,9 @@ def test_an_engine_that_is_killed_comes_back_with_its_adapters(model, folder):
     with ServerProcess(model, *options) as server, server.http() as http:
         body = {"lora_name": "blue", "lora_path": str(blue), "pinned": True}
         assert http.post("/v1/load_lora_adapter", json=body).status_code == 200
+        # The watched folder's, by another spelling of its path.
+        body = {"lora_name": "green", "lora_path": f"{watched}/./green", "pinned": True, "weight": 2.5}
+        assert http.post("/v1/load_lora_adapter", json=body).status_code == 200
         before = {name: answer(http, name) for name in ("tiny", "red", "blue", "green")}
         stream = Stream(server)
         killed_s = time.monotonic()
@@ -106,8 +109,12 @@ def test_an_engine_that_is_killed_comes_back_with_its_adapters(model, folder):
             statuses.add(http.post("/v1/completions", json={**SHORT, "model": "green"}).status_code)
         assert statuses <= {503, 200}
         assert {name: answer(http, name) for name in before} == before
-        pinned = {info["name"]: info["pinned"] for info in http.get("/v1/loras").json()["data"]}
-        assert pinned == {"red": False, "blue": True, "green": False}
+        shown = http.get("/v1/loras").json()["data"]
+        assert {info["name"]: (info["pinned"], info["weight"]) for info in shown} == {
+            "red": (False, 1.0),
+            "blue": (True, 1.0),
+            "green": (True, 2.5),
+        }
         # The watched folder still owns what it had loaded.
         (watched / "green").rename(folder / "elsewhere")
         wait_until(lambda: http.post("/v1/completions", json={**SHORT, "model": "green"}).status_code == 404)

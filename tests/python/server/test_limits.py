@@ -11,8 +11,8 @@ import pytest
 
 from lora_serve.common.errors import InvalidArgumentError
 from lora_serve.server.api_keys import KeyEntry
+from lora_serve.server.current_request import current_request_id
 from lora_serve.server.limits import RESERVED_FILES, ServerLimits, make_room
-from lora_serve.server.request_ids import current_request_id
 from server.http_calls import BASE, call, make_app, make_client
 
 BODY = {"model": BASE, "prompt": "hi"}

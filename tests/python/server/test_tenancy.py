@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import inspect
 import json
+import logging
 import re
 
 import msgspec
 import pytest
 
-from lora_serve.common.errors import AdapterConflictError, CapacityError, InvalidArgumentError
+from lora_serve.common.errors import (
+    AdapterConflictError,
+    CapacityError,
+    InternalError,
+    InvalidArgumentError,
+)
 from lora_serve.engine.engine_client import AsyncEngineClient
 from lora_serve.engine.isolation import make_domain
 from lora_serve.server.api_keys import KeyEntry, read_key_file
 from lora_serve.server.caller_client import HARMLESS, NOT_FOR_ROUTES, CallerClient
+from lora_serve.server.server_log import RequestIdFilter
 from lora_serve.server.settings import AutoloadSettings
 from lora_serve.testing.adapters import make_random_adapter
 from server.fake_engine_client import FakeEngineClient, adapter_info
@@ -214,6 +221,90 @@ def test_a_full_set_of_adapters_loaded_on_first_use_is_not_counted_for_a_tenant(
     refused = ask(app, "POST", "/v1/completions", "key-of-group", json={**body, "lora_path": "o/2"})
     assert refused.status_code == 429
     assert not NAMES_OF_OTHERS.search(refused.json()["error"]["message"])
+
+
+FAILURES = [
+    InternalError("adapter 'law' could not be read from '/adapters/law': no such file"),
+    InternalError("the engine has stopped: page 41 of adapter 12 is free; see its log, and start it again"),
+    RuntimeError("adapter 'law' has 41 requests"),
+]
+ASKED = [
+    ("/v1/completions", {"model": "sql", "prompt": "hi"}),
+    ("/v1/chat/completions", {"model": "sql", "messages": [{"role": "user", "content": "hi"}]}),
+    ("/generate", {"inputs": "hi", "parameters": {"adapter_id": "sql"}}),
+]
+ASKED_AS_STREAMS = [
+    ("/v1/completions", {**ASKED[0][1], "stream": True}),
+    ("/v1/chat/completions", {**ASKED[1][1], "stream": True}),
+    ("/generate_stream", ASKED[2][1]),
+]
+
+
+def check_failure(make, caplog, path, body, error, status):
+    """A tenant is told where to find the reason, operators what was meant to be told, and the log all."""
+    for key in (SQL_KEY, FULL_KEY, ADMIN_KEY):
+        caplog.clear()
+        headers = {**bearer(key), "X-Request-Id": "request-of-sql"}
+        answer = call(make(), "POST", path, headers=headers, json=body)
+        assert answer.status_code == status
+        [told] = re.findall(r'"(?:message|error)":\s*"([^"]*)"', answer.text)
+        if key != SQL_KEY and isinstance(error, InternalError):
+            assert told == str(error)
+        else:
+            assert told == (
+                "the server failed on this request; the reason is in its log, at request request-of-sql"
+            )
+            assert "Traceback" not in answer.text
+        logged = [one for one in caplog.records if str(error) in f"{one.getMessage()} {one.exc_info}"]
+        assert logged
+        assert {record.request_id for record in logged} == {"request-of-sql"}
+
+
+@pytest.fixture
+def log_with_ids(caplog):
+    """The log, whose records have the id of their request as in a server's."""
+    ids = RequestIdFilter()
+    caplog.handler.addFilter(ids)
+    with caplog.at_level(logging.ERROR):
+        yield caplog
+    caplog.handler.removeFilter(ids)
+
+
+@pytest.mark.parametrize("error", FAILURES, ids=lambda error: str(error)[:20])
+@pytest.mark.parametrize(("path", "body"), ASKED + ASKED_AS_STREAMS)
+def test_why_the_server_fails_on_a_request_is_for_operators_and_the_log(path, body, error, log_with_ids):
+    def make():
+        app, client = make_tenant_app()
+        client.submit = refuse_with(error)
+        return app
+
+    check_failure(make, log_with_ids, path, body, error, 500)
+
+
+@pytest.mark.parametrize("error", FAILURES[:2], ids=lambda error: str(error)[:20])
+@pytest.mark.parametrize(("path", "body"), ASKED_AS_STREAMS)
+def test_why_a_stream_ends_is_for_operators_and_the_log(path, body, error, log_with_ids):
+    def make():
+        return make_tenant_app(first_stream_fails_with=error)[0]
+
+    check_failure(make, log_with_ids, path, body, error, 200)
+
+
+@pytest.mark.parametrize("path", ["/health", "/health/ready", "/health/live"])
+def test_why_the_engine_has_stopped_is_for_operators(path):
+    app, client = make_tenant_app()
+    app.state.context.lifecycle.give_up()
+    client.is_healthy, client.failure = False, str(FAILURES[1])
+    stranger, tenant = call(app, "GET", path), ask(app, "GET", path, SQL_KEY)
+    assert stranger.status_code == tenant.status_code == 503
+    error = stranger.json()["error"]
+    assert (error["message"], error["code"]) == (
+        "the engine has stopped; the reason is in the server's log",
+        "engine_stopped",
+    )
+    assert tenant.json() == stranger.json()
+    for key in (FULL_KEY, ADMIN_KEY):
+        assert ask(app, "GET", path, key).json()["error"]["message"] == str(FAILURES[1])
 
 
 @pytest.mark.parametrize(("key", "status"), [(SQL_KEY, 403), (FULL_KEY, 403), (ADMIN_KEY, 200)])

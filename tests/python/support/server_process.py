@@ -21,7 +21,7 @@ _READY = re.compile(r"^lora-serve: serving .* at (http://\S+)$", re.MULTILINE)
 
 
 class ServerProcess:
-    """`lora-serve serve` on a free loopback port: healthy inside the `with`, gone after it.
+    """`lora-serve serve` on a free loopback port and the CPU: healthy inside the `with`, gone after it.
 
     Parameters
     ----------
@@ -32,8 +32,9 @@ class ServerProcess:
     """
 
     def __init__(self, *arguments: str | Path, environment: Mapping[str, str] | None = None) -> None:
-        # Streams that a test leaves open are not waited for for long; its own option comes later and wins.
+        # Streams that a test leaves open are not waited for for long; a test's own options come later.
         self._command = [sys.executable, "-m", "lora_serve.cli.main", "serve", "--drain-timeout", "5"]
+        self._command += ["--device", "cpu"]
         self._command += [*map(str, arguments), "--host", "127.0.0.1", "--port", "0"]
         paths = os.pathsep.join(path for path in sys.path if path)
         self._environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths, **(environment or {})}

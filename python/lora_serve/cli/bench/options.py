@@ -151,11 +151,10 @@ def make_config(
     num_device_adapters
         How many those on the device are.
     """
-    import torch
+    from lora_serve.engine.model_choice import choose_device
 
-    device = given.get("device", "cuda" if torch.cuda.is_available() else "cpu")
+    device = choose_device(given.get("device", "auto"))
     settings: dict[str, Any] = {
-        "device": device,
         "load_format": model.load_format,
         "enable_prefix_caching": False,
         "gpu_memory_utilization": _MEMORY_SHARE,
@@ -166,7 +165,7 @@ def make_config(
     }
     if device.startswith("cuda"):
         settings["max_num_batched_tokens"] = max_num_batched_tokens
-    return EngineConfig(model=model.path, **{**settings, **given})
+    return EngineConfig(model=model.path, **{**settings, **given, "device": device})
 
 
 def _memory_gb(adapter_bytes: int) -> float:
