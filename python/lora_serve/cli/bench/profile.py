@@ -68,6 +68,7 @@ def profile_workload(engine: BenchEngine, workload: Workload, folder: Path, name
     profiler = torch.profiler.profile(
         activities=[ProfilerActivity.CUDA if is_cuda else ProfilerActivity.CPU],
         experimental_config=None if is_cuda else _every_thread(),
+        acc_events=True,  # There is one cycle; without this torch warns that each clears the one before.
     )
     first = engine.core.num_steps
     if isinstance(workload, ClosedBatch):
