@@ -84,6 +84,9 @@ def make_protocol(table: ConnectionTable) -> type[asyncio.Protocol]:
             table.remove(self)
             self._clear_deadline()
             super().connection_lost(exc)
+            # Uvicorn does so only where the client closed in order: one that resets its connection, as some
+            # health checks do, would keep all of it in memory until the keep-alive time is over.
+            self._unset_keepalive_if_required()
 
         def data_received(self, data: bytes) -> None:
             super().data_received(data)
