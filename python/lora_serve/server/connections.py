@@ -11,6 +11,8 @@ from uvicorn.protocols.http.auto import AutoHTTPProtocol
 _TOO_MANY = (
     b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\nConnection: close\r\nContent-Length: 0\r\n\r\n"
 )
+RECEIVE_BYTES = 16 * 1024
+"""Most that is taken from a socket at once; a longer body comes in pieces."""
 
 
 class ConnectionTable:
@@ -77,6 +79,9 @@ def make_protocol(table: ConnectionTable) -> type[asyncio.Protocol]:
 
         def connection_made(self, transport: asyncio.Transport) -> None:
             super().connection_made(transport)
+            # asyncio's own 256 KiB, which is what recv allocates for each request, however short, and then
+            # cuts down: under load that leaves holes which nothing fits, and the heap grows for long.
+            transport.max_size = RECEIVE_BYTES  # type: ignore[attr-defined]
             table.add(self, transport)
             self._set_deadline()
 
@@ -84,6 +89,9 @@ def make_protocol(table: ConnectionTable) -> type[asyncio.Protocol]:
             table.remove(self)
             self._clear_deadline()
             super().connection_lost(exc)
+            # Uvicorn does so only where the client closed in order: one that resets its connection, as some
+            # health checks do, would keep all of it in memory until the keep-alive time is over.
+            self._unset_keepalive_if_required()
 
         def data_received(self, data: bytes) -> None:
             super().data_received(data)
