@@ -8,14 +8,14 @@ from collections import Counter
 from fastapi.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from lora_serve.common.errors import CapacityError, LoraServeError
+from lora_serve.common.errors import LoraServeError
 from lora_serve.server.auth import OPEN_PATHS
 from lora_serve.server.caller import Caller, caller_of_scope
 from lora_serve.server.context import Shutdown
 from lora_serve.server.error_handlers import retry_header, translate_error
 from lora_serve.server.error_shapes import shape_of
 from lora_serve.server.lifecycle import Lifecycle
-from lora_serve.server.request_errors import BodyTimeoutError
+from lora_serve.server.request_errors import BodyTimeoutError, TooManyRequestsError
 
 ALWAYS_ANSWERED = OPEN_PATHS | {"/metrics", "/version"}
 """Paths that are answered in every phase."""
@@ -91,15 +91,15 @@ class AdmissionMiddleware:
             if not self._num_of_key[key]:
                 del self._num_of_key[key]
 
-    def _why_too_many(self, caller: Caller) -> CapacityError | None:
+    def _why_too_many(self, caller: Caller) -> TooManyRequestsError | None:
         if 0 < self._max_requests_per_key <= self._num_of_key[caller.name]:
-            return CapacityError(
+            return TooManyRequestsError(
                 f"this API key has {self._max_requests_per_key} requests at once, which is its limit; send "
                 "the request again when one of them has ended",
                 RETRY_AFTER_S,
             )
         if 0 < self._max_requests <= self._num_requests:
-            return CapacityError(
+            return TooManyRequestsError(
                 "the server has as many requests at once as it takes; send the request again later",
                 RETRY_AFTER_S,
             )

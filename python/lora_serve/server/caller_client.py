@@ -5,13 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
-from lora_serve.common.errors import (
-    AdapterConflictError,
-    AdapterNotFoundError,
-    CapacityError,
-    LoraServeError,
-    QueueTimeoutError,
-)
+from lora_serve.common.errors import AdapterNotFoundError
 from lora_serve.common.outputs import RequestOutput
 from lora_serve.common.queueing import DEFAULT_QUEUEING, Queueing
 from lora_serve.common.sampling_params import SamplingParams
@@ -40,35 +34,13 @@ NOT_FOR_ROUTES = frozenset({"close", "loaded_adapters", "restart", "start", "wai
 """What only the server itself uses."""
 
 
-def error_for(caller: Caller, error: LoraServeError) -> LoraServeError:
-    """Give a refusal as a caller may read it: a tenant's counts nothing of others, and names none of them.
-
-    Parameters
-    ----------
-    caller : Caller
-        Who is refused.
-    error : LoraServeError
-        Of the engine, or of a load on first use. Those that speak of the request alone stay as they are.
-    """
-    if caller.sees_everything or isinstance(error, QueueTimeoutError):
-        return error
-    if isinstance(error, CapacityError):
-        return type(error)(
-            "the server has no room for this now, or the request asks for more at once than it takes; send "
-            "it again later, or ask for less",
-            error.retry_after_s,
-        )
-    if isinstance(error, AdapterConflictError):  # Its message may have the path that somebody else has used.
-        return type(error)("somebody else loads, replaces or unloads the adapter; send the request again")
-    return error
-
-
 class CallerClient(AsyncEngineClient):
     """A started engine client, narrowed to one caller.
 
     Names outside the caller's key are refused here, before the engine is asked, so that there is no
     difference, in time neither, between one that serves others and one that never existed. What this class
     does not know is not there: a new method of the engine's client must be narrowed here, or named harmless.
+    What the engine's errors say is not narrowed here: `error_handlers` does that, where they become answers.
 
     Parameters
     ----------
@@ -110,17 +82,14 @@ class CallerClient(AsyncEngineClient):
         self._require_known(lora_name)
         if self._caller.group is not None:
             isolation_domain = make_domain(self._caller.group, isolation_domain.hex() or None)
-        try:
-            stream = await self._client.submit(
-                prompt,
-                sampling_params,
-                lora_name=lora_name,
-                request_id=request_id,
-                queueing=queueing,
-                isolation_domain=isolation_domain,
-            )
-        except LoraServeError as error:
-            raise error_for(self._caller, error) from None
+        stream = await self._client.submit(
+            prompt,
+            sampling_params,
+            lora_name=lora_name,
+            request_id=request_id,
+            queueing=queueing,
+            isolation_domain=isolation_domain,
+        )
         if not self._caller.sees_everything and lora_name is not None:
             stream.adapter_id = HIDDEN_GENERATION
         return stream

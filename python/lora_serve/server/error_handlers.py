@@ -32,6 +32,7 @@ from lora_serve.server.request_errors import (
     BodyTooLargeError,
     GenerationAbortedError,
     ServerShutdownError,
+    TooManyRequestsError,
 )
 
 logger = logging.getLogger(__name__)
@@ -54,6 +55,15 @@ _STATUS_OF_ERROR: tuple[tuple[type[LoraServeError], int, str, str | None], ...] 
     (NotServingError, 503, "internal_error", None),
     (ServerShutdownError, 503, "internal_error", "shutting_down"),
     (GenerationAbortedError, 424, "internal_error", "aborted"),
+)
+
+_NO_ROOM = (
+    "the server has no room for this now, or the request asks for more at once than it takes; send it again "
+    "later, or ask for less"
+)
+_CONFLICT = (
+    "the adapter was loaded, replaced or unloaded meanwhile, or its files were changed; send the request "
+    "again, and ask the operator if that does not help"
 )
 
 
@@ -86,8 +96,9 @@ def translate_error(error: BaseException, shutdown: Shutdown, caller: Caller) ->
     shutdown : Shutdown
         Once it has begun, the engine's failures are its doing.
     caller : Caller
-        Who is answered. A tenant is not told why the server failed: the reason may name adapters and paths of
-        others. Whoever calls this writes it to the log.
+        Who is answered. A tenant is told nothing that could name adapters or paths of others, or count what
+        they do: not why the server failed, nor what is full or has changed. Whoever calls this writes the
+        reason to the log.
 
     Returns
     -------
@@ -100,13 +111,25 @@ def translate_error(error: BaseException, shutdown: Shutdown, caller: Caller) ->
     code: str | None = getattr(error, "code", None)
     for error_type, status, kind, default_code in _STATUS_OF_ERROR:
         if isinstance(error, error_type):
-            return status, error_body(str(error), kind, param=param, code=code or default_code)
+            message = _message_for(error, caller)
+            return status, error_body(message, kind, param=param, code=code or default_code)
     if isinstance(error, LoraServeError) and caller.sees_everything:
         message = str(error)
     else:
         request_id = current_request_id()
         message = f"the server failed on this request; the reason is in its log, at request {request_id}"
     return 500, error_body(message, "internal_error", code="internal_error")
+
+
+def _message_for(error: BaseException, caller: Caller) -> str:
+    """Give what a caller may read of an error that is no failure; the engine's may name what is others'."""
+    if caller.sees_everything or isinstance(error, (QueueTimeoutError, TooManyRequestsError)):
+        return str(error)
+    if isinstance(error, CapacityError):
+        return _NO_ROOM
+    if isinstance(error, AdapterConflictError):
+        return _CONFLICT
+    return str(error)
 
 
 def retry_header(error: BaseException) -> dict[str, str]:
@@ -128,10 +151,10 @@ def install_error_handlers(app: FastAPI) -> None:
 
 async def _answer_error(request: Request, error: Exception) -> Response:
     status, body = translate_error(error, context_of(request).shutdown, caller_of(request))
-    if isinstance(error, CapacityError):
+    if isinstance(error, (AdapterConflictError, CapacityError)):
         logger.info("%s %s: refused with %d: %s", request.method, request.url.path, status, error)
     elif status == HTTPStatus.SERVICE_UNAVAILABLE:
-        logger.warning("%s %s: ended by the shutdown", request.method, request.url.path)
+        logger.warning("%s %s: ended with %d: %s", request.method, request.url.path, status, error)
     elif status >= HTTPStatus.INTERNAL_SERVER_ERROR:
         logger.error("%s %s failed: %s", request.method, request.url.path, error)
     status, body = shape_of(request.scope)(status, body)

@@ -17,7 +17,7 @@ from lora_serve.common.queueing import DEFAULT_QUEUEING, Queueing
 from lora_serve.common.sampling_params import SamplingParams
 from lora_serve.engine.isolation import make_domain
 from lora_serve.engine.request_stream import RequestStream
-from lora_serve.server.caller_client import HIDDEN_GENERATION, error_for
+from lora_serve.server.caller_client import HIDDEN_GENERATION
 from lora_serve.server.context import ServerContext
 from lora_serve.server.disconnect import cancel_and_wait
 from lora_serve.server.protocol.generation import PromptTokensDetails, Usage
@@ -123,8 +123,6 @@ async def _submit(
             except InvalidArgumentError as refusal:
                 param = getattr(error, "param", None)
                 raise RequestError(str(refusal), param=param, code="invalid_adapter") from None
-            except LoraServeError as refusal:
-                raise error_for(context.caller, refusal) from None
         return await _hand_over(context, job, not_found)
 
 

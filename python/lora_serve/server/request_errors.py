@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from lora_serve.common.errors import AdapterNotFoundError, InvalidArgumentError, LoraServeError
+from lora_serve.common.errors import (
+    AdapterNotFoundError,
+    CapacityError,
+    InvalidArgumentError,
+    LoraServeError,
+)
 
 
 class RequestError(InvalidArgumentError):
@@ -65,6 +70,10 @@ class BodyTimeoutError(LoraServeError):
 
 class BodyTooLargeError(LoraServeError):
     """The request's body is longer than the server accepts (HTTP 413)."""
+
+
+class TooManyRequestsError(CapacityError):
+    """The key, or the server, has as many requests at once as it may (HTTP 429); a tenant may read why."""
 
 
 class GenerationAbortedError(LoraServeError):

@@ -76,11 +76,11 @@ async def as_events(
 
 
 def translate_stream_error(error: Exception, context: ServerContext) -> tuple[int, dict[str, Any]]:
-    """Give the status and body of an error that ends a stream; a failure of the server goes to the log."""
+    """Give the status and body of an error that ends a stream, and write it to the log."""
     status, body = translate_error(error, context.shutdown, context.caller)
-    if status == HTTPStatus.INTERNAL_SERVER_ERROR:
-        trace = None if isinstance(error, LoraServeError) else error
-        logger.error("a stream failed: %s", error, exc_info=trace)
+    level = logging.ERROR if status == HTTPStatus.INTERNAL_SERVER_ERROR else logging.INFO
+    trace = None if isinstance(error, LoraServeError) else error
+    logger.log(level, "a stream failed: %s", error, exc_info=trace)
     return status, body
 
 

@@ -227,7 +227,7 @@ BODIES_OF_THE_OLD_ENGINE = [
     ],
 )
 def test_a_request_that_was_on_its_way_when_the_engine_ended_is_503_while_adapters_are_missing(
-    path, body, ends_in, is_draining
+    path, body, ends_in, is_draining, caplog
 ):
     client = make_client()
     app = make_app(client)
@@ -256,6 +256,7 @@ def test_a_request_that_was_on_its_way_when_the_engine_ended_is_503_while_adapte
     assert response.status_code == 503, response.text
     assert "is being started again" in response.text
     assert int(response.headers["retry-after"]) > 0
+    assert f"POST {path}: ended with 503: the engine's process has ended" in caplog.text
 
 
 def test_a_negative_number_of_restarts_is_refused():

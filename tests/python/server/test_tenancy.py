@@ -167,6 +167,16 @@ def test_the_fingerprint_does_not_count_the_loads_of_others():
         assert answer["system_fingerprint"] == expected
 
 
+ASKED = [
+    ("/v1/completions", {"model": "sql", "prompt": "hi"}),
+    ("/v1/chat/completions", {"model": "sql", "messages": [{"role": "user", "content": "hi"}]}),
+    ("/generate", {"inputs": "hi", "parameters": {"adapter_id": "sql"}}),
+]
+ASKED_AS_STREAMS = [
+    ("/v1/completions", {**ASKED[0][1], "stream": True}),
+    ("/v1/chat/completions", {**ASKED[1][1], "stream": True}),
+    ("/generate_stream", ASKED[2][1]),
+]
 REFUSALS_THAT_TELL_OF_OTHERS = [
     CapacityError("request 3 would make 41 queued requests; max_queued_requests is 40", 2),
     CapacityError("request 3 would make 41 live requests of adapter 12; max_requests_per_adapter is 40"),
@@ -175,8 +185,15 @@ REFUSALS_THAT_TELL_OF_OTHERS = [
     CapacityError("all 41 adapters that may be loaded on first use are in use", retry_after_s=1),
     AdapterConflictError("adapter 'org/a' is loaded from '/adapters/law' with other content"),
     AdapterConflictError("the load of adapter 'org/a' from '/adapters/law' was cancelled by an unload"),
+    AdapterConflictError("adapter 'sql' could not be brought: '/adapters/law' holds content 41, expected 12"),
 ]
-NAMES_OF_OTHERS = re.compile(r"law|41|12|max_|first use")
+NAMES_OF_OTHERS = re.compile(r"law|41|12|max_|first use|/adapters")
+
+
+def message_in(answer):
+    """What an error tells, of any dialect, in a body or as a stream's event."""
+    [message] = re.findall(r'"(?:message|error)":\s*"([^"]*)"', answer.text)
+    return message
 
 
 def refuse_with(error):
@@ -210,6 +227,19 @@ def test_no_refusal_of_a_tenant_counts_or_names_what_others_have(path, body, err
     assert str(error) in ask(app, "POST", path, FULL_KEY, json=body).text, "an operator is told all of it"
 
 
+@pytest.mark.parametrize("error", REFUSALS_THAT_TELL_OF_OTHERS, ids=lambda error: str(error)[-20:])
+@pytest.mark.parametrize(("path", "body"), ASKED + ASKED_AS_STREAMS)
+def test_no_end_of_an_accepted_request_counts_or_names_what_others_have(path, body, error):
+    def ask_new(key):
+        return ask(make_tenant_app(first_stream_fails_with=error)[0], "POST", path, key, json=body)
+
+    ended = ask_new(SQL_KEY)
+    is_stream = (path, body) in ASKED_AS_STREAMS
+    assert ended.status_code == (200 if is_stream else 429 if isinstance(error, CapacityError) else 409)
+    assert not NAMES_OF_OTHERS.search(message_in(ended)), ended.text
+    assert message_in(ask_new(FULL_KEY)) == str(error), "an operator is told all of it"
+
+
 def test_a_full_set_of_adapters_loaded_on_first_use_is_not_counted_for_a_tenant():
     client = make_client()
     tenant = KeyEntry(name="group", key="key-of-group", group="group")
@@ -228,16 +258,6 @@ FAILURES = [
     InternalError("the engine has stopped: page 41 of adapter 12 is free; see its log, and start it again"),
     RuntimeError("adapter 'law' has 41 requests"),
 ]
-ASKED = [
-    ("/v1/completions", {"model": "sql", "prompt": "hi"}),
-    ("/v1/chat/completions", {"model": "sql", "messages": [{"role": "user", "content": "hi"}]}),
-    ("/generate", {"inputs": "hi", "parameters": {"adapter_id": "sql"}}),
-]
-ASKED_AS_STREAMS = [
-    ("/v1/completions", {**ASKED[0][1], "stream": True}),
-    ("/v1/chat/completions", {**ASKED[1][1], "stream": True}),
-    ("/generate_stream", ASKED[2][1]),
-]
 
 
 def check_failure(make, caplog, path, body, error, status):
@@ -247,7 +267,7 @@ def check_failure(make, caplog, path, body, error, status):
         headers = {**bearer(key), "X-Request-Id": "request-of-sql"}
         answer = call(make(), "POST", path, headers=headers, json=body)
         assert answer.status_code == status
-        [told] = re.findall(r'"(?:message|error)":\s*"([^"]*)"', answer.text)
+        told = message_in(answer)
         if key != SQL_KEY and isinstance(error, InternalError):
             assert told == str(error)
         else:
