@@ -31,8 +31,10 @@ from lora_serve.lora.sources import AdapterFolder, AdapterSources
 if TYPE_CHECKING:
     from lora_serve.lora.device_adapters import DeviceDescription
 
-NUM_READ_THREADS = 8
-"""Threads that read the tensors of all adapters, at most; one core is left to the step loop."""
+NUM_READ_THREADS = 1
+"""Threads that read tensors into blocks. Each more of them waits for the interpreter lock as well."""
+NUM_HASHERS = 2
+"""Threads that digest what those have read, at most; one core is left to the step loop."""
 _NICENESS = 15
 """How far these threads step back; see `_step_back`."""
 
@@ -142,7 +144,7 @@ class AdapterReader:
     sources
         Where adapters may come from.
     num_threads
-        Threads that read tensors; None = ``NUM_READ_THREADS``, or one a core but one where there are fewer.
+        Threads that read tensors.
     """
 
     def __init__(
@@ -153,16 +155,20 @@ class AdapterReader:
         pool: HostPool,
         sources: AdapterSources,
         *,
-        num_threads: int | None = None,
+        num_threads: int = NUM_READ_THREADS,
     ) -> None:
         self._targets = dict(targets)
         self._fused_targets = dict(fused_targets)
         self._limits = limits
         self._pool = pool
         self._sources = sources
-        num_threads = num_threads or min(NUM_READ_THREADS, max(1, len(os.sched_getaffinity(0)) - 1))
         self._threads = ThreadPoolExecutor(
             num_threads, thread_name_prefix="lora-serve-tensors", initializer=_step_back
+        )
+        self._hashers = ThreadPoolExecutor(
+            min(NUM_HASHERS, max(1, len(os.sched_getaffinity(0)) - 1)),
+            thread_name_prefix="lora-serve-digests",
+            initializer=_step_back,
         )
         self._is_closed = False
 
@@ -233,7 +239,13 @@ class AdapterReader:
             block = take_room(checked.layout, is_over)
             try:
                 load_ms["room"], begin = _ms_since(begin), time.monotonic()
-                digest = read_into(checked, block.tensor, threads=self._threads, is_cancelled=is_over)
+                digest = read_into(
+                    checked,
+                    block.tensor,
+                    threads=self._threads,
+                    hashers=self._hashers,
+                    is_cancelled=is_over,
+                )
             except BaseException:
                 block.release()
                 raise
@@ -303,6 +315,7 @@ class AdapterReader:
         """End the threads; reads that run end with LoadCancelledError. Twice is nothing."""
         self._is_closed = True
         self._threads.shutdown(wait=False)
+        self._hashers.shutdown(wait=False)
 
 
 def _changed(folder: AdapterFolder, content_digest: str, found: str) -> AdapterConflictError:

@@ -1,13 +1,14 @@
 """Reads the tensors of a checked adapter into its block: converted, as operators want them, with a digest.
 
-The work is cut into tasks of some megabytes. Each makes one read of the file, which scatters what needs no
-change straight into the block and the rest into a small buffer; then come the digests, transpositions and the
-test for NaN, while the data is in the cache. Nearly all of it is a few large calls that release the
-interpreter lock, so that tasks run beside each other and beside the step loop.
+The work is cut into tasks of some megabytes. Each reads its tensors into one buffer; threads of their own
+digest it, in two calls, while they are transposed and copied into the block and looked through for NaN. Who
+releases the interpreter lock has to get it back, and so has the step loop, after nearly every call to the
+device: what counts is how few calls are made, by how few threads (docs/decisions/0012).
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import struct
 from collections import deque
@@ -48,6 +49,7 @@ def read_into(
     block: Tensor,
     *,
     threads: ThreadPoolExecutor | None,
+    hashers: ThreadPoolExecutor | None = None,
     is_cancelled: Callable[[], bool],
 ) -> str:
     """Fill a block with an adapter's weights.
@@ -62,6 +64,8 @@ def read_into(
     threads
         Run the tasks; None = the calling thread does. Not the pool that the caller itself runs in: it could
         wait for itself.
+    hashers
+        Digest what the tasks have read; None = the tasks do. A pool of its own, for the same reason.
     is_cancelled
         Asked between tensors, by several threads.
 
@@ -92,31 +96,36 @@ def read_into(
     target = block.numpy()
     for start, end in gaps(tasks, checked.layout.num_bytes):
         target[start:end] = 0
-    results = _run_all(_BlockRead(checked, target, is_cancelled), tasks, threads)
+    results = _run_all(_BlockRead(checked, target, hashers, is_cancelled), tasks, threads)
     checked.weights.check_unchanged()
     problems = LoadProblems(checked.name)
-    digests: dict[tuple[str, str], bytes] = {}
     for result in results:
         for text in result.problems:
             problems.add_in_file(WEIGHTS_FILE, text)
-        digests.update(result.digests)
     problems.raise_if_any()
-    return _content_digest(checked, digests)
+    return _content_digest(checked, [result.digest for result in results])
 
 
 @dataclass
 class _TaskResult:
-    """SHA-256 of the stored parts by (module, half), and what is wrong with the numbers."""
+    """SHA-256 of either half of its bytes, one after the other, and what is wrong with the numbers."""
 
-    digests: dict[tuple[str, str], bytes] = field(default_factory=dict)
+    digest: bytes
     problems: list[str] = field(default_factory=list)
 
 
 class _BlockRead:
     """One read of one adapter into one block; its tasks run in any threads."""
 
-    def __init__(self, checked: CheckedAdapter, block: _Bytes, is_cancelled: Callable[[], bool]) -> None:
+    def __init__(
+        self,
+        checked: CheckedAdapter,
+        block: _Bytes,
+        hashers: ThreadPoolExecutor | None,
+        is_cancelled: Callable[[], bool],
+    ) -> None:
         self._weights = checked.weights
+        self._hashers = hashers
         self.is_cancelled = is_cancelled
         self._dtype = FILE_DTYPE_OF[checked.dtype]
         self._block = block
@@ -147,17 +156,17 @@ class _BlockRead:
             self._raise_if_over()
             buffer = self._take_buffer(task)
             stored = self._read(task, buffer)
-            result = _TaskResult()
+            halves = self._begin_digests(buffer)
             is_finite = True
             for matrix, content in zip(task, stored, strict=True):
                 self._raise_if_over()
-                _add_digests(matrix, content, result)
                 is_finite = self._place(matrix, content) and is_finite
             # One look at whole ranges of the block, and a closer one only where it finds something.
             item_bytes = self._bits.dtype.itemsize
             for start, end in filled_ranges(task):
                 bits = self._bits[start // item_bytes : end // item_bytes]
                 is_finite = is_finite and is_all_finite(bits, self._dtype)
+            result = _TaskResult(b"".join(half() for half in halves))
             if not is_finite:
                 for matrix, content in zip(task, stored, strict=True):
                     self._add_problem(matrix, content, result)
@@ -172,27 +181,25 @@ class _BlockRead:
             raise LoadCancelledError("cancelled while its tensors were read")
 
     def _take_buffer(self, task: ReadTask) -> _Bytes:
-        num_bytes = sum(
-            align(matrix.info.num_bytes, MATRIX_ALIGNMENT) for matrix in task if not matrix.is_direct
-        )
+        """[bytes of the task's tensors, each from a multiple of MATRIX_ALIGNMENT on]."""
+        num_bytes = sum(align(matrix.info.num_bytes, MATRIX_ALIGNMENT) for matrix in task)
         try:
             buffer = self._spare_buffers.pop()
         except IndexError:
-            return np.empty(num_bytes, np.uint8)
-        return buffer if buffer.nbytes >= num_bytes else np.empty(num_bytes, np.uint8)
+            buffer = np.empty(num_bytes, np.uint8)
+        if buffer.nbytes < num_bytes:
+            buffer = np.empty(num_bytes, np.uint8)
+        return buffer[:num_bytes]
 
     def _read(self, task: ReadTask, buffer: _Bytes) -> list[_Bytes]:
-        """The stored bytes of each matrix, in the block or in the buffer."""
+        """Fill the buffer; the stored bytes of each matrix in it."""
         stored: list[_Bytes] = []
         end = 0
         for matrix in task:
-            num_bytes = matrix.info.num_bytes
-            if matrix.is_direct:
-                start = matrix.parts[0].offset
-                stored.append(self._block[start : start + num_bytes])
-            else:
-                stored.append(buffer[end : end + num_bytes])
-                end += align(num_bytes, MATRIX_ALIGNMENT)
+            stored.append(buffer[end : end + matrix.info.num_bytes])
+            end, first_gap = end + align(matrix.info.num_bytes, MATRIX_ALIGNMENT), end + matrix.info.num_bytes
+            if end > first_gap:
+                buffer[first_gap:end] = 0
         pieces = sorted(zip(task, stored, strict=True), key=lambda piece: piece[0].info.start)
         views: list[memoryview] = []
         first = next_start = 0
@@ -207,10 +214,16 @@ class _BlockRead:
         self._weights.read_into(first, views)
         return stored
 
+    def _begin_digests(self, buffer: _Bytes) -> list[Callable[[], bytes]]:
+        """Who waits for them gets the digests of both halves."""
+        middle = buffer.nbytes // 2
+        halves = [buffer[:middle].data, buffer[middle:].data]
+        if self._hashers is None:
+            return [functools.partial(_sha256, half) for half in halves]
+        return [self._hashers.submit(_sha256, half).result for half in halves]
+
     def _place(self, matrix: StoredMatrix, content: _Bytes) -> bool:
         """Convert and transpose into the block; False: the numbers are not finite, nothing was written."""
-        if matrix.is_direct:
-            return True
         info = matrix.info
         stored = content.view(BITS_OF[info.dtype])
         # Conversion may turn NaN into a number.
@@ -290,11 +303,8 @@ def _wait(futures: Sequence[Future[_TaskResult]]) -> list[BaseException]:
     return [error for error in (future.exception() for future in futures) if error is not None]
 
 
-def _add_digests(matrix: StoredMatrix, content: _Bytes, result: _TaskResult) -> None:
-    row_bytes = matrix.info.num_bytes // matrix.info.shape[0]
-    for part in matrix.parts:
-        rows = content[part.first_row * row_bytes : (part.first_row + part.num_rows) * row_bytes]
-        result.digests[part.module, matrix.half] = hashlib.sha256(rows.data).digest()
+def _sha256(content: memoryview) -> bytes:
+    return hashlib.sha256(content).digest()
 
 
 def _transpose(source: Bits, target: Bits) -> None:
@@ -303,8 +313,11 @@ def _transpose(source: Bits, target: Bits) -> None:
         target[:, rows] = source[rows].T
 
 
-def _content_digest(checked: CheckedAdapter, digests: dict[tuple[str, str], bytes]) -> str:
-    """Hash the modules in the order of their paths; every field has its length in front or a fixed one."""
+def _content_digest(checked: CheckedAdapter, of_tasks: Sequence[bytes]) -> str:
+    """Hash the modules in the order of their paths, then the tasks; every field has its length in front.
+
+    Tasks are cut by what is stored alone, so equal tensors have equal tasks.
+    """
     fields = {}
     for pair in sharing_lock(checked.pairs):
         info_a, info_b = checked.header[pair.key_a], checked.header[pair.key_b]
@@ -317,13 +330,9 @@ def _content_digest(checked: CheckedAdapter, digests: dict[tuple[str, str], byte
                 struct.pack("<Qd", pair.lora_rank, pair.scaling),
                 info_a.dtype.encode(),
                 struct.pack("<QQ", *info_a.shape),
-                digests[pair.members[0], "A"],
                 info_b.dtype.encode(),
                 struct.pack("<QQ", width, pair.lora_rank),
-                digests[member, "B"],
             )
-    digest = hashlib.sha256(b"lora_serve adapter content 2")
-    for _, values in sharing_lock(sorted(fields.items())):
-        for value in values:
-            digest.update(struct.pack("<Q", len(value)) + value)
-    return digest.hexdigest()
+    of_modules = (value for _, values in sorted(fields.items()) for value in values)
+    content = b"".join(struct.pack("<Q", len(value)) + value for value in (*of_modules, *of_tasks))
+    return hashlib.sha256(b"lora_serve adapter content 3" + content).hexdigest()

@@ -12,7 +12,10 @@ from lora_serve.lora.safetensors_header import TensorInfo
 from lora_serve.lora.stored_numbers import BITS_OF, FILE_DTYPE_OF
 
 TASK_BYTES = 4 << 20
-"""Bytes of the file a task: small enough for the cache, large enough that few calls are made."""
+"""Bytes of the file a task: small enough for the cache, large enough that few calls are made.
+
+Digests depend on it: with another size, what was loaded is other content, also where it is not.
+"""
 
 
 @dataclass(frozen=True)
@@ -48,8 +51,6 @@ class StoredMatrix:
         ``"A"`` or ``"B"``.
     is_transposed
         True: the block has each part's columns as rows.
-    is_direct
-        True: the stored bytes are those of the block.
     parts
         Cover all rows.
     """
@@ -58,7 +59,6 @@ class StoredMatrix:
     info: TensorInfo
     half: str
     is_transposed: bool
-    is_direct: bool
     parts: tuple[MatrixPart, ...]
 
 
@@ -132,7 +132,4 @@ def _matrices(checked: CheckedAdapter) -> Iterator[StoredMatrix]:
 def _matrix(
     key: str, half: str, checked: CheckedAdapter, parts: Sequence[MatrixPart], *, is_transposed: bool
 ) -> StoredMatrix:
-    info = checked.header[key]
-    keeps_order = not is_transposed or min(info.shape) == 1
-    is_direct = keeps_order and len(parts) == 1 and info.dtype == FILE_DTYPE_OF[checked.dtype]
-    return StoredMatrix(key, info, half, is_transposed, is_direct, tuple(parts))
+    return StoredMatrix(key, checked.header[key], half, is_transposed, tuple(parts))

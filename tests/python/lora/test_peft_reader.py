@@ -565,24 +565,54 @@ class TestDigest:
         )
         stored = read_adapter_tensors(path)
         key = "base_model.model.model.layers.1.self_attn"
-        fused_b = stored[f"{key}.qkv_proj.lora_B.weight"]
         # q, k and v have 32, 16 and 16 rows; A is that of q for all three.
         shared = struct.pack("<Q", 3) + b"model.layers.1.self_attn.q_proj"
         modules = [
-            ("k_proj", shared, "qkv_proj", fused_b[32:48]),
-            ("o_proj", b"", "o_proj", stored[f"{key}.o_proj.lora_B.weight"]),
-            ("q_proj", shared, "qkv_proj", fused_b[:32]),
-            ("v_proj", shared, "qkv_proj", fused_b[48:]),
+            ("k_proj", shared, "qkv_proj", 16),
+            ("o_proj", b"", "o_proj", 24),
+            ("q_proj", shared, "qkv_proj", 32),
+            ("v_proj", shared, "qkv_proj", 16),
         ]
-        expected = hashlib.sha256(b"lora_serve adapter content 2")
-        for name, shared_a, trained, b in modules:
+        fields = []
+        for name, shared_a, trained, width in modules:
             a = stored[f"{key}.{trained}.lora_A.weight"]
-            fields = [f"model.layers.1.self_attn.{name}".encode(), shared_a, struct.pack("<Qd", 3, 2.0)]
-            for half in (a, b.contiguous()):
-                fields += [b"F16", struct.pack("<QQ", *half.shape), hashlib.sha256(half.numpy()).digest()]
-            for value in fields:
-                expected.update(struct.pack("<Q", len(value)) + value)
+            fields += [f"model.layers.1.self_attn.{name}".encode(), shared_a, struct.pack("<Qd", 3, 2.0)]
+            fields += [b"F16", struct.pack("<QQ", *a.shape), b"F16", struct.pack("<QQ", width, 3)]
+        # What is stored, in the order of the modules that it begins with: one task, in two halves.
+        content = b""
+        for trained in ("o_proj", "qkv_proj"):
+            for half in ("A", "B"):
+                data = stored[f"{key}.{trained}.lora_{half}.weight"].contiguous().numpy().tobytes()
+                content += data.ljust(align(len(data), MATRIX_ALIGNMENT), b"\0")
+        middle = len(content) // 2
+        fields.append(
+            b"".join(hashlib.sha256(part).digest() for part in (content[:middle], content[middle:]))
+        )
+        expected = hashlib.sha256(b"lora_serve adapter content 3")
+        for value in fields:
+            expected.update(struct.pack("<Q", len(value)) + value)
         assert digest_of(path) == expected.hexdigest()
+
+    def test_changes_with_every_stored_byte(self, tmp_path):
+        path = make_adapter(tmp_path / "adapter", rank=3, target_modules=["q_proj"])
+        data = (path / WEIGHTS_FILE).read_bytes()
+        begin = 8 + struct.unpack("<Q", data[:8])[0]
+        digests = {digest_of(path)}
+        places = [*range(begin, len(data), 4 * 37), len(data) - 4]
+        for place in places:
+            (path / WEIGHTS_FILE).write_bytes(data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :])
+            digests.add(digest_of(path))
+        assert len(digests) == 1 + len(places)
+
+    def test_is_the_same_with_buffers_that_were_used_before(self, tmp_path, small_tasks):
+        path = make_full_adapter(tmp_path / "adapter", rank=3, target_modules=EVERYTHING)
+        digest = digest_of(path)
+        with ThreadPoolExecutor(1) as threads, ThreadPoolExecutor(2) as hashers, check(path) as checked:
+            # The last tensors of a task are larger or smaller than those before them, with gaps elsewhere.
+            assert len(read_plan.plan_tasks(checked)) > 5
+            block = new_block(checked.layout)
+            found = read_into(checked, block, threads=threads, hashers=hashers, is_cancelled=lambda: False)
+        assert found == digest
 
     def test_is_that_of_the_content_not_of_path_spelling_or_dtype_of_the_model(self, tmp_path, small_tasks):
         options = {"rank": 4, "seed": 3, "target_modules": EVERYTHING}
