@@ -2,8 +2,10 @@
 
 Eight clients keep the engine decoding. In turn, nothing else happens, or adapters that the engine does not
 know are loaded one after the other, each used by one request as soon as it is there; the files lie in the
-page cache, so that readers work without a pause. Two devices: `paced`, whose steps only take time, with
-adapters of Qwen3-8B's shape, and `cpu_model`, a small model on the cores on which the readers work, too.
+page cache, so that readers work without a pause. Three devices: `paced`, whose steps only take time, with
+adapters of Qwen3-8B's shape; `launching`, the same with 300 small calls of torch in the loop's thread ahead
+of each step, as CUDA's executor launches kernels, after each of which it must get the interpreter lock back;
+and `cpu_model`, a small model on the cores on which the readers work, too.
 
 The loop's own time is the engine's measure: a step without the wait for the executor. `late` is what that
 wait takes beyond the end of the device's step (known of `paced` only). `loop_waits` counts how often the
@@ -56,6 +58,7 @@ from lora_serve.testing.models import make_random_model
 NUM_CLIENTS = 8
 PROMPT_TOKENS = 64
 OUTPUT_TOKENS = 128
+CALLS_PER_STEP = 300  # about what a prefill in pieces of graphs needs
 NUM_FOLDERS = 5
 LOADS_A_PHASE = 5
 ADAPTERS_ON_DEVICE = 6
@@ -149,7 +152,7 @@ def memory_options(adapter_bytes: int) -> dict[str, float]:
     return {"lora_memory_gb": ADAPTERS_ON_DEVICE * one, "lora_host_memory_gb": ADAPTERS_ON_HOST * one}
 
 
-def make_paced(folder: Path, is_smallest: bool) -> Device:
+def make_paced(folder: Path, is_smallest: bool, name: str = "paced", calls_per_step: int = 0) -> Device:
     model_config = dict(QWEN3_8B)
     if is_smallest:
         model_config.update(num_hidden_layers=2, hidden_size=256, intermediate_size=512, vocab_size=512)
@@ -169,8 +172,13 @@ def make_paced(folder: Path, is_smallest: bool) -> Device:
         max_lora_rank=config.max_lora_rank,
         memory_bytes=int(config.lora_memory_gb * 2**30),
         host_memory_bytes=int(config.lora_host_memory_gb * 2**30),
+        calls_per_step=calls_per_step,
     )
-    return Device("paced", config, executor, paths, bytes_of(paths[0]))
+    return Device(name, config, executor, paths, bytes_of(paths[0]))
+
+
+def make_launching(folder: Path, is_smallest: bool) -> Device:
+    return make_paced(folder, is_smallest, "launching", CALLS_PER_STEP)
 
 
 def make_cpu_model(folder: Path, is_smallest: bool) -> Device:
@@ -298,12 +306,10 @@ def main() -> int:
     parser.add_argument("--no-rows", action="store_true", help="print only; then no git is needed")
     parser.add_argument("--loads", type=int, default=50)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument(
-        "--devices", nargs="+", choices=("paced", "cpu_model"), default=["paced", "cpu_model"]
-    )
+    makers = {"paced": make_paced, "launching": make_launching, "cpu_model": make_cpu_model}
+    parser.add_argument("--devices", nargs="+", choices=list(makers), default=list(makers))
     options = parser.parse_args()
     num_loads, repeats = (LOADS_A_PHASE, 1) if options.smallest else (options.loads, options.repeats)
-    makers = {"paced": make_paced, "cpu_model": make_cpu_model}
     rows: list[dict[str, object]] = []
     with tempfile.TemporaryFile("w+") as log:
         handler = LoopLogHandler(log, "%(asctime)s %(levelname)s engine[%(process)d] %(name)s: %(message)s")

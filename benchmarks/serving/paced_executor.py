@@ -35,6 +35,9 @@ class PacedExecutor:
         Reported to the engine.
     step_ms : float
         How long the device computes.
+    calls_per_step : int
+        Small calls of torch that `submit` makes in its caller's thread, as CUDA's launches its kernels. Each
+        gives the interpreter lock away and takes it again.
     max_lora_rank, memory_bytes, host_memory_bytes : int
         Of the adapter memory, on the CPU.
 
@@ -59,6 +62,7 @@ class PacedExecutor:
         max_lora_rank: int,
         memory_bytes: int,
         host_memory_bytes: int,
+        calls_per_step: int = 0,
     ) -> None:
         self.num_device_pages = num_device_pages
         self.max_model_len = max_model_len
@@ -75,11 +79,14 @@ class PacedExecutor:
             sources=AdapterSources(),
         )
         self._step_s = step_ms / 1e3
+        self._calls_per_step, self._changed_by_calls = calls_per_step, torch.zeros(4)
         self._ended_at = 0.0
         self._worker = PlanWorker(self._run_plan)
 
     def submit(self, plan: ExecutionPlan, states: Sequence[SamplingState]) -> None:
         """Begin a plan; see `Executor.submit`."""
+        for _ in range(self._calls_per_step):
+            self._changed_by_calls.add_(1.0)
         self._worker.submit(plan, states)
 
     def collect(self) -> ExecutionResult:

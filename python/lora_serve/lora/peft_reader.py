@@ -1,15 +1,17 @@
 """Reads the tensors of a checked adapter into its block: converted, as operators want them, with a digest.
 
-The work is cut into tasks of some megabytes. Each reads its tensors into one buffer; threads of their own
-digest it, in two calls, while they are transposed and copied into the block and looked through for NaN. Who
-releases the interpreter lock has to get it back, and so has the step loop, after nearly every call to the
-device: what counts is how few calls are made, by how few threads (docs/decisions/0012).
+The work is cut into tasks of some megabytes. The calling thread reads a task's tensors into one buffer, so
+that only itself waits for a slow file. Threads of their own digest it, in two calls, while another one copies
+and transposes what is in it into the block and looks through it for NaN. Who releases the interpreter lock
+has to get it back, and so has the step loop, after nearly every call to the device: what counts is how few
+calls are made, by how few threads (docs/decisions/0012).
 """
 
 from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import struct
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -42,6 +44,8 @@ _Bytes = NDArray[np.uint8]
 # Rows transposed at once: a cache line of each fits the second-level cache. Fewer are faster by themselves
 # (2048: 7 GB/s instead of 3), but every call has to wait for the interpreter lock again.
 _ROWS_AT_ONCE = 16384
+_MOST_AHEAD = 3
+"""Tasks that are fetched before the first of them is in the block."""
 
 
 def read_into(
@@ -62,10 +66,10 @@ def read_into(
         [layout.num_bytes] uint8, CPU, contiguous, starting at a multiple of ``MATRIX_ALIGNMENT`` bytes. Every
         byte is written, those between the matrices with 0. What it holds after an error is undefined.
     threads
-        Run the tasks; None = the calling thread does. Not the pool that the caller itself runs in: it could
-        wait for itself.
+        Place what was read in the block; None = the calling thread does. Not the pool that the caller itself
+        runs in: it could wait for itself.
     hashers
-        Digest what the tasks have read; None = the tasks do. A pool of its own, for the same reason.
+        Digest what was read; None = who places it does. A pool of its own, for the same reason.
     is_cancelled
         Asked between tensors, by several threads.
 
@@ -142,21 +146,41 @@ class _BlockRead:
         """Whether the read was cancelled, or a task has failed."""
         return self._is_stopped or self.is_cancelled()
 
-    def run(self, task: ReadTask) -> _TaskResult:
-        """Read some matrices into the block.
+    def fetch(self, task: ReadTask) -> _Bytes:
+        """Read the tensors of a task into a buffer; in the thread that may wait for the file.
+
+        Returns
+        -------
+        numpy.ndarray
+            [bytes of the tensors, each from a multiple of ``MATRIX_ALIGNMENT`` on] uint8, for `place`.
 
         Raises
         ------
         InvalidArgumentError
             The file cannot be read or ends too early.
         LoadCancelledError
-            Cancelled, or another task has failed.
+            Cancelled, or a task has failed.
         """
         try:
             self._raise_if_over()
             buffer = self._take_buffer(task)
-            stored = self._read(task, buffer)
+            self._read(task, buffer)
+        except BaseException:
+            self.stop()
+            raise
+        return buffer
+
+    def place(self, task: ReadTask, buffer: _Bytes) -> _TaskResult:
+        """Bring what was fetched into the block; the buffer may be used for another task then.
+
+        Raises
+        ------
+        LoadCancelledError
+            Cancelled, or another task has failed.
+        """
+        try:
             halves = self._begin_digests(buffer)
+            stored = _tensors_in(buffer, task)
             is_finite = True
             for matrix, content in zip(task, stored, strict=True):
                 self._raise_if_over()
@@ -181,7 +205,6 @@ class _BlockRead:
             raise LoadCancelledError("cancelled while its tensors were read")
 
     def _take_buffer(self, task: ReadTask) -> _Bytes:
-        """[bytes of the task's tensors, each from a multiple of MATRIX_ALIGNMENT on]."""
         num_bytes = sum(align(matrix.info.num_bytes, MATRIX_ALIGNMENT) for matrix in task)
         try:
             buffer = self._spare_buffers.pop()
@@ -191,15 +214,13 @@ class _BlockRead:
             buffer = np.empty(num_bytes, np.uint8)
         return buffer[:num_bytes]
 
-    def _read(self, task: ReadTask, buffer: _Bytes) -> list[_Bytes]:
-        """Fill the buffer; the stored bytes of each matrix in it."""
-        stored: list[_Bytes] = []
+    def _read(self, task: ReadTask, buffer: _Bytes) -> None:
+        stored = _tensors_in(buffer, task)
         end = 0
-        for matrix in task:
-            stored.append(buffer[end : end + matrix.info.num_bytes])
-            end, first_gap = end + align(matrix.info.num_bytes, MATRIX_ALIGNMENT), end + matrix.info.num_bytes
-            if end > first_gap:
-                buffer[first_gap:end] = 0
+        for content in stored:
+            end += content.nbytes
+            buffer[end : align(end, MATRIX_ALIGNMENT)] = 0  # Digested, too.
+            end = align(end, MATRIX_ALIGNMENT)
         pieces = sorted(zip(task, stored, strict=True), key=lambda piece: piece[0].info.start)
         views: list[memoryview] = []
         first = next_start = 0
@@ -212,7 +233,6 @@ class _BlockRead:
             views.append(content.data)
             next_start += matrix.info.num_bytes
         self._weights.read_into(first, views)
-        return stored
 
     def _begin_digests(self, buffer: _Bytes) -> list[Callable[[], bytes]]:
         """Who waits for them gets the digests of both halves."""
@@ -271,28 +291,29 @@ def _run_all(
 ) -> list[_TaskResult]:
     """Run all tasks; when this ends, however it does, none of them runs any more."""
     if threads is None:
-        return [read.run(task) for task in tasks]
+        return [read.place(task, read.fetch(task)) for task in tasks]
     futures: list[Future[_TaskResult]] = []
-    refusal: RuntimeError | None = None
+    failure: Exception | None = None
     try:
         for task in sharing_lock(tasks):
             if read.is_over():
                 break
-            futures.append(threads.submit(read.run, task))
-    except RuntimeError as error:  # the pool was shut down
-        refusal = error
+            if len(futures) >= _MOST_AHEAD:
+                futures[-_MOST_AHEAD].exception()  # Waits for its buffer.
+            futures.append(threads.submit(read.place, task, read.fetch(task)))
+    except Exception as error:  # RuntimeError: the pool was shut down
+        failure = error
         read.stop()
     except BaseException:
         read.stop()
         _wait(futures)
         raise
-    errors = _wait(futures)
+    errors = [*_wait(futures), *([failure] if failure is not None else [])]
     # A task that stops because another one failed says nothing about why.
-    for failure in errors:
-        if not isinstance(failure, LoadCancelledError):
-            raise failure
-    if refusal is not None and not read.is_cancelled():
-        raise refusal
+    for error in errors:
+        is_end = isinstance(error, LoadCancelledError) or (error is failure and read.is_cancelled())
+        if not is_end:
+            raise error
     if errors or len(futures) < len(tasks):
         raise LoadCancelledError("cancelled while its tensors were read")
     return [future.result() for future in futures]
@@ -301,6 +322,14 @@ def _run_all(
 def _wait(futures: Sequence[Future[_TaskResult]]) -> list[BaseException]:
     """Wait for all tasks and give their errors."""
     return [error for error in (future.exception() for future in futures) if error is not None]
+
+
+def _tensors_in(buffer: _Bytes, task: ReadTask) -> list[_Bytes]:
+    """The stored bytes of each matrix of a task, in its buffer."""
+    ends = itertools.accumulate(
+        (align(matrix.info.num_bytes, MATRIX_ALIGNMENT) for matrix in task), initial=0
+    )
+    return [buffer[start : start + matrix.info.num_bytes] for start, matrix in zip(ends, task, strict=False)]
 
 
 def _sha256(content: memoryview) -> bytes:
