@@ -293,7 +293,7 @@ def _run_all(
     if threads is None:
         return [read.place(task, read.fetch(task)) for task in tasks]
     futures: list[Future[_TaskResult]] = []
-    failure: Exception | None = None
+    failures: list[BaseException] = []
     try:
         for task in sharing_lock(tasks):
             if read.is_over():
@@ -301,20 +301,20 @@ def _run_all(
             if len(futures) >= _MOST_AHEAD:
                 futures[-_MOST_AHEAD].exception()  # Waits for its buffer.
             futures.append(threads.submit(read.place, task, read.fetch(task)))
-    except Exception as error:  # RuntimeError: the pool was shut down
-        failure = error
+    except Exception as error:
+        failures.append(error)
         read.stop()
     except BaseException:
         read.stop()
         _wait(futures)
         raise
-    errors = [*_wait(futures), *([failure] if failure is not None else [])]
-    # A task that stops because another one failed says nothing about why.
-    for error in errors:
-        is_end = isinstance(error, LoadCancelledError) or (error is failure and read.is_cancelled())
-        if not is_end:
-            raise error
-    if errors or len(futures) < len(tasks):
+    failures = [*_wait(futures), *failures]
+    for failure in failures:
+        # Who stops because somebody else failed says nothing about why, nor does a pool that was closed.
+        is_end = isinstance(failure, RuntimeError) and read.is_cancelled()
+        if not is_end and not isinstance(failure, LoadCancelledError):
+            raise failure
+    if failures or len(futures) < len(tasks):
         raise LoadCancelledError("cancelled while its tensors were read")
     return [future.result() for future in futures]
 

@@ -554,6 +554,33 @@ def test_reads_of_many_adapters_share_a_pool(tmp_path, small_tasks, pool):
     assert len(set(found)) == len(paths)
 
 
+@pytest.mark.parametrize("closed", ["threads", "hashers"])
+def test_read_ends_as_cancelled_where_a_pool_is_closed_with_it(closed, tmp_path, small_tasks):
+    path = make_full_adapter(tmp_path / "adapter", rank=3, target_modules=EVERYTHING)
+    pools = {"threads": ThreadPoolExecutor(1), "hashers": ThreadPoolExecutor(1)}
+    is_closed = False
+
+    def is_cancelled() -> bool:
+        return is_closed
+
+    class ClosedInTime(ThreadPoolExecutor):
+        """Closed, and the read cancelled, when something is submitted for the second time."""
+
+        num_submitted = 0
+
+        def submit(self, *arguments):
+            nonlocal is_closed
+            self.num_submitted += 1
+            if self.num_submitted == 2:
+                is_closed = True
+                self.shutdown(wait=False)
+            return super().submit(*arguments)
+
+    pools[closed] = ClosedInTime(1)
+    with check(path) as checked, pools["threads"], pools["hashers"], pytest.raises(LoadCancelledError):
+        read_into(checked, new_block(checked.layout), **pools, is_cancelled=is_cancelled)
+
+
 class TestDigest:
     def test_is_made_of_every_field_of_every_module_in_the_order_of_paths(self, tmp_path):
         path = make_full_adapter(
