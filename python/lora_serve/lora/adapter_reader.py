@@ -143,8 +143,6 @@ class AdapterReader:
         Host memory for the blocks.
     sources
         Where adapters may come from.
-    num_threads
-        Threads that read tensors.
     """
 
     def __init__(
@@ -154,8 +152,6 @@ class AdapterReader:
         limits: AdapterLimits,
         pool: HostPool,
         sources: AdapterSources,
-        *,
-        num_threads: int = NUM_READ_THREADS,
     ) -> None:
         self._targets = dict(targets)
         self._fused_targets = dict(fused_targets)
@@ -163,7 +159,7 @@ class AdapterReader:
         self._pool = pool
         self._sources = sources
         self._threads = ThreadPoolExecutor(
-            num_threads, thread_name_prefix="lora-serve-tensors", initializer=_step_back
+            NUM_READ_THREADS, thread_name_prefix="lora-serve-tensors", initializer=_step_back
         )
         self._hashers = ThreadPoolExecutor(
             min(NUM_HASHERS, max(1, len(os.sched_getaffinity(0)) - 1)),

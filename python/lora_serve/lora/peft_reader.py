@@ -100,7 +100,7 @@ def read_into(
     target = block.numpy()
     for start, end in gaps(tasks, checked.layout.num_bytes):
         target[start:end] = 0
-    results = _run_all(_BlockRead(checked, target, hashers, is_cancelled), tasks, threads)
+    results = _run_all(_BlockRead(checked, target, tasks, hashers, is_cancelled), tasks, threads)
     checked.weights.check_unchanged()
     problems = LoadProblems(checked.name)
     for result in results:
@@ -125,6 +125,7 @@ class _BlockRead:
         self,
         checked: CheckedAdapter,
         block: _Bytes,
+        tasks: Sequence[ReadTask],
         hashers: ThreadPoolExecutor | None,
         is_cancelled: Callable[[], bool],
     ) -> None:
@@ -135,8 +136,9 @@ class _BlockRead:
         self._block = block
         self._bits: Bits = block.view(BITS_OF[self._dtype])
         self._is_stopped = False
-        # One a running task; appending and popping are atomic.
+        # Of tasks that have ended; appending and popping are atomic.
         self._spare_buffers: deque[_Bytes] = deque()
+        self._buffer_bytes = max(map(_buffer_bytes, tasks), default=0)
 
     def stop(self) -> None:
         """Let the tasks that have not ended raise soon."""
@@ -152,7 +154,7 @@ class _BlockRead:
         Returns
         -------
         numpy.ndarray
-            [bytes of the tensors, each from a multiple of ``MATRIX_ALIGNMENT`` on] uint8, for `place`.
+            uint8, for `place`: it begins with the tensors, each from a multiple of ``MATRIX_ALIGNMENT`` on.
 
         Raises
         ------
@@ -163,7 +165,7 @@ class _BlockRead:
         """
         try:
             self._raise_if_over()
-            buffer = self._take_buffer(task)
+            buffer = self._take_buffer()
             self._read(task, buffer)
         except BaseException:
             self.stop()
@@ -179,7 +181,7 @@ class _BlockRead:
             Cancelled, or another task has failed.
         """
         try:
-            halves = self._begin_digests(buffer)
+            halves = self._begin_digests(buffer[: _buffer_bytes(task)])
             stored = _tensors_in(buffer, task)
             is_finite = True
             for matrix, content in zip(task, stored, strict=True):
@@ -204,15 +206,11 @@ class _BlockRead:
         if self.is_over():
             raise LoadCancelledError("cancelled while its tensors were read")
 
-    def _take_buffer(self, task: ReadTask) -> _Bytes:
-        num_bytes = sum(align(matrix.info.num_bytes, MATRIX_ALIGNMENT) for matrix in task)
+    def _take_buffer(self) -> _Bytes:
         try:
-            buffer = self._spare_buffers.pop()
+            return self._spare_buffers.pop()
         except IndexError:
-            buffer = np.empty(num_bytes, np.uint8)
-        if buffer.nbytes < num_bytes:
-            buffer = np.empty(num_bytes, np.uint8)
-        return buffer[:num_bytes]
+            return np.empty(self._buffer_bytes, np.uint8)
 
     def _read(self, task: ReadTask, buffer: _Bytes) -> None:
         stored = _tensors_in(buffer, task)
@@ -234,10 +232,10 @@ class _BlockRead:
             next_start += matrix.info.num_bytes
         self._weights.read_into(first, views)
 
-    def _begin_digests(self, buffer: _Bytes) -> list[Callable[[], bytes]]:
+    def _begin_digests(self, content: _Bytes) -> list[Callable[[], bytes]]:
         """Who waits for them gets the digests of both halves."""
-        middle = buffer.nbytes // 2
-        halves = [buffer[:middle].data, buffer[middle:].data]
+        middle = content.nbytes // 2
+        halves = [content[:middle].data, content[middle:].data]
         if self._hashers is None:
             return [functools.partial(_sha256, half) for half in halves]
         return [self._hashers.submit(_sha256, half).result for half in halves]
@@ -322,6 +320,10 @@ def _run_all(
 def _wait(futures: Sequence[Future[_TaskResult]]) -> list[BaseException]:
     """Wait for all tasks and give their errors."""
     return [error for error in (future.exception() for future in futures) if error is not None]
+
+
+def _buffer_bytes(task: ReadTask) -> int:
+    return sum(align(matrix.info.num_bytes, MATRIX_ALIGNMENT) for matrix in task)
 
 
 def _tensors_in(buffer: _Bytes, task: ReadTask) -> list[_Bytes]:

@@ -282,7 +282,7 @@ def test_close_ends_reads_that_wait_for_room_and_twice_is_nothing(tmp_path):
 
 def test_close_ends_a_read_in_the_midst_of_its_tensors(pool, tmp_path, monkeypatch):
     path = make_full_adapter(tmp_path / "a", rank=3)
-    reader = make_reader(pool, num_threads=1)
+    reader = make_reader(pool)
     begun, closed = threading.Event(), threading.Event()
     reader._threads.submit(lambda: (begun.set(), closed.wait(TIMEOUT_S)))
     begun.wait(TIMEOUT_S)
