@@ -14,6 +14,7 @@ from lora_serve.engine.messages import LoadAdapterResult
 from lora_serve.server.adapter_folder import MAX_LOADS, AdapterFolder
 from lora_serve.server.settings import AdapterFolderSettings
 from server.fake_engine_client import FakeEngineClient
+from support.waiting import until
 
 FILES = ("adapter_config.json", "adapter_model.safetensors")
 POLL_SECONDS = 0.01
@@ -107,14 +108,6 @@ def watch(
 
     asyncio.run(run())
     return engine
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    async def wait() -> None:
-        while not condition():
-            await asyncio.sleep(POLL_SECONDS)
-
-    await asyncio.wait_for(wait(), timeout=20)
 
 
 async def polls(number: int) -> None:

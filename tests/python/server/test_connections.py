@@ -14,6 +14,7 @@ import pytest
 import uvicorn
 
 from lora_serve.server.connections import RECEIVE_BYTES, ConnectionTable, make_protocol
+from support.waiting import until
 
 RESET_ON_CLOSE = struct.pack("ii", 1, 0)
 REQUEST = b"GET / HTTP/1.1\r\nHost: server\r\n\r\n"
@@ -43,14 +44,6 @@ async def answer(scope, receive, send):
         pass
     await send({"type": "http.response.start", "status": HTTPStatus.NO_CONTENT, "headers": []})
     await send({"type": "http.response.body", "body": b""})
-
-
-async def until(condition):
-    for _ in range(1000):
-        if condition():
-            return
-        await asyncio.sleep(0.001)
-    pytest.fail("it did not happen")
 
 
 async def ask_and_close(address, *, is_reset):

@@ -8,6 +8,7 @@ import json
 import pytest
 
 from server.http_calls import BASE, make_app, make_client
+from support.waiting import until
 
 
 class Connection:
@@ -47,14 +48,6 @@ CHAT = ("/v1/chat/completions", {"model": "sql", "messages": [{"role": "user", "
 LORAX = ("/", {"inputs": "a", "parameters": {"adapter_id": "sql"}})
 
 
-async def wait_until(condition):
-    for _ in range(1000):
-        if condition():
-            return
-        await asyncio.sleep(0.001)
-    pytest.fail("it did not happen")
-
-
 def leave(path, body, client, when):
     """Serve one request, whose client goes away as soon as `when(connection)` is true."""
 
@@ -63,7 +56,7 @@ def leave(path, body, client, when):
         serving = asyncio.ensure_future(
             make_app(client)(connection.scope, connection.receive, connection.send)
         )
-        await wait_until(lambda: when(connection))
+        await until(lambda: when(connection))
         connection.gone.set()
         await asyncio.wait_for(serving, 5)
         others = asyncio.all_tasks() - {asyncio.current_task()}
@@ -118,7 +111,7 @@ def test_leaving_before_the_first_event_is_sent_aborts_every_prompt():
         serving = asyncio.ensure_future(
             make_app(client)(connection.scope, connection.receive, connection.send)
         )
-        await wait_until(lambda: len(connection.sent) == 1)
+        await until(lambda: len(connection.sent) == 1)
         connection.gone.set()
         await asyncio.wait_for(serving, 5)
 

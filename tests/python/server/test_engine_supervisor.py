@@ -15,6 +15,7 @@ from lora_serve.engine.messages import LoadAdapterResult
 from lora_serve.server.engine_supervisor import EngineSupervisor, RestartSettings
 from lora_serve.server.lifecycle import Lifecycle, Phase
 from server.http_calls import call, make_app, make_client
+from support.waiting import until
 
 
 def adapter(name, digest="d0", **fields):
@@ -98,11 +99,6 @@ def supervise(outcomes, script, loaded=(), **settings):
         return engine, lifecycle
 
     return asyncio.run(asyncio.wait_for(run(), 30))
-
-
-async def until(condition):
-    while not condition():
-        await asyncio.sleep(0.001)
 
 
 async def die_and_come_back(engine, lifecycle):

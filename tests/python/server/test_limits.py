@@ -14,6 +14,7 @@ from lora_serve.server.api_keys import KeyEntry
 from lora_serve.server.current_request import current_request_id
 from lora_serve.server.limits import RESERVED_FILES, ServerLimits, make_room
 from server.http_calls import BASE, call, make_app, make_client
+from support.waiting import until
 
 BODY = {"model": BASE, "prompt": "hi"}
 
@@ -25,11 +26,6 @@ def run(app, script):
             return await script(http)
 
     return asyncio.run(asyncio.wait_for(main(), 30))
-
-
-async def until(condition):
-    while not condition():
-        await asyncio.sleep(0.001)
 
 
 def post(http, key="one"):
