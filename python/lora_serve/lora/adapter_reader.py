@@ -143,6 +143,8 @@ class AdapterReader:
         Host memory for the blocks.
     sources
         Where adapters may come from.
+    num_threads
+        Threads that bring tensors into blocks; benchmarks try others.
     """
 
     def __init__(
@@ -152,6 +154,8 @@ class AdapterReader:
         limits: AdapterLimits,
         pool: HostPool,
         sources: AdapterSources,
+        *,
+        num_threads: int = NUM_READ_THREADS,
     ) -> None:
         self._targets = dict(targets)
         self._fused_targets = dict(fused_targets)
@@ -159,7 +163,7 @@ class AdapterReader:
         self._pool = pool
         self._sources = sources
         self._threads = ThreadPoolExecutor(
-            NUM_READ_THREADS, thread_name_prefix="lora-serve-tensors", initializer=_step_back
+            num_threads, thread_name_prefix="lora-serve-tensors", initializer=_step_back
         )
         self._hashers = ThreadPoolExecutor(
             min(NUM_HASHERS, max(1, len(os.sched_getaffinity(0)) - 1)),
