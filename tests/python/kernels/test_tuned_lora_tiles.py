@@ -11,7 +11,7 @@ import torch
 pytest.importorskip("triton")
 
 from kernels.device_cases import DEVICE_DTYPES
-from kernels.lora_cases import assert_within_bounds
+from kernels.lora_cases import LAST_SLOT, assert_within_bounds, make_case
 from kernels.triton_lora_cases import assert_same_on_cpu, mixed_case, on_device, random_case
 from lora_serve.kernels import triton_lora_tiles as tiles_module
 from lora_serve.kernels import tuned_tables
@@ -233,7 +233,14 @@ TRIALS = {
 @pytest.mark.parametrize(("device", "dtype"), DEVICE_DTYPES)
 @pytest.mark.parametrize("trial", list(TRIALS.values()), ids=list(TRIALS))
 def test_halves_are_exact_to_rounding_with_any_tiles(device, dtype, trial):
-    for case in (mixed_case(dtype, in_features=100), random_case(140, dtype, in_features=70)):
+    # Adapters with just as many tokens as make a tile of either kind, and with one more.
+    at_bounds = [0] * 16 + [1] * 17 + [2] * 32 + [LAST_SLOT] * 33
+    ranks: dict[int, tuple[int | None, ...]] = {0: (5,), 1: (16,), 2: (20,), LAST_SLOT: (8,)}
+    for case in (
+        mixed_case(dtype, in_features=100),
+        random_case(140, dtype, in_features=70),
+        make_case(at_bounds, ranks, output_slices=(21,), in_features=70, dtype=dtype),
+    ):
         step = on_device(case, device)
         v = step.new_v(trial.num_parts)
         parts = torch.randn(v.shape, generator=torch.Generator().manual_seed(1))
