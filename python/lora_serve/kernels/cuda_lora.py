@@ -5,7 +5,8 @@ Imported only where a layer runs on CUDA, so that nothing else needs Triton.
 
 from __future__ import annotations
 
-from functools import cache
+from collections.abc import Callable
+from functools import cache, partial
 
 import torch
 from torch import Tensor
@@ -36,17 +37,51 @@ def linear(
     for more of them in a CUDA graph on a second stream. A prefill fills the device with either of them.
     """
     v = make_shrunk(x, table.num_slices, table.tables.max_rank)
-    delta = LoRADelta(v, table, metadata)
+    shrink = partial(triton_lora_shrink, v, x, table.arena, table, metadata)
+    return _linear_beside(shrink, x, weight, bias), LoRADelta(v, table, metadata)
+
+
+def linear_into(
+    residual: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    table: LoRALayerTable,
+    metadata: LoRAMetadata,
+) -> Tensor:
+    """Give a layer's base product; see :func:`lora_serve.layers.ops.lora_linear_into`.
+
+    Notes
+    -----
+    For more than `FEW_TOKENS` rows the expand adds to the residual stream, which nobody reads before the
+    product is complete, so it runs beside the product, too.
+    """
+    if len(x) <= FEW_TOKENS:
+        y, delta = linear(x, weight, bias, table, metadata)
+        add_delta(y, delta)
+        return y
+    # Kept until the streams have met: memory that is free may be the product's.
+    v = make_shrunk(x, table.num_slices, table.tables.max_rank)
+
+    def add_to_residual() -> None:
+        triton_lora_shrink(v, x, table.arena, table, metadata)
+        add_delta(residual, LoRADelta(v, table, metadata))
+
+    return _linear_beside(add_to_residual, x, weight, bias)
+
+
+def _linear_beside(launch: Callable[[], None], x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Give ``x W^T + b``, and run what is launched ahead of it, side by side where that is possible."""
     if FEW_TOKENS < len(x) <= _MOST_ASIDE and torch.cuda.is_current_stream_capturing():
         stream, aside = torch.cuda.current_stream(x.device), _aside(x.device)
         aside.wait_stream(stream)
         with torch.cuda.stream(aside):
-            triton_lora_shrink(v, x, table.arena, table, metadata)
+            launch()
         y = cuda_linear(x, weight, bias)
         stream.wait_stream(aside)
-        return y, delta
-    triton_lora_shrink(v, x, table.arena, table, metadata)
-    return cuda_linear_beside_shrink(x, weight, bias), delta
+        return y
+    launch()
+    return cuda_linear_beside_shrink(x, weight, bias)
 
 
 @cache

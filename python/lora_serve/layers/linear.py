@@ -158,7 +158,7 @@ class PackedLinear(nn.Module):
         return ops.lora_linear(x, self.weight, self.bias, self.lora_table, ctx.lora)
 
     def forward_into(self, residual: Tensor, x: Tensor, ctx: StepContext) -> Tensor | None:
-        """Add :meth:`forward` to the residual stream, or give it to be added by the next norm.
+        """Add :meth:`forward` to the residual stream, or give what the next norm is to add.
 
         Parameters
         ----------
@@ -172,11 +172,13 @@ class PackedLinear(nn.Module):
         Tensor or None
             [T, sum(O_s)]: what is still to be added. None = ``residual`` is complete.
         """
-        if not ops.add_linear(residual, x, self.weight, self.bias):
-            return self.forward(x, ctx)
-        if ctx.lora is not None and not ctx.lora.no_adapter:
-            add_lora_linear(residual, x, self.lora_table, ctx.lora)
-        return None
+        lora = None if ctx.lora is None or ctx.lora.no_adapter else ctx.lora
+        if ops.add_linear(residual, x, self.weight, self.bias):
+            add_lora_linear(residual, x, self.lora_table, lora)
+            return None
+        if lora is None:
+            return ops.linear(x, self.weight, self.bias)
+        return ops.lora_linear_into(residual, x, self.weight, self.bias, self.lora_table, lora)
 
     def checkpoint_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Yield each slice's checkpoint names with the part of the fused parameter that it fills."""

@@ -57,6 +57,7 @@ class _TritonOps(NamedTuple):
     lora_linear: Callable[
         [Tensor, Tensor, Tensor | None, LoRALayerTable, LoRAMetadata], tuple[Tensor, LoRADelta | None]
     ]
+    lora_linear_into: Callable[[Tensor, Tensor, Tensor, Tensor | None, LoRALayerTable, LoRAMetadata], Tensor]
     add_lora_delta: Callable[[Tensor, LoRADelta], None]
 
 
@@ -113,7 +114,14 @@ def _triton_ops() -> _TritonOps:
         )
 
     plain = _Ops(rms_norm, add_rms_norm, norm_rotary_store, silu_mul, cuda_linear)
-    return _TritonOps(plain, lora_norm_rotary_store, lora_silu_mul, cuda_lora.linear, cuda_lora.add_delta)
+    return _TritonOps(
+        plain,
+        lora_norm_rotary_store,
+        lora_silu_mul,
+        cuda_lora.linear,
+        cuda_lora.linear_into,
+        cuda_lora.add_delta,
+    )
 
 
 def _ops_of(x: Tensor) -> _Ops:
@@ -268,6 +276,36 @@ def lora_linear(
     y = torch_ops.linear(x, weight, bias, None)
     add_lora_linear(y, x, table, lora)
     return y, None
+
+
+def lora_linear_into(
+    residual: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    table: LoRALayerTable,
+    lora: LoRAMetadata,
+) -> Tensor:
+    """Give ``x W^T + b`` with what the step's adapters add, or add that to the residual stream already.
+
+    Parameters
+    ----------
+    residual
+        [T, O], contiguous, of the dtype of ``x``: what the result will be added to. Rows with an adapter may
+        be changed in place, each sum rounded once.
+    x, weight, bias, table, lora
+        As for :func:`lora_linear`.
+
+    Returns
+    -------
+    Tensor
+        [T, O]: what is still to be added to the stream.
+    """
+    if _ops_of(x) is not _TORCH_OPS:
+        return _triton_ops().lora_linear_into(residual, x, weight, bias, table, lora)
+    y = torch_ops.linear(x, weight, bias, None)
+    add_lora_linear(y, x, table, lora)
+    return y
 
 
 def add_lora_delta(y: Tensor, delta: LoRADelta) -> None:

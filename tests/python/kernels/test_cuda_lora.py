@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal, get_args
+
 import pytest
 import torch
 from torch import Tensor
@@ -31,6 +33,7 @@ pytestmark = pytest.mark.gpu
 
 SIZE = 2048
 NUM_LAYERS = 4
+DeltaGoes = Literal["to the output", "to the next kernel", "to the residual stream"]
 NUM_TOKENS = [1, 3, 16, FEW_TOKENS, FEW_TOKENS + 1, 100, 700]
 
 
@@ -61,15 +64,19 @@ class Layers:
             table.a_offset, table.b_offset = views.a_offset, views.b_offset
             table.lora_rank, table.scaling = views.lora_rank, views.scaling
 
-    def run(self, x: Tensor, metadata: LoRAMetadata, *, leaves_delta: bool) -> Tensor:
+    def run(self, x: Tensor, metadata: LoRAMetadata, delta_goes: DeltaGoes) -> Tensor:
         for weight, table in zip(self.weights, self.tables, strict=True):
-            y, delta = cuda_lora.linear(x, weight, None, table, metadata)
-            assert delta is not None
-            if leaves_delta:
-                x = lora_silu_mul(y, delta)
+            if delta_goes == "to the residual stream":
+                residual = x.repeat(1, 2)
+                y = cuda_lora.linear_into(residual, x, weight, None, table, metadata)
+                x = silu_mul(residual.add_(y))
             else:
-                cuda_lora.add_delta(y, delta)
-                x = silu_mul(y)
+                y, delta = cuda_lora.linear(x, weight, None, table, metadata)
+                if delta_goes == "to the next kernel":
+                    x = lora_silu_mul(y, delta)
+                else:
+                    cuda_lora.add_delta(y, delta)
+                    x = silu_mul(y)
             x = rms_norm(x, self.norm, 1e-6)  # Launched early, as in a model, and keeps x from vanishing.
         return x
 
@@ -92,15 +99,15 @@ def _early_launches_again():
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("num_tokens", NUM_TOKENS)
-@pytest.mark.parametrize("leaves_delta", [False, True])
+@pytest.mark.parametrize("delta_goes", get_args(DeltaGoes))
 def test_layers_that_run_beside_each_other_give_what_they_give_one_by_one(
-    monkeypatch, dtype, num_tokens, leaves_delta
+    monkeypatch, dtype, num_tokens, delta_goes
 ):
     layers, metadata = Layers(dtype, num_adapters=5), steps_of(num_tokens, 5)
     inputs = [signed("cuda", dtype, num_tokens, SIZE, seed=seed) for seed in (7, 8)]
 
     def run(x: Tensor) -> Tensor:
-        return layers.run(x, metadata, leaves_delta=leaves_delta)
+        return layers.run(x, metadata, delta_goes)
 
     with monkeypatch.context() as patch:  # The same kernels, none of which begins before the last one's end.
         patch.setattr(cuda_linear, "launches_early", lambda x: True)
@@ -130,15 +137,16 @@ def test_layers_that_run_beside_each_other_give_what_they_give_one_by_one(
 
 
 @pytest.mark.parametrize("num_tokens", [5, FEW_TOKENS, 100])
-def test_one_graph_serves_every_mix_of_adapters(num_tokens):
+@pytest.mark.parametrize("delta_goes", ["to the output", "to the residual stream"])
+def test_one_graph_serves_every_mix_of_adapters(num_tokens, delta_goes):
     layers, metadata = Layers(torch.bfloat16, num_adapters=5), steps_of(num_tokens, 5)
     x = signed("cuda", torch.bfloat16, num_tokens, SIZE, seed=7)
     with torch.cuda.stream(torch.cuda.Stream()):
-        layers.run(x, metadata, leaves_delta=False)
+        layers.run(x, metadata, delta_goes)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        y = layers.run(x, metadata, leaves_delta=False)
+        y = layers.run(x, metadata, delta_goes)
     for num_adapters in (1, 3, 5):
         other = steps_of(num_tokens, num_adapters)
         for name in (
@@ -150,4 +158,4 @@ def test_one_graph_serves_every_mix_of_adapters(num_tokens):
         ):
             getattr(metadata, name).copy_(getattr(other, name))
         graph.replay()
-        assert has_same_bits(y, layers.run(x, other, leaves_delta=False))
+        assert has_same_bits(y, layers.run(x, other, delta_goes))

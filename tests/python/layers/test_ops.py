@@ -80,13 +80,14 @@ def test_cuda_tensors_go_to_the_kernels_unless_torch_is_forced(monkeypatch: pyte
         return "kernel"
 
     plain = ops._Ops(kernel, kernel, kernel, kernel, kernel)
-    monkeypatch.setattr(ops, "_triton_ops", lambda: ops._TritonOps(plain, *4 * [kernel]))
+    monkeypatch.setattr(ops, "_triton_ops", lambda: ops._TritonOps(plain, *5 * [kernel]))
     with FakeTensorMode():
         on_cuda, on_cpu = torch.empty(2, 8, device="cuda:0"), torch.empty(2, 8)
         weight = torch.empty(8)
 
         assert ops.rms_norm(on_cuda, weight, EPS) == "kernel"
         assert ops.lora_linear(on_cuda, weight, None, None, None) == "kernel"
+        assert ops.lora_linear_into(on_cuda, on_cuda, weight, None, None, None) == "kernel"
         assert ops.rms_norm(on_cpu, weight, EPS).shape == (2, 8)
         with ops.torch_ops_only():
             assert ops.silu_mul(on_cuda).shape == (2, 4)
@@ -104,6 +105,7 @@ def test_delta_is_left_to_the_next_kernel_from_so_many_tokens_on(
         lambda *_: "rotary with delta",
         lambda *_: "silu with delta",
         lambda *_: "linear",
+        lambda *_: "linear into",
         lambda y, delta: added.append((y, delta)),
     )
     monkeypatch.setattr(ops, "_triton_ops", lambda: kernels)

@@ -61,7 +61,7 @@ def fake_kernels(log: KernelLog) -> ops._TritonOps:
         log.kernel("silu_mul", lambda x: x.new_empty(len(x), x.shape[1] // 2)),
         torch_ops.linear,
     )
-    return ops._TritonOps(plain, *4 * [log.kernel("with adapters", lambda x, *_: x)])
+    return ops._TritonOps(plain, *5 * [log.kernel("with adapters", lambda x, *_: x)])
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,163 @@
+"""The adapters' delta of a layer whose output goes to the residual stream, beside the base product."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+from kernels.device_cases import DEVICE_DTYPES, signed
+from kernels.lora_cases import LAST_SLOT, MAX_LORAS, LoRACase, has_same_bits, make_case
+from kernels.triton_lora_cases import tables_on_device
+from lora_serve.kernels import build_lora_metadata, cuda_lora
+from lora_serve.kernels.lora_delta import FEW_TOKENS
+
+NUM_TOKENS = [1, FEW_TOKENS, FEW_TOKENS + 1, 70]
+
+
+@pytest.mark.parametrize(("device", "dtype"), DEVICE_DTYPES)
+@pytest.mark.parametrize("num_tokens", NUM_TOKENS)
+def test_product_and_residual_stream_together_have_the_deltas(monkeypatch, device, dtype, num_tokens):
+    if device == "cpu":  # torch without CUDA cannot be asked.
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    case, weight = make_step(num_tokens, dtype)
+    x, weight, before = (tensor.to(device) for tensor in (case.x, weight, case.y))
+    product, residual = torch.nn.functional.linear(x, weight), before.clone()
+    deltas = torch.stack([delta_of(case, token) for token in range(num_tokens)])
+
+    y = linear_into(case, residual, x, weight)
+
+    is_base = case.mapping < 0
+    assert has_same_bits(residual.cpu()[is_base], before.cpu()[is_base])
+    in_stream = num_tokens > FEW_TOKENS
+    changed, start, other = (residual, before, y) if in_stream else (y, product, residual)
+    assert has_same_bits(other.cpu(), (product if in_stream else before).cpu())
+    tolerance = {torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}[dtype] * deltas.abs().max()
+    torch.testing.assert_close(
+        changed.cpu().double(), start.cpu().double() + deltas, atol=float(tolerance), rtol=0
+    )
+    assert deltas.abs().mean() > 5 * tolerance
+
+
+def test_in_a_graph_the_delta_is_on_its_way_while_the_product_is_computed(monkeypatch):
+    """The order of launches and of the streams' waits, without a GPU."""
+    events: list[str] = []
+    stand_in_for_streams(monkeypatch, events)
+    for name in ("triton_lora_shrink", "triton_lora_expand", "cuda_linear"):
+        note_calls(monkeypatch, events, name)
+    case, weight = make_step(FEW_TOKENS + 1, torch.float32)
+
+    linear_into(case, case.y.clone(), case.x, weight)
+
+    assert events == [
+        "aside waits for main",
+        "triton_lora_shrink on aside",
+        "triton_lora_expand on aside",
+        "cuda_linear on main",
+        "main waits for aside",
+    ]
+
+
+def test_what_the_shrink_writes_is_kept_while_the_product_is_computed(monkeypatch):
+    """Its memory could be the product's otherwise, while the expand still reads it."""
+    stand_in_for_streams(monkeypatch, [])
+    make_shrunk, cuda_linear = cuda_lora.make_shrunk, cuda_lora.cuda_linear
+    refs: list[weakref.ref[Tensor]] = []
+    is_kept: list[bool] = []
+
+    def watched_make(*arguments: Any) -> Tensor:
+        v = make_shrunk(*arguments)
+        refs.append(weakref.ref(v))
+        return v
+
+    def watched_product(*arguments: Any) -> Tensor:
+        is_kept.append(refs[0]() is not None)
+        return cuda_linear(*arguments)
+
+    monkeypatch.setattr(cuda_lora, "make_shrunk", watched_make)
+    monkeypatch.setattr(cuda_lora, "cuda_linear", watched_product)
+    case, weight = make_step(FEW_TOKENS + 1, torch.float32)
+    linear_into(case, case.y.clone(), case.x, weight)
+    assert is_kept == [True]
+
+
+class StandInStream:
+    """Notes in `events` whom it waits for."""
+
+    def __init__(self, name: str, events: list[str]) -> None:
+        self.name, self._events = name, events
+
+    def wait_stream(self, other: StandInStream) -> None:
+        self._events.append(f"{self.name} waits for {other.name}")
+
+
+_current = "main"
+
+
+def stand_in_for_streams(monkeypatch: pytest.MonkeyPatch, events: list[str]) -> None:
+    """As if a graph were being captured."""
+    main, aside = StandInStream("main", events), StandInStream("aside", events)
+
+    @contextmanager
+    def on(stream: StandInStream) -> Iterator[None]:
+        global _current
+        _current = stream.name
+        yield
+        _current = "main"
+
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: main)
+    monkeypatch.setattr(torch.cuda, "stream", on)
+    monkeypatch.setattr(cuda_lora, "_aside", lambda device: aside)
+
+
+def note_calls(monkeypatch: pytest.MonkeyPatch, events: list[str], name: str) -> None:
+    function = getattr(cuda_lora, name)
+
+    def noted(*arguments: Any, **options: Any) -> Any:
+        events.append(f"{name} on {_current}")
+        return function(*arguments, **options)
+
+    monkeypatch.setattr(cuda_lora, name, noted)
+
+
+def make_step(num_tokens: int, dtype: torch.dtype) -> tuple[LoRACase, Tensor]:
+    """Two adapters of unequal rank, one without a module, and tokens of the base model."""
+    slots = [LAST_SLOT, 0, -1, 0, LAST_SLOT, 1]
+    ranks: dict[int, tuple[int | None, ...]] = {0: (5,), 1: (None,), LAST_SLOT: (20,)}
+    mapping = [slots[token % len(slots)] for token in range(num_tokens)]
+    case = make_case(mapping, ranks, output_slices=(48,), in_features=64, dtype=dtype)
+    return case, signed("cpu", dtype, 48, 64, seed=3, scale=1 / 8)
+
+
+def delta_of(case: LoRACase, token: int) -> Tensor:
+    """[O] fp64: what the token's adapter adds."""
+    slot = int(case.mapping[token])
+    (module,) = case.table.get(slot) or (None,) if slot >= 0 else (None,)
+    if module is None:
+        return torch.zeros(48, dtype=torch.float64)
+    return case.x[token].double() @ module.a.double().t() @ module.b.double() * module.scaling
+
+
+def linear_into(case: LoRACase, residual: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """`cuda_lora.linear_into` with the case's adapters, on the device of x."""
+    arena, tables = tables_on_device(case.table, x.device.type)
+    tables.max_rank = case.max_rank
+    views = tables.layers[0]
+    table = SimpleNamespace(
+        **{name: getattr(views, name) for name in ("a_offset", "b_offset", "lora_rank", "scaling")},
+        arena=arena,
+        tables=tables,
+        num_slices=1,
+        output_slices=(48,),
+    )
+    metadata = build_lora_metadata(case.mapping, MAX_LORAS, device=x.device)
+    return cuda_lora.linear_into(residual, x, weight, None, table, metadata)
