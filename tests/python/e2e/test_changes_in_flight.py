@@ -76,7 +76,7 @@ class Run:
         raise AssertionError("the condition did not come")
 
     def step_until_loaded(self, load: Future[LoadAdapterResult]) -> None:
-        """Hold the requests while the adapter is being read: how far they get is not up to the reader's speed."""
+        """Hold the requests while the adapter is being read: how far they get is not up to its reader."""
 
         def is_read() -> bool:
             if load.done() or len(self.core.adapters()) > num_generations:

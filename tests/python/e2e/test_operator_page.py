@@ -24,7 +24,7 @@ from support.server_process import ServerProcess
 HOSTILE_NAME = "<img/src=x/onerror=document.title='broken'>"
 # GiB, and room for all of the demo's adapters but one: so they stand on two tiers.
 LORA_MEMORY_GB = "0.0012"
-WAIT_S = 20.0
+WAIT_S = 60.0
 
 
 class Page:

@@ -30,7 +30,7 @@ from .states import make_state
 VOCAB = 256
 PAGE_SIZE = 4
 GIB = 2**30
-TIMEOUT_S = 20
+TIMEOUT_S = 60
 
 
 @pytest.fixture(scope="module")

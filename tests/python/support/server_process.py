@@ -16,7 +16,7 @@ from types import TracebackType
 import httpx
 
 START_TIMEOUT_S = 120.0
-STOP_TIMEOUT_S = 30.0
+STOP_TIMEOUT_S = 60.0
 _READY = re.compile(r"^lora-serve: serving .* at (http://\S+)$", re.MULTILINE)
 
 
