@@ -16,7 +16,7 @@ from lora_serve.executor.model_executor import ModelExecutor
 from lora_serve.server import launch
 
 STEPS_VARIABLE = "LORA_SERVE_TEST_STEPS"
-"""Names a file; while it is there, the engine makes no more steps than its first word says, from its newest text on."""
+"""Names a file; while it is there, the engine makes as many steps as its first word says, for each text."""
 START_VARIABLE = "LORA_SERVE_TEST_START"
 """Names a file; while it is there, an engine process does not become ready."""
 
