@@ -161,5 +161,5 @@ class SchedulerRun:
             if not self.scheduler.has_work:
                 return
             if self.step() is None and not self.in_flight:
-                time.sleep(0.0005)  # An adapter is being read.
+                time.sleep(0.005)  # An adapter is being read.
         raise AssertionError(f"work is left after {max_steps} steps: {self.scheduler.stats()}")

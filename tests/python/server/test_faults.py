@@ -18,7 +18,7 @@ from support.server_process import ServerProcess
 from support.tiny_checkpoint import make_tiny_checkpoint
 
 MAX_CONNECTIONS = 40
-WAIT_S = 30.0
+WAIT_S = 60.0
 COMPLETION = {"model": "tiny", "prompt": "hello", "max_tokens": 2, "temperature": 0}
 
 
