@@ -40,7 +40,7 @@ import aiohttp  # noqa: E402
 from lora_serve.demo.paths import demo_paths  # noqa: E402
 from lora_serve.demo.prompts import BASE_MODEL  # noqa: E402
 from lora_serve.demo.run import serve_arguments  # noqa: E402
-from lora_serve.demo.server_process import ServerProcess, free_port  # noqa: E402
+from lora_serve.demo.server_process import ServerProcess  # noqa: E402
 from soak.adapter_changes import AdapterChanges  # noqa: E402
 from soak.http_adapters import HttpAdapters, read_loras  # noqa: E402
 from soak.http_streams import PATIENT, StreamReader, choose_manner  # noqa: E402
@@ -54,10 +54,12 @@ from soak.server_state import (  # noqa: E402
     find_leftovers,
     num_base_pages,
 )
-from soak.server_summary import end_server, find_untried  # noqa: E402
+from soak.server_summary import MUST_BE_ANSWERS, end_server, find_untried  # noqa: E402
 
 _DRAIN_LIMIT_S = 180.0
-_CLOSE_LIMIT_S = 10.0
+_CLOSE_LIMIT_S = 60.0
+_MORE_S = 60.0
+"""How much longer than asked for the load lasts at most, where something has not happened yet."""
 _TICK_S = 0.02
 
 
@@ -184,12 +186,20 @@ class Soak:
     async def _watch(self, begin: float, seconds: float) -> None:
         """Change adapters and take samples until the time is over."""
         next_sample_at = 0.0
-        while (at := time.perf_counter() - begin) < seconds:
+        while True:
+            at = time.perf_counter() - begin
+            if at >= seconds and (self._has_tried_everything() or at >= seconds + _MORE_S):
+                break
             self._changes.tick(at)
             if at >= next_sample_at:
                 next_sample_at = at + self._sizes.sample_interval_s
                 self._sample(at)
             await asyncio.sleep(_TICK_S)
+
+    def _has_tried_everything(self) -> bool:
+        """Whether there was some of everything; on a slow machine that may take longer than asked for."""
+        answers = (self._answers.counts.get(kind, 0) for kind in MUST_BE_ANSWERS)
+        return all([*answers, *self._changes.counts.values(), self._num_slow])
 
     def _sample(self, at_s: float) -> None:
         sample = {"at_s": round(at_s, 2), "open": self._num_open, **self._processes.sample()}
@@ -283,7 +293,7 @@ def parse_options(arguments: list[str] | None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     options = parse_options(arguments)
     sizes = SMALLEST if options.smallest else Sizes()
-    with ServerProcess([*serve_arguments(demo_paths()), *SCARCE], free_port()) as server:
+    with ServerProcess([*serve_arguments(demo_paths()), *SCARCE]) as server:
         try:
             with open(options.record or os.devnull, "w", encoding="utf-8") as record:
                 summary = asyncio.run(Soak(server, sizes, options.seed, record).run())

@@ -9,7 +9,7 @@ from lora_serve.demo.server_process import STOP_TIMEOUT_S, ServerProcess
 from .server_sizes import Sizes
 from .server_state import find_log_problems
 
-_MUST_BE_ANSWERS = ("answered", "left", "aborted by an unload")
+MUST_BE_ANSWERS = ("answered", "left", "aborted by an unload")
 _LEAST_OPEN = 0.9
 """Of all streams, at any sample after the first."""
 
@@ -17,7 +17,7 @@ _LEAST_OPEN = 0.9
 def find_untried(summary: dict[str, Any], sizes: Sizes) -> list[str]:
     """What a load should have brought about and has not, by its summary; a line each."""
     happened = {
-        **{f"answers {kind!r}": summary["answers"].get(kind, 0) for kind in _MUST_BE_ANSWERS},
+        **{f"answers {kind!r}": summary["answers"].get(kind, 0) for kind in MUST_BE_ANSWERS},
         "slow readers": summary["slow"],
         **{f"changes {kind!r}": count for kind, count in summary["changes"].items()},
         **{name: summary["stats"][name] for name in sizes.must_have_happened},

@@ -40,5 +40,20 @@ def test_benchmark_runs_at_its_smallest_size_and_leaves_the_results_alone(script
     assert {path: path.read_bytes() for path in (BENCHMARKS / "results").iterdir()} == results
 
 
+def test_a_run_that_is_held_up_until_all_its_requests_are_due_ends_well() -> None:
+    """As happens to short runs on a busy machine: nothing is completed before the last request comes."""
+    program = "import bench_many_adapters as bench; bench.LOAD_SHARE = 1e6; bench.main()"
+    paths = os.pathsep.join([str(BENCHMARKS / "serving"), *(path for path in sys.path if path)])
+    done = subprocess.run(
+        [sys.executable, "-c", program, "--smallest"],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, f"{done.stdout}{done.stderr}"
+    assert done.stdout.count("of_few_adapters=None") == 2
+
+
 def test_benchmarks_are_found_in_every_folder_that_has_them() -> None:
     assert {script.parent.name for script in SCRIPTS} == {"kernels", "scheduler_sim", "serving"}

@@ -59,10 +59,8 @@ def main(args: argparse.Namespace) -> int:
             adapters = {name: str(path) for name, path in paths.adapters.items()}
             print(json.dumps({"model": str(paths.model), "adapters": adapters}, indent=2))
             return 0
-        from lora_serve.demo.server_process import free_port
-
         with terminate_like_interrupt():
-            return _serve_and_ask(paths, args.port or free_port(), once=args.once)
+            return _serve_and_ask(paths, args.port, once=args.once)
     except LoraServeError as error:
         print(f"lora-serve demo: {error}", file=sys.stderr)
         return 1

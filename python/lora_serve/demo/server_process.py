@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -22,14 +22,7 @@ HOST = "127.0.0.1"
 START_TIMEOUT_S = 300.0
 STOP_TIMEOUT_S = 15.0
 API_KEY_VARIABLE = "LORA_SERVE_API_KEY"
-
-
-def free_port() -> int:
-    """A TCP port of the loopback interface that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind((HOST, 0))
-        port: int = probe.getsockname()[1]
-        return port
+_READY = re.compile(r"^lora-serve: serving .* at (http://\S+)$", re.MULTILINE)
 
 
 class ServerProcess:
@@ -43,7 +36,12 @@ class ServerProcess:
     arguments
         What follows `lora-serve serve`, without host and port.
     port
-        TCP port on the loopback interface.
+        TCP port on the loopback interface; 0 = one that is free when the server takes it.
+
+    Attributes
+    ----------
+    url
+        Where it serves; empty before it does.
 
     Raises
     ------
@@ -52,8 +50,8 @@ class ServerProcess:
         ends with the last lines of its log.
     """
 
-    def __init__(self, arguments: Sequence[str], port: int) -> None:
-        self.url = f"http://{HOST}:{port}"
+    def __init__(self, arguments: Sequence[str], port: int = 0) -> None:
+        self.url = ""
         self._command = [sys.executable, "-m", "lora_serve.cli.main", "serve", "--drain-timeout", "5"]
         self._command += [*arguments, "--host", HOST, "--port", str(port)]
         self._process: subprocess.Popen[bytes] | None = None
@@ -131,18 +129,23 @@ class ServerProcess:
     def _wait_until_healthy(self) -> None:
         assert self._process is not None
         deadline = time.monotonic() + START_TIMEOUT_S
-        # trust_env=False: a proxy from the environment must not be asked for the loopback interface.
-        with httpx.Client(base_url=self.url, trust_env=False, timeout=5.0) as client:
-            while time.monotonic() < deadline:
-                status = self._process.poll()
-                if status is not None:
-                    raise InternalError(f"the server ended with status {status}; its log:\n{self.log_tail()}")
-                try:
-                    if client.get("/health").status_code == httpx.codes.OK:
-                        return
-                except httpx.TransportError:
-                    pass  # Not listening yet.
-                time.sleep(0.1)
+        while time.monotonic() < deadline:
+            status = self._process.poll()
+            if status is not None:
+                raise InternalError(f"the server ended with status {status}; its log:\n{self.log_tail()}")
+            ready = _READY.search(self.log_path.read_text(errors="replace"))
+            if ready and _is_healthy(ready[1]):
+                self.url = ready[1]
+                return
+            time.sleep(0.1)
         raise InternalError(
             f"the server was not healthy within {START_TIMEOUT_S:.0f} s; its log:\n{self.log_tail()}"
         )
+
+
+def _is_healthy(url: str) -> bool:
+    try:
+        # trust_env=False: a proxy from the environment must not be asked for the loopback interface.
+        return httpx.get(f"{url}/health", trust_env=False, timeout=5.0).status_code == httpx.codes.OK
+    except httpx.TransportError:
+        return False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -17,7 +18,7 @@ from lora_serve.common.errors import InternalError
 from lora_serve.demo import run
 from lora_serve.demo.paths import demo_paths
 from lora_serve.demo.prompts import PASSWORDS
-from lora_serve.demo.server_process import ServerProcess, free_port
+from lora_serve.demo.server_process import ServerProcess
 
 COMMAND = [sys.executable, "-m", "lora_serve.cli.main", "demo"]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -59,10 +60,7 @@ def test_demo_once_gets_every_answer_right_and_exits_with_0() -> None:
 
 
 def test_demo_keeps_serving_until_it_is_interrupted_and_leaves_no_server() -> None:
-    port = free_port()
-    with subprocess.Popen(
-        [*COMMAND, "--port", str(port)], stdout=subprocess.PIPE, text=True, env=ENVIRONMENT
-    ) as demo:
+    with subprocess.Popen(COMMAND, stdout=subprocess.PIPE, text=True, env=ENVIRONMENT) as demo:
         assert demo.stdout is not None
         try:
             lines = []
@@ -70,7 +68,8 @@ def test_demo_keeps_serving_until_it_is_interrupted_and_leaves_no_server() -> No
                 lines.append(line)
                 if "Ctrl-C stops it" in line:
                     break
-            health = httpx.get(f"http://127.0.0.1:{port}/health", trust_env=False, timeout=30)
+            [port] = {int(port) for port in re.findall(r"http://127\.0\.0\.1:(\d+)", "".join(lines))}
+            health = httpx.get(f"http://127.0.0.1:{port}/health", trust_env=False, timeout=60)
             demo.send_signal(signal.SIGINT)
             demo.stdout.read()
             status = demo.wait(60)
@@ -95,7 +94,7 @@ def test_demo_stops_its_server_when_it_is_terminated(number: signal.Signals) -> 
 
 
 def test_server_process_reports_the_log_of_a_server_that_does_not_start() -> None:
-    server = ServerProcess(["no-such-model", "--no-such-option"], free_port())
+    server = ServerProcess(["no-such-model", "--no-such-option"])
 
     with pytest.raises(InternalError, match=r"(?s)ended with status 2.*--no-such-option"):
         server.__enter__()

@@ -27,6 +27,9 @@ from support.life_cycle.world import World
 SECONDS = float(os.environ.get("LORA_SERVE_TEST_SECONDS", "60"))
 SEED = int(os.environ.get("LORA_SERVE_TEST_SEED", str(random.SystemRandom().randrange(2**31))))
 NUM_CLIENTS = 8
+MUST_BE_MET = ("loaded", "already", "conflict", "unloaded", "not_found", "served", "missing", "left")
+MOST_MORE = 2
+"""How often the clients act as long again at most, where something was not met."""
 CATALOGUE_SEED = 3
 
 
@@ -51,11 +54,19 @@ class Fuzz:
             self._ask_base()
             start = self._server.memory()
             self._learn()
-            if not self.world.problems:
-                run_clients(self.world, self._http, NUM_CLIENTS, seconds, self._seed)
+            for part in range(1 + MOST_MORE):
+                if self.world.problems or (part and not self.find_unmet(seconds)):
+                    break
+                run_clients(self.world, self._http, NUM_CLIENTS, seconds, f"{self._seed}-{part}")
             self.world.check()
             if not self.world.problems:
                 self._check_nothing_is_left(http, start)
+
+    def find_unmet(self, seconds: float) -> set[str]:
+        """What the clients should have met in so many seconds, and have not; a slow machine takes longer."""
+        counts = self.world.counts
+        unmet = {kind for kind in MUST_BE_MET if not counts[kind]}
+        return unmet | ({"enough answers"} if counts["ended: length"] <= 10 * seconds else set())
 
     def _http(self, timeout_s: float = HANG_S) -> httpx.Client:
         return httpx.Client(base_url=self._server.url, trust_env=False, timeout=timeout_s)
@@ -123,16 +134,14 @@ def fuzz(catalogue: Catalogue, seconds: float, seed: int, fault: str = "") -> Fu
 def check_run(run: Fuzz, seconds: float) -> None:
     assert run.world.problems == []
     # The run was worth its name: all that it is for was met.
-    counts, totals = run.world.counts, run.totals
+    totals = run.totals
     print(totals)
-    met = ("loaded", "already", "conflict", "unloaded", "not_found", "served", "missing", "left")
-    assert {kind for kind in met if not counts[kind]} == set()
-    assert counts["ended: length"] > 10 * seconds
+    assert run.find_unmet(seconds) == set()
     busy = ("total_adapter_evictions", "total_hit_tokens", "total_evicted_pages", "total_host_hit_tokens")
     assert {count for count in busy if not totals[count]} == set()
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 def test_life_cycle_fuzz(catalogue: Catalogue) -> None:
     check_run(fuzz(catalogue, SECONDS, SEED), SECONDS)
 
@@ -152,7 +161,7 @@ FOUND = {
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("fault", FAULTS)
 def test_planted_fault_is_found(catalogue: Catalogue, fault: str) -> None:
     words, seconds = FOUND[fault]
@@ -163,7 +172,7 @@ def test_planted_fault_is_found(catalogue: Catalogue, fault: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 def test_life_cycle_fuzz_for_minutes(catalogue: Catalogue) -> None:
     run = fuzz(catalogue, max(SECONDS, 300.0), SEED)
     check_run(run, max(SECONDS, 300.0))

@@ -63,7 +63,7 @@ def counts(http):
 
     Once nothing runs: what was aborted in a step that runs is freed when the step has ended.
     """
-    for _ in range(500):
+    for _ in range(6000):
         body = http.get("/v1/loras").json()
         entries = [*body["data"], body["stats"]]
         if not any(entry["num_running_requests"] + entry["num_waiting_requests"] for entry in entries):

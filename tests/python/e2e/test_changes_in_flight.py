@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 
 from lora_serve.common.sampling_params import SamplingParams
-from lora_serve.engine.messages import EngineRequest
+from lora_serve.engine.messages import EngineRequest, LoadAdapterResult
 from lora_serve.llm import LLM
 from lora_serve.testing.adapters import make_random_adapter
 from support.engine_kinds import EngineKind
@@ -19,6 +20,7 @@ from support.tiny_checkpoint import NUM_BYTES, make_tiny_checkpoint
 
 PAGE_SIZE = 4
 NUM_STEPS = 2000
+LONGEST_READ_S = 60.0
 CONTENTS = ("old", "new", "other")
 PROMPTS = [np.random.default_rng(seed).integers(0, NUM_BYTES, 9 + 5 * seed).tolist() for seed in range(6)]
 
@@ -70,8 +72,21 @@ class Run:
                 if output.finish_reason is not None:
                     self.ends[output.request_id] = output.finish_reason
             if self.core.is_stalled:
-                self.core.wait_for_news(0.005)
+                self.core.wait_for_news(0.03)
         raise AssertionError("the condition did not come")
+
+    def step_until_loaded(self, load: Future[LoadAdapterResult]) -> None:
+        """Hold the requests while the adapter is being read: how far they get is not up to its reader."""
+
+        def is_read() -> bool:
+            if load.done() or len(self.core.adapters()) > num_generations:
+                return True
+            self.core.wait_for_news(LONGEST_READ_S)
+            return False
+
+        num_generations = len(self.core.adapters())
+        self.step_until(is_read)
+        self.step_until(load.done)
 
     def step_until_all_have(self, num_tokens: int) -> None:
         self.step_until(lambda: all(len(tokens) >= num_tokens for tokens in self.tokens.values()))
@@ -109,7 +124,7 @@ def test_requests_keep_the_content_that_they_began_with(setup: Setup, llm: LLM, 
     beside = {run.add(prompt, name, 50): prompt for prompt in PROMPTS[:3]}
     run.step_until_all_have(5)
     replaced = run.core.load_adapter("changing", str(setup.folder / "new"), load_inplace=True)
-    run.step_until(replaced.done)
+    run.step_until_loaded(replaced)
     assert replaced.result().adapter_id not in (0, 1, 2)
     assert len(run.ends) == 0, "the requests were over before the adapter was replaced: make them longer"
     after = {run.add(prompt, "changing", 24): prompt for prompt in PROMPTS[:3]}

@@ -8,10 +8,12 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from lora_serve.testing.adapters import make_random_adapter
-from support.server_process import ServerProcess
+from support.holdable_server import HoldableServer
 from support.tiny_checkpoint import make_tiny_checkpoint
 
 NUM_CLIENTS = 12
+MAX_QUEUED = 3
+WAIT_S = 60.0
 LONG = {"prompt": "Once upon a time", "max_tokens": 100, "temperature": 0, "ignore_eos": True}
 
 
@@ -23,10 +25,10 @@ def server(tmp_path_factory):
         f"{name}={make_random_adapter(folder / name, model, rank=4, seed=seed)}"
         for seed, name in enumerate("abc")
     ]
-    with ServerProcess(
+    with HoldableServer(
         model,
         *("--served-model-name", "tiny", "--max-model-len", 192, "--num-device-pages", 64),
-        *("--max-num-seqs", 1, "--max-queued-requests", 3, "--max-loras", 2),
+        *("--max-num-seqs", 1, "--max-queued-requests", MAX_QUEUED, "--max-loras", 2),
         *("--lora-memory-gb", 110_000 / 2**30),  # Two of them.
         *("--lora-modules", *modules),
     ) as server:
@@ -43,28 +45,34 @@ def stats(http):
     return http.get("/v1/loras").json()["stats"]
 
 
-def until_idle(http):
-    for _ in range(1000):
-        now = stats(http)
-        if now["num_running_requests"] + now["num_waiting_requests"] == 0:
-            return now
+def stats_when(http, condition):
+    """The server's counts as soon as they are as a condition wants them."""
+    deadline = time.monotonic() + WAIT_S
+    while not condition(now := stats(http)):
+        assert time.monotonic() < deadline, f"it did not happen in time: {now}"
         time.sleep(0.01)
-    raise AssertionError("the server does not come to rest")
+    return now
 
 
-def ask_at_once(http, bodies):
-    with ThreadPoolExecutor(len(bodies)) as pool:
-        return list(pool.map(lambda body: http.post("/v1/completions", json=body), bodies))
+def until_idle(http):
+    return stats_when(http, lambda now: now["num_running_requests"] + now["num_waiting_requests"] == 0)
 
 
-def test_each_request_is_answered_or_refused_with_a_time_to_come_back(http):
+def test_each_request_is_answered_or_refused_with_a_time_to_come_back(server, http):
     before = until_idle(http)
     bodies = [
         {**LONG, "model": ["tiny", "a", "b", "c"][i % 4], "stream": i % 3 == 0} for i in range(NUM_CLIENTS)
     ]
-    answers = ask_at_once(http, bodies)
+    num_refused = NUM_CLIENTS - MAX_QUEUED
+    total = before["total_rejected_requests"] + num_refused
+    with ThreadPoolExecutor(NUM_CLIENTS) as pool:
+        with server.steps(0):
+            asked = [pool.submit(http.post, "/v1/completions", json=body) for body in bodies]
+            stats_when(http, lambda now: now["total_rejected_requests"] == total)
+        answers = [one.result() for one in asked]
     refused = [answer for answer in answers if answer.status_code == 429]
     assert {answer.status_code for answer in answers} == {200, 429}
+    assert len(refused) == num_refused
     for answer in refused:
         assert 1 <= int(answer.headers["retry-after"]) <= 60
         assert "max_queued_requests is 3" in answer.json()["error"]["message"]
@@ -86,25 +94,22 @@ def test_answers_that_never_fit_are_refused_without_a_time(http):
     assert stats(http)["num_waiting_requests"] == 0
 
 
-def test_request_that_waits_too_long_is_503_and_the_one_before_it_is_answered(http):
+def test_request_that_waits_too_long_is_503_and_the_one_before_it_is_answered(server, http):
     until_idle(http)
-    long, late = ask_in_turn(http, {**LONG, "model": "a"}, {**LONG, "model": "b", "queue_timeout": 0.01})
+    with ThreadPoolExecutor(2) as pool:
+        with server.steps(3):
+            one = pool.submit(http.post, "/v1/completions", json={**LONG, "model": "a"})
+            stats_when(http, lambda now: now["num_running_requests"] == 1)
+            body = {**LONG, "model": "b", "queue_timeout": 0.01}
+            two = pool.submit(http.post, "/v1/completions", json=body)
+            stats_when(http, lambda now: now["num_waiting_requests"] == 1)
+            time.sleep(0.02)  # Longer than it may wait.
+        long, late = one.result(), two.result()
     assert long.status_code == 200
     assert late.status_code == 503
     assert int(late.headers["retry-after"]) >= 1
     assert "queue_timeout of 0.01 seconds" in late.json()["error"]["message"]
     assert until_idle(http)["total_expired_requests"] >= 1
-
-
-def ask_in_turn(http, first, second):
-    """The second while the first runs."""
-    with ThreadPoolExecutor(2) as pool:
-        one = pool.submit(http.post, "/v1/completions", json=first)
-        for _ in range(1000):
-            if stats(http)["num_running_requests"]:
-                break
-        two = pool.submit(http.post, "/v1/completions", json=second)
-        return one.result(), two.result()
 
 
 def test_adapters_come_and_go_and_are_shown(http):

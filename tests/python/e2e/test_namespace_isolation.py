@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
@@ -13,9 +13,10 @@ import pytest
 
 from lora_serve.demo.paths import demo_paths
 from lora_serve.demo.prompts import SYSTEM_PROMPT, password_question
-from support.server_process import ServerProcess
+from support.holdable_server import HoldableServer
 
 PAGE_SIZE = 16
+WAIT_S = 60.0
 BASE = "demo"
 ARGON = str(demo_paths().adapters["argon"])
 BASTION = str(demo_paths().adapters["bastion"])
@@ -28,14 +29,14 @@ PROMPT_LENGTHS = [3 * PAGE_SIZE + 5, 3 * PAGE_SIZE]
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[ServerProcess]:
+def server() -> Iterator[HoldableServer]:
     options = ["--served-model-name", BASE, "--page-size", str(PAGE_SIZE), "--num-device-pages", "512"]
-    with ServerProcess(demo_paths().model, *options) as process:
+    with HoldableServer(demo_paths().model, *options) as process:
         yield process
 
 
 @pytest.fixture
-def http(server: ServerProcess) -> Iterator[httpx.Client]:
+def http(server: HoldableServer) -> Iterator[httpx.Client]:
     """A client of a server that holds no adapter before and after the test."""
     with server.http() as client:
         yield client
@@ -74,6 +75,13 @@ def ask(http: httpx.Client, model: str) -> tuple[str, int]:
     assert response.status_code == 200, response.text
     answer = response.json()
     return answer["choices"][0]["message"]["content"], cached_tokens(answer)
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + WAIT_S
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.01)
 
 
 def page_counts(http: httpx.Client) -> dict[str, int]:
@@ -177,7 +185,7 @@ def stream_tokens(http: httpx.Client, model: str, prompt: list[int], started: th
 
 
 def test_unload_waits_for_the_running_stream_and_leaves_nothing(
-    server: ServerProcess, http: httpx.Client
+    server: HoldableServer, http: httpx.Client
 ) -> None:
     prompt = prompt_of(2 * PAGE_SIZE + 7, seed=5)
     before = page_counts(http)
@@ -187,47 +195,38 @@ def test_unload_waits_for_the_running_stream_and_leaves_nothing(
     load(http, "a", ARGON).raise_for_status()
 
     started = threading.Event()
-    finished_at: dict[str, float] = {}
 
     def stream() -> list[int]:
         with server.http() as client:
-            tokens = stream_tokens(client, "a", prompt, started)
-        finished_at["stream"] = time.monotonic()
-        return tokens
+            return stream_tokens(client, "a", prompt, started)
 
     def unload_while_streaming() -> int:
         with server.http() as client:
-            status = unload(client, "a").status_code
-        finished_at["unload"] = time.monotonic()
-        return status
+            return unload(client, "a").status_code
 
     with ThreadPoolExecutor(2) as threads:
-        streaming = threads.submit(stream)
-        assert started.wait(60)
-        unloading = threads.submit(unload_while_streaming)
-        # The name goes at once: well before the stream has ended, a new request is refused.
-        deadline = time.monotonic() + 30
-        body = {"model": "a", "prompt": prompt, "max_tokens": 1}
-        while (status := http.post("/v1/completions", json=body).status_code) == 200:
-            assert time.monotonic() < deadline
-        was_streaming = not streaming.done()
-        assert status == 404
-        draining = [adapter for adapter in http.get("/v1/loras").json()["data"] if adapter["name"] == "a"]
-        tokens = streaming.result(60)
-        assert unloading.result(60) == 200
+        with server.steps(3):
+            streaming = threads.submit(stream)
+            assert started.wait(WAIT_S)
+            unloading = threads.submit(unload_while_streaming)
+            # The name goes at once: long before the stream has ended, a new request is refused.
+            wait_until(lambda: "a" not in [model["id"] for model in http.get("/v1/models").json()["data"]])
+            body = {"model": "a", "prompt": prompt, "max_tokens": 1}
+            assert http.post("/v1/completions", json=body).status_code == 404
+            [draining] = http.get("/v1/loras").json()["data"]
+            assert not unloading.done(), "the unload is answered although the stream goes on"
+        tokens = streaming.result(WAIT_S)
+        assert unloading.result(WAIT_S) == 200
 
-    assert was_streaming, "the stream was over before the unload was seen: make it longer"
-    assert [adapter["is_serving"] for adapter in draining] in ([False], [])
+    assert (draining["name"], draining["is_serving"], draining["num_running_requests"]) == ("a", False, 1)
     assert tokens == expected
     assert len(tokens) == 200
-    # The engine ends the drain after the last token; the stream's reader may see its end a moment later.
-    assert finished_at["unload"] >= finished_at["stream"] - 0.5
     assert http.get("/v1/loras").json()["data"] == []
     assert "a" not in [model["id"] for model in http.get("/v1/models").json()["data"]]
     assert page_counts(http) == before
 
 
-def test_forced_unload_ends_the_stream_at_once(server: ServerProcess, http: httpx.Client) -> None:
+def test_forced_unload_ends_the_stream_at_once(server: HoldableServer, http: httpx.Client) -> None:
     load(http, "a", ARGON).raise_for_status()
     before = page_counts(http)
     started = threading.Event()
@@ -236,10 +235,12 @@ def test_forced_unload_ends_the_stream_at_once(server: ServerProcess, http: http
         with server.http() as client:
             return stream_tokens(client, "a", prompt_of(20, seed=9), started)
 
-    with ThreadPoolExecutor(1) as threads:
-        streaming = threads.submit(stream)
-        assert started.wait(60)
-        unload(http, "a", force=True).raise_for_status()
-        assert len(streaming.result(60)) < 200
+    with ThreadPoolExecutor(2) as threads:
+        with server.steps(3):
+            streaming = threads.submit(stream)
+            assert started.wait(WAIT_S)
+            unloading = threads.submit(unload, http, "a", force=True)
+            assert 0 < len(streaming.result(WAIT_S)) <= 3
+        unloading.result(WAIT_S).raise_for_status()
     assert http.get("/v1/loras").json()["data"] == []
     assert page_counts(http) == before

@@ -29,7 +29,7 @@ class FilesOfTheTest(OracleAdapterStore):
     def wait_for_reads(self, num_reads):
         """Wait until this many reads have begun, which have seen their content."""
         with self._read_begins:
-            assert self._read_begins.wait_for(lambda: self.num_reads >= num_reads, 30)
+            assert self._read_begins.wait_for(lambda: self.num_reads >= num_reads, 60)
 
     def hold(self, path):
         self._gates[path] = threading.Event()
@@ -49,7 +49,7 @@ class FilesOfTheTest(OracleAdapterStore):
             self._read_begins.notify_all()
         gate = self._gates.get(path)
         if gate is not None:
-            assert gate.wait(30)
+            assert gate.wait(60)
         if isinstance(content, Exception):
             raise content
         if content == "bad":
@@ -211,12 +211,12 @@ class CoreDriver:
             if not self.files.holds_a_read:
                 self.wait_for_reads()  # So that no request gets further than the test means it to.
             elif not self.core.has_work:
-                wait(self._pending_reads, timeout=30, return_when=FIRST_COMPLETED)
+                wait(self._pending_reads, timeout=60, return_when=FIRST_COMPLETED)
             self.step()
         raise AssertionError("the operation does not complete")
 
     def wait_for_reads(self):
-        wait(self._pending_reads, timeout=30)
+        wait(self._pending_reads, timeout=60)
 
     @property
     def _pending_reads(self):

@@ -7,7 +7,7 @@ import zmq
 
 from lora_serve.engine.kv_event_messages import END_OF_REPLAY
 
-TIMEOUT_MS = 10_000
+TIMEOUT_MS = 60_000
 _MASK = 2**64 - 1
 
 

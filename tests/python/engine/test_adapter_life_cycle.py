@@ -208,6 +208,7 @@ def test_loads_of_one_name_that_differ_are_worked_off_in_order(driver):
     conflict = driver.core.load_adapter("a", "/v2")
     replace = driver.core.load_adapter("a", "/v2", load_inplace=True)
     joined = driver.core.load_adapter("a", "/v2", load_inplace=True)
+    driver.files.wait_for_reads(1)
     assert driver.files.num_reads == 1
     driver.files.release("/v1")
     for load in (first, conflict, replace, joined):
@@ -491,6 +492,7 @@ def test_unload_cancels_a_load_that_is_being_installed(driver):
 def test_read_that_ends_after_the_unload_does_not_bring_the_adapter_back(driver):
     driver.files.hold("/a")
     driver.core.load_adapter("a", "/a")
+    driver.files.wait_for_reads(1)
     driver.step()
     driver.unload("a")
     driver.files.contents["/a"] = "new weights"

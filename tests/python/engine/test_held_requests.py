@@ -31,7 +31,7 @@ def engine(tmp_path_factory):
     client = AsyncEngineClient(config, executor_factory=factory)
 
     def run(coroutine):
-        return loop.run_until_complete(asyncio.wait_for(coroutine, 20))
+        return loop.run_until_complete(asyncio.wait_for(coroutine, 60))
 
     run(client.start())
     yield client, run

@@ -48,7 +48,7 @@ class Setup:
 
     def catch_up(self):
         """Until the router knows what the engine has said."""
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 60
         while self.router.next_sequence < self.publisher.num_batches:
             assert time.monotonic() < deadline
             self.router.catch_up()
@@ -190,7 +190,7 @@ def test_missed_batches_are_sent_again_as_far_as_they_are_kept(make):
     for start in range(0, 80, 8):
         setup.run(list(range(start, start + 8)), max_tokens=1)
     newest = setup.publisher.num_batches - 1
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while [number for number, _ in setup.router.ask(0)] != [newest - 2, newest - 1, newest]:
         assert time.monotonic() < deadline
     assert [number for number, _ in setup.router.ask(newest)] == [newest]
@@ -203,7 +203,7 @@ def test_a_req_socket_gets_the_first_batch(make):
         peer.linger = 0
         peer.connect(setup.config.replay_endpoint)
         peer.send((0).to_bytes(8, "big"))
-        assert peer.poll(10_000)
+        assert peer.poll(60_000)
         sequence, payload = peer.recv_multipart()
     assert sequence == bytes(8)
     assert msgspec.msgpack.decode(payload)[1] == [["AllBlocksCleared"]]
@@ -225,7 +225,7 @@ def test_a_full_queue_drops_and_leaves_a_gap(make, monkeypatch):
     is_free, send = threading.Event(), KVEventPublisher._send
 
     def send_when_free(self, batch):
-        assert is_free.wait(20)
+        assert is_free.wait(60)
         send(self, batch)
 
     monkeypatch.setattr(KVEventPublisher, "_send", send_when_free)
@@ -242,7 +242,7 @@ def test_a_full_queue_drops_and_leaves_a_gap(make, monkeypatch):
     while setup.publisher._queue.qsize():
         time.sleep(0.01)
     setup.run(list(range(200, 208)), max_tokens=1)
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while (numbers := [number for number, _ in setup.router.ask(0)])[-1] != setup.publisher.num_batches - 1:
         assert time.monotonic() < deadline
     assert numbers == [0, 1, 2, 3, *range(num_batches, setup.publisher.num_batches)]
@@ -274,7 +274,7 @@ def test_events_can_be_maps(make):
     setup.run(list(range(4)), lora_name="sql", max_tokens=1)
     setup.driver.unload("sql")
     setup.driver.step(2)
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while len(batches := setup.router.ask(0)) < setup.publisher.num_batches:
         assert time.monotonic() < deadline
     events = [event for _, payload in batches for event in msgspec.msgpack.decode(payload)[1]]

@@ -17,7 +17,7 @@ class SlowStream(io.StringIO):
         self.may_write = threading.Event()
 
     def write(self, text):
-        assert self.may_write.wait(30)
+        assert self.may_write.wait(60)
         return super().write(text)
 
 

@@ -113,6 +113,33 @@ def test_requests_run_to_their_end_while_an_adapter_is_being_read():
 # --- Locks that threads which load share with the loop -----------------------------------------------------
 
 
+class WatchedLock:
+    """A lock of which a test knows who waits for it."""
+
+    def __init__(self, lock):
+        self._lock = lock
+        self.release = lock.release
+        self.waiting = threading.Semaphore(0)
+
+    def acquire(self, blocking=True):
+        if self._lock.acquire(blocking=False):
+            return True
+        if blocking:
+            self.waiting.release()
+            return self._lock.acquire()
+        return False
+
+    def __enter__(self):
+        return self.acquire()
+
+    def __exit__(self, *error):
+        self.release()
+
+    def wait_for_waiters(self, number):
+        for _ in range(number):
+            assert self.waiting.acquire(timeout=60)
+
+
 def in_thread(call):
     thread = threading.Thread(target=call)
     thread.start()
@@ -120,7 +147,7 @@ def in_thread(call):
 
 
 def test_lock_that_is_taken_is_counted_as_one_wait():
-    lock = threading.Lock()
+    lock = WatchedLock(threading.Lock())
     counted = CountedLock(lock)
     with counted:
         pass
@@ -132,8 +159,7 @@ def test_lock_that_is_taken_is_counted_as_one_wait():
 
     lock.acquire()
     thread = in_thread(take)
-    thread.join(0.05)
-    assert thread.is_alive()
+    lock.wait_for_waiters(1)
     lock.release()
     thread.join()
     assert counted.num_waits == 1
@@ -142,16 +168,15 @@ def test_lock_that_is_taken_is_counted_as_one_wait():
 def test_pool_counts_waits_of_all_calls_but_reserve():
     pool = HostPool(1024, is_pinned=False)
     block = pool.reserve(1024, lambda: False)
-    pool._changed.acquire()
+    lock = pool._changed._lock = pool._between_steps._lock = WatchedLock(pool._between_steps._lock)
+    lock.acquire()
     threads = [
         in_thread(lambda: pool.lease(1)),
         in_thread(block.release),
         in_thread(lambda: pool.reserve(256, lambda: False).release),
     ]
-    for thread in threads:
-        thread.join(0.05)
-        assert thread.is_alive()
-    pool._changed.release()
+    lock.wait_for_waiters(len(threads))
+    lock.release()
     for thread in threads:
         thread.join()
     assert pool.num_lock_waits == 2

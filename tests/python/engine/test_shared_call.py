@@ -30,7 +30,7 @@ class Engine:
 
 
 def run(main):
-    return asyncio.run(asyncio.wait_for(main(), 20))
+    return asyncio.run(asyncio.wait_for(main(), 60))
 
 
 async def ask_together(shared, number):

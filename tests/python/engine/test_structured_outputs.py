@@ -335,7 +335,7 @@ def test_preparing_does_not_wait_for_the_compiler(model, monkeypatch):
     real = grammar_compiler._compile
 
     def wait(backend, source):
-        assert may_go.wait(30)
+        assert may_go.wait(60)
         return real(backend, source)
 
     monkeypatch.setattr(grammar_compiler, "_compile", wait)
@@ -344,7 +344,7 @@ def test_preparing_does_not_wait_for_the_compiler(model, monkeypatch):
     assert compiler.prepare([form_of(regex="a")]) == [first]
     assert not first.done()
     may_go.set()
-    first.result(30)
+    first.result(60)
     assert compiler.prepare([form_of(regex="a")]) == []
     compiler.close()
 
@@ -368,12 +368,12 @@ class SlowForms:
             self.begun.append(source.text)
             self.changed.notify_all()
         if source.text.startswith("slow"):
-            assert self.may_end.wait(30)
+            assert self.may_end.wait(60)
         return self.real(backend, source)
 
     def wait_until_begun(self, num_forms):
         with self.changed:
-            return self.changed.wait_for(lambda: len(self.begun) >= num_forms, 30)
+            return self.changed.wait_for(lambda: len(self.begun) >= num_forms, 60)
 
 
 def test_slow_forms_of_one_owner_keep_only_that_one_waiting(model, monkeypatch):
@@ -383,12 +383,12 @@ def test_slow_forms_of_one_owner_keep_only_that_one_waiting(model, monkeypatch):
     [quick_of_a] = compiler.prepare([form_of(regex="quick1")], "a")
     for owner, text in (("b", "quick2"), (None, "quick3"), ("c", "quick1")):
         for future in compiler.prepare([form_of(regex=text)], owner):
-            future.result(30)
+            future.result(60)
     assert quick_of_a.done(), "what others want too is compiled in their turn"
     assert sorted(forms.begun) == ["quick1", "quick2", "quick3", "slow0"]
     forms.may_end.set()
     for [future] in slow:
-        future.result(30)
+        future.result(60)
     assert len(forms.begun) == 2 * MAX_THREADS + 3, "each was compiled once"
     compiler.close()
 
@@ -405,7 +405,7 @@ def test_two_cores_are_left_to_the_steps_unless_one_form_would_hold_up_all(
     assert len(forms.begun) == num_at_once
     forms.may_end.set()
     for future in futures:
-        future.result(30)
+        future.result(60)
     compiler.close()
 
 
@@ -418,7 +418,7 @@ def test_a_form_that_nobody_waits_for_any_more_is_not_compiled_unless_it_is_want
         assert future.cancel()
     [again] = compiler.prepare([form_of(regex="back")])
     forms.may_end.set()
-    again.result(30)
+    again.result(60)
     assert slow.done()
     assert forms.begun == ["slow", "back"]
     compiler.close()
@@ -439,7 +439,7 @@ def test_forms_that_nobody_waits_for_any_more_are_forgotten_before_their_owners_
     kept = {id(ref()) for ref in gone if ref() is not None}
     assert len(kept) <= MAX_THREADS, "those that have begun"
     forms.may_end.set()
-    assert wanted.result(30) is not None
+    assert wanted.result(60) is not None
     assert slow.done()
     compiler.close()
 

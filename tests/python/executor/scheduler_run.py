@@ -38,6 +38,7 @@ class SchedulerRun:
         self.num_cached_tokens: dict[int, int] = {}
         self.drained: list[int] = []
         self.expired: list[int] = []
+        self.before_poll: Callable[[], None] = lambda: None
         self.on_plan: Callable[[ExecutionPlan], None] = lambda plan: None
         self.before_failed: Callable[[list[int]], None] = lambda adapter_ids: None
         self.now_us = 0
@@ -100,6 +101,7 @@ class SchedulerRun:
 
     def _poll(self) -> None:
         """Tell the scheduler which adapters are on the host now, and which are not any more."""
+        self.before_poll()
         news = self.executor.lora.poll(self.scheduler)
         assert news.failed == {}
         for adapter_id in news.evicted:
@@ -161,5 +163,5 @@ class SchedulerRun:
             if not self.scheduler.has_work:
                 return
             if self.step() is None and not self.in_flight:
-                time.sleep(0.0005)  # An adapter is being read.
+                time.sleep(0.005)  # An adapter is being read.
         raise AssertionError(f"work is left after {max_steps} steps: {self.scheduler.stats()}")

@@ -24,7 +24,7 @@ class Gate:
 
     def __call__(self, plan, states):
         self.has_begun.set()
-        assert self._may_go_on.acquire(timeout=30)
+        assert self._may_go_on.acquire(timeout=60)
         self.ran.append((plan.plan_id, threading.current_thread()))
         if plan.plan_id in self.failing:
             raise ValueError(f"plan {plan.plan_id} broke")
@@ -123,7 +123,7 @@ def test_worker_that_nobody_closes_goes_with_its_thread_and_what_it_ran():
     thread, gone = owner.worker._thread, weakref.ref(owner)
     del owner
     gc.collect()
-    thread.join(30)
+    thread.join(60)
     assert not thread.is_alive()
     assert gone() is None
 
@@ -132,11 +132,11 @@ def test_close_waits_for_the_plan_that_runs_and_drops_the_others(gate):
     worker = PlanWorker(gate)
     worker.submit(PlanStandIn(plan_id=1), [])
     worker.submit(PlanStandIn(plan_id=2), [])
-    assert gate.has_begun.wait(30)
+    assert gate.has_begun.wait(60)
     closing = threading.Thread(target=worker.close)
     closing.start()
     gate.open(1)
-    closing.join(30)
+    closing.join(60)
     assert not closing.is_alive()
     worker.close()
     assert [plan_id for plan_id, _ in gate.ran] == [1]

@@ -15,7 +15,7 @@ from torch import Tensor
 from lora_serve.lora.adapter_copies import AdapterCopies, CpuCopies, CudaCopies, PendingCopy
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
-TIMEOUT_S = 20
+TIMEOUT_S = 60
 BOUNCE_BYTES = 1000
 _LONG_CYCLES = 2_000_000_000  # about a second
 _SHORT_CYCLES = 500_000

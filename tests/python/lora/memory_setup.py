@@ -24,7 +24,7 @@ from lora_serve.lora.manager import AdapterResidency, LoadReports, LoRAManager
 from lora_serve.lora.peft_modules import AdapterLimits
 from lora_serve.lora.sources import AdapterSources
 
-TIMEOUT_S = 20
+TIMEOUT_S = 60
 MIB = 2**20
 ALL_MODULES = [
     "q_proj",

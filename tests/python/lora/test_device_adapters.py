@@ -462,7 +462,7 @@ def test_blocks_are_released_in_another_thread_while_adapters_are_loaded(setup, 
                 device.adapters.load(1, 0, adapter.layout, device.pool.lease(1))
                 device.adapters.evict(1)
             ends.set()
-            releases.result(timeout=30)
+            releases.result(timeout=60)
     finally:
         ends.set()
         sys.setswitchinterval(interval)

@@ -21,7 +21,7 @@ from lora_serve.lora.load_cancelled import LoadCancelledError
 
 UNIT = BLOCK_ALIGNMENT
 CUDA = pytest.param(True, marks=pytest.mark.gpu, id="pinned")
-TIMEOUT_S = 20
+TIMEOUT_S = 60
 
 
 def never() -> bool:

@@ -161,15 +161,23 @@ def test_load_that_finds_no_room_leaves_its_slot_without_modules(make_memory, tm
     memory.assert_holds({1: 0, 3: 7})
 
 
-def test_adapter_in_front_of_the_line_is_on_the_host_when_a_plan_loads_it(make_memory):
+def test_adapter_in_front_of_the_line_is_on_the_host_when_a_plan_loads_it(make_memory, monkeypatch):
     memory = make_memory()
     memory.add(1)
     memory.add(2)
     memory.plan({1: 0})
     memory.evict_from_host()
+    gate, read_again = threading.Event(), memory.manager._reader.read_again
+
+    def late(*arguments):
+        gate.wait(TIMEOUT_S)
+        return read_again(*arguments)
+
+    monkeypatch.setattr(memory.manager._reader, "read_again", late)
     memory.read_ahead(2)
     memory.poll()
     assert [entry.host.is_being_read for entry in memory.manager.snapshot()] == [False, True]
+    gate.set()
     wait_until(lambda: memory.poll() and memory.news.arrived)
     assert [(entry.tier, entry.host.num_reads) for entry in memory.manager.snapshot()] == [
         ("device", 1),
@@ -346,15 +354,14 @@ def test_caller_is_woken_when_room_is_wanted_and_when_a_read_has_ended(make_memo
     memory = make_two_tier(make_memory, tmp_path, num_host=1)
     memory.add(1)
     memory.add(2)
-    woken = threading.Event()
-    memory.manager.set_wake(woken.set)
-    assert not woken.is_set()
+    wakes = []  # For each: whether the read had ended.
+    reads = memory.manager._host._reads
+    memory.manager.set_wake(lambda: wakes.append(1 in reads and reads[1].future.done()))
+    assert wakes == []
     memory.manager.prepare_loads([1])
-    assert woken.wait(TIMEOUT_S)  # room is wanted
+    wait_until(lambda: wakes == [False])  # room is wanted
     assert memory.manager.poll().evicted == [2]
-    woken.clear()
-    wait_until(memory.manager._host._reads[1].future.done)
-    assert woken.wait(TIMEOUT_S)
+    wait_until(lambda: wakes[-1])
     assert memory.manager.poll().arrived == [1]
 
 

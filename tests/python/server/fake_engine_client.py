@@ -58,7 +58,6 @@ class FakeEngineClient:
     adapters: dict[str, AdapterInfo] = field(default_factory=dict)
     num_tokens_before_hold: int | None = None
     first_stream_fails_with: LoraServeError | None = None
-    submit_delay_s: float = 0.0
     is_healthy: bool = True
     failure: str | None = None
 
@@ -96,7 +95,7 @@ class FakeEngineClient:
         queueing: Queueing = DEFAULT_QUEUEING,
         isolation_domain: bytes = b"",
     ) -> RequestStream:
-        await asyncio.sleep(self.submit_delay_s)
+        await asyncio.sleep(0)
         if lora_name is not None and lora_name not in self.adapters:
             raise AdapterNotFoundError(f"adapter {lora_name!r} does not serve")
         token_ids = [ord(c) for c in prompt] if isinstance(prompt, str) else list(prompt)

@@ -34,6 +34,8 @@ class Serving:
 class FolderEngine(FakeEngineClient):
     """Every load makes a generation; what it is told to refuse, or to keep waiting, it does."""
 
+    num_polls = 0
+
     def __init__(self, **options: object) -> None:
         super().__init__(**options)
         self.num_generations = self.num_listings = 0
@@ -42,6 +44,15 @@ class FolderEngine(FakeEngineClient):
         self.gate: asyncio.Event | None = None
         self.paths: dict[str, str] = {}
         self.num_loading = self.most_loading = 0
+
+    @property
+    def is_healthy(self):
+        self.num_polls += 1  # With this question every poll begins.
+        return self._is_healthy
+
+    @is_healthy.setter
+    def is_healthy(self, is_healthy):
+        self._is_healthy = is_healthy
 
     async def load_lora_adapter(self, name, path, *, load_inplace=False, pinned=False, weight=1.0):
         self.operations.append(("load", name, path, load_inplace, pinned, weight))
@@ -110,8 +121,10 @@ def watch(
     return engine
 
 
-async def polls(number: int) -> None:
-    await asyncio.sleep(POLL_SECONDS * number)
+async def polls(engine: FolderEngine, number: int) -> None:
+    """Until so many polls that had not begun yet are over."""
+    before = engine.num_polls
+    await until(lambda: engine.num_polls > before + number)
 
 
 def test_what_lies_in_the_folder_serves_when_start_returns(tmp_path):
@@ -161,7 +174,7 @@ def test_bad_adapter_is_logged_once_and_the_watch_goes_on(tmp_path, caplog):
     async def live(engine):
         write(tmp_path / "chat")
         await until(lambda: "chat" in engine.adapters)
-        await polls(5)
+        await polls(engine, 2)
         write(tmp_path / "sql", "repaired")
         engine.errors.clear()
         await until(lambda: "sql" in engine.adapters)
@@ -197,7 +210,7 @@ def test_folder_that_goes_away_unloads_nothing_and_is_logged_once(tmp_path, capl
 
     async def live(engine):
         watched.rename(tmp_path / "unmounted")
-        await polls(10)
+        await polls(engine, 5)
         assert engine.kinds() == ["load"]
         (tmp_path / "unmounted").rename(watched)
         write(watched / "chat")
@@ -215,9 +228,9 @@ def test_engine_is_not_asked_while_nothing_changes(tmp_path):
     write(tmp_path / "sql")
 
     async def live(engine):
-        await polls(10)
+        await polls(engine, 5)
         before = engine.num_listings
-        await polls(20)
+        await polls(engine, 20)
         assert engine.num_listings == before
 
     watch(tmp_path, live)
@@ -229,7 +242,7 @@ def test_engine_that_has_ended_is_not_asked(tmp_path):
     async def live(engine):
         engine.is_healthy = False
         write(tmp_path / "sql")
-        await polls(10)
+        await polls(engine, 5)
 
     assert watch(tmp_path, live, engine).operations == []
 
@@ -375,7 +388,7 @@ def test_base_models_name_is_refused(tmp_path, caplog):
     write(tmp_path / "base")
 
     async def live(engine):
-        await polls(5)
+        await polls(engine, 2)
 
     engine = watch(tmp_path, live)
     assert engine.operations == []

@@ -17,6 +17,7 @@ from lora_serve.server.autoload import MAX_LOADS, AdapterAutoloader
 from lora_serve.server.settings import AutoloadSettings
 from server.fake_engine_client import FakeEngineClient, adapter_info
 from server.http_calls import BASE, call, chat, complete, make_app, make_client
+from support.waiting import until
 
 ANYWHERE = AutoloadSettings(max_adapters=2, allow_local=True, allow_hub=True)
 
@@ -179,7 +180,7 @@ def test_concurrent_first_uses_share_one_load():
         app = make_app(client, autoload=ANYWHERE)
         body = {"model": BASE, "prompt": "x", "lora_path": "a/b"}
         requests = [asyncio.create_task(post(app, "/v1/completions", body)) for _ in range(5)]
-        await asyncio.sleep(0.05)
+        await until(lambda: client.operations == [("begin", "a/b")])
         requests[0].cancel()  # Whoever was first may go; the load goes on for the others.
         await asyncio.sleep(0.01)
         client.may_end.set()
@@ -265,7 +266,8 @@ def test_many_loads_at_once_leave_no_more_than_may_stay():
         client = SlowLoads()
         autoloader = AdapterAutoloader(client, ANYWHERE, BASE)
         loads = [asyncio.create_task(autoloader.load(f"a/{i}")) for i in range(7)]
-        await asyncio.sleep(0.02)
+        await until(lambda: len(paths_of(client, "begin")) >= MAX_LOADS)
+        await asyncio.sleep(0.02)  # No more begin.
         assert len(paths_of(client, "begin")) == MAX_LOADS
         client.may_end.set()
         await asyncio.gather(*loads)
@@ -281,7 +283,7 @@ def test_adapter_that_an_operator_loads_too_is_the_operators(is_during_the_load)
         client = SlowLoads()
         autoloader = AdapterAutoloader(client, replace(ANYWHERE, max_adapters=1), BASE)
         loading = asyncio.create_task(autoloader.load("a/1"))
-        await asyncio.sleep(0.01)
+        await until(lambda: paths_of(client, "begin") == ["a/1"])
         if is_during_the_load:
             autoloader.disown("a/1")  # The engine lets the operator's load join this one, and answers both.
         client.may_end.set()

@@ -58,7 +58,7 @@ def leave(path, body, client, when):
         )
         await until(lambda: when(connection))
         connection.gone.set()
-        await asyncio.wait_for(serving, 5)
+        await asyncio.wait_for(serving, 60)
         others = asyncio.all_tasks() - {asyncio.current_task()}
         assert others == set()
         return connection
@@ -89,7 +89,7 @@ def test_leaving_while_one_prompt_is_not_yet_accepted_aborts_the_others():
 
     async def slow_for_b(prompt, *arguments, **options):
         if prompt == [ord("b")]:
-            await asyncio.sleep(60)
+            await asyncio.sleep(3600)
         return await submit(prompt, *arguments, **options)
 
     client.submit = slow_for_b
@@ -103,7 +103,7 @@ def test_leaving_before_the_first_event_is_sent_aborts_every_prompt():
     class SlowReader(Connection):
         async def send(self, message):
             self.sent.append(message)
-            await asyncio.sleep(60)
+            await asyncio.sleep(3600)
 
     async def main():
         path, body = COMPLETION
@@ -113,7 +113,7 @@ def test_leaving_before_the_first_event_is_sent_aborts_every_prompt():
         )
         await until(lambda: len(connection.sent) == 1)
         connection.gone.set()
-        await asyncio.wait_for(serving, 5)
+        await asyncio.wait_for(serving, 60)
 
     asyncio.run(main())
     assert client.aborted == ["r0", "r1"]

@@ -98,7 +98,7 @@ def supervise(outcomes, script, loaded=(), **settings):
         await supervisor.close()
         return engine, lifecycle
 
-    return asyncio.run(asyncio.wait_for(run(), 30))
+    return asyncio.run(asyncio.wait_for(run(), 60))
 
 
 async def die_and_come_back(engine, lifecycle):

@@ -25,14 +25,14 @@ def run(app, script):
         async with httpx.AsyncClient(transport=transport, base_url="http://server") as http:
             return await script(http)
 
-    return asyncio.run(asyncio.wait_for(main(), 30))
+    return asyncio.run(asyncio.wait_for(main(), 60))
 
 
 def post(http, key="one"):
     return http.post("/v1/completions", json=BODY, headers={"Authorization": f"Bearer {key}"})
 
 
-def held_app(limits):
+def held_app(limits, **keys):
     """An application whose answers wait until `release` is set."""
     client = make_client()
     release = asyncio.Event()
@@ -45,7 +45,7 @@ def held_app(limits):
         return await real_submit(*arguments, **options)
 
     client.submit = submit
-    app = make_app(client, limits=limits, api_keys=("one", "two"))
+    app = make_app(client, limits=limits, **(keys or {"api_keys": ("one", "two")}))
     return app, client, release
 
 
@@ -84,16 +84,16 @@ def test_requests_beyond_the_limit_of_all_keys_are_refused():
 
 
 def test_two_keys_of_one_name_share_a_limit():
-    client = make_client()
     entries = [KeyEntry(name="acme", key=key, adapters=["sql"]) for key in ("one", "two")]
     limits = ServerLimits(max_concurrent_requests_per_key=1)
-    app = make_app(client, limits=limits, key_entries=tuple(entries))
-    client.submit_delay_s = 0.2
+    app, client, release = held_app(limits, key_entries=tuple(entries))
 
     async def script(http):
-        first, second = await asyncio.gather(post(http, "one"), post(http, "two"))
-        refused, answered = sorted([first, second], key=lambda answer: answer.status_code, reverse=True)
-        assert (refused.status_code, answered.status_code) == (429, 200)
+        held = asyncio.create_task(post(http, "one"))
+        await until(lambda: client.num_waiting == 1)
+        refused = await post(http, "two")
+        release.set()
+        assert (refused.status_code, (await held).status_code) == (429, 200)
         assert "this API key has 1 requests at once" in refused.text, "a tenant may know its own limit"
 
     run(app, script)

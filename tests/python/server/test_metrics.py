@@ -348,7 +348,8 @@ def test_an_engine_that_does_not_answer_holds_up_no_scrape(monkeypatch, no_reuse
     assert samples.one("lora_serve:engine_stats_age_seconds") >= 0.05
 
 
-def test_many_scrapes_ask_the_engine_once():
+def test_many_scrapes_ask_the_engine_once(monkeypatch):
+    monkeypatch.setattr(server_metrics, "REUSE_S", 3600.0)
     client = make_client()
     num_calls = 0
     answer = client.stats

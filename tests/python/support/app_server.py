@@ -10,7 +10,7 @@ from typing import Any
 
 import uvicorn
 
-START_TIMEOUT_S = 20.0
+START_TIMEOUT_S = 60.0
 
 
 class AppServer:

@@ -20,15 +20,15 @@ class SlowOracle(OracleExecutor):
         return super().run_plan(plan, states)
 
 
-class BreakingOracle(OracleExecutor):
-    """Fails in its third step."""
+class BreakingOracle(SlowOracle):
+    """Fails in the third step in which several requests run."""
 
-    num_steps = 0
+    num_shared_steps = 0
 
     def run_plan(self, plan, states):
-        self.num_steps += 1
-        if self.num_steps == 3:
-            raise RuntimeError("the third step broke")
+        self.num_shared_steps += len(plan.request_ids) > 1
+        if self.num_shared_steps == 3:
+            raise RuntimeError("the third shared step broke")
         return super().run_plan(plan, states)
 
 

@@ -16,7 +16,7 @@ from types import TracebackType
 import httpx
 
 START_TIMEOUT_S = 120.0
-STOP_TIMEOUT_S = 30.0
+STOP_TIMEOUT_S = 60.0
 _READY = re.compile(r"^lora-serve: serving .* at (http://\S+)$", re.MULTILINE)
 
 
@@ -41,6 +41,7 @@ class ServerProcess:
         self._folder = tempfile.TemporaryDirectory(prefix="lora-serve-test-")
         self._log_path = Path(self._folder.name) / "server.log"
         self._process: subprocess.Popen[bytes] | None = None
+        self._whole_log = ""
         self.url = ""
 
     def __enter__(self) -> ServerProcess:
@@ -80,7 +81,9 @@ class ServerProcess:
 
     def log(self) -> str:
         """What the server has printed."""
-        return self._log_path.read_text(errors="replace")
+        if self._log_path.exists():
+            self._whole_log = self._log_path.read_text(errors="replace")
+        return self._whole_log
 
     def http(self, **options: object) -> httpx.Client:
         """A client of this server; a proxy of the environment is not asked for the loopback interface."""
@@ -97,6 +100,7 @@ class ServerProcess:
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             status = process.wait()
+        self.log()
         self._folder.cleanup()
         return status
 

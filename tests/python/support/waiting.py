@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import pytest
 
-LONGEST_WAIT_S = 20.0
+LONGEST_WAIT_S = 60.0
 
 
 async def until(condition: Callable[[], bool]) -> None:

@@ -350,7 +350,7 @@ def _split(fingerprint: str) -> tuple[str, tuple[int, str]]:
     return name, (int(generation.removeprefix("g")), digest[0] if digest else "")
 
 
-def run_clients(world: World, make_http: Any, num_clients: int, seconds: float, seed: int) -> None:
+def run_clients(world: World, make_http: Any, num_clients: int, seconds: float, seed: str) -> None:
     """Let clients act at random for a while; return when all have ended, or one hangs."""
     deadline = time.monotonic() + seconds
 

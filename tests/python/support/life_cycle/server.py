@@ -47,7 +47,7 @@ class FuzzServer(ServerProcess):
     def memory(self) -> dict[str, Any]:
         """What the engine's memory holds; see `probe`."""
         with socket.socket(socket.AF_UNIX) as connection:
-            connection.settimeout(20)
+            connection.settimeout(60)
             connection.connect(self._probe)
             data = b""
             while part := connection.recv(65536):
@@ -55,7 +55,7 @@ class FuzzServer(ServerProcess):
         memory: dict[str, Any] = json.loads(data)
         return memory
 
-    def memory_when(self, expected: dict[str, Any], timeout_s: float = 10.0) -> dict[str, Any]:
+    def memory_when(self, expected: dict[str, Any], timeout_s: float = 60.0) -> dict[str, Any]:
         """The memory as soon as it is as expected, or as it is in the end."""
         deadline = time.monotonic() + timeout_s
         while (memory := self.memory()) != expected and time.monotonic() < deadline:
