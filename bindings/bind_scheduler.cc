@@ -207,7 +207,7 @@ Open a generation with a namespace of its own.
 Parameters
 ----------
 adapter_id : int
-    1 or higher, never used before.
+    1 or higher, and above every id opened before.
 digest_seed : int
     64 bits that seed the hashes of its KV pages.
 size_bytes : int
@@ -228,7 +228,7 @@ bool
 Raises
 ------
 InvalidArgumentError
-    The id was used before or is not 1 or higher, or a field is out of range.
+    The id is not 1 or higher, or not above every id opened before, or a field is out of range.
 CapacityError
     It can never fit beside the pinned ones.
 )doc")

@@ -43,7 +43,6 @@ AdapterTable::AdapterTable(KVPrefixCache* cache, const SchedulerOptions& options
   base_.load_state = LoadState::kResident;
   base_.service_per_token = ServicePerToken(kBaseAdapter, base_.options.weight);
   by_namespace_[kBaseNamespace] = kBaseAdapter;
-  used_ids_.insert(kBaseAdapter);
 }
 
 bool AdapterTable::Open(AdapterId id, const AdapterOptions& options) {
@@ -56,11 +55,11 @@ bool AdapterTable::Open(AdapterId id, const AdapterOptions& options) {
     throw InvalidArgumentError(Subject(id) + " has size_bytes " +
                                std::to_string(options.size_bytes) + "; expected 0 or more");
   }
-  if (used_ids_.contains(id)) {
-    throw InvalidArgumentError(
-        Subject(id) +
-        " was opened before; every generation needs an id of its own, also after "
-        "it was drained");
+  if (id <= newest_id_) {
+    throw InvalidArgumentError(Subject(id) + " cannot be opened: the newest one is adapter " +
+                               std::to_string(newest_id_.value()) +
+                               ", and every generation needs an id above all that were opened "
+                               "before, also after they were drained");
   }
   const std::int64_t service_per_token = ServicePerToken(id, options.weight);
   CheckFits(id, options.size_bytes, options.is_pinned);
@@ -73,7 +72,7 @@ bool AdapterTable::Open(AdapterId id, const AdapterOptions& options) {
   adapter.namespace_id = cache_backptr_->OpenNamespace(namespace_options);
   by_namespace_[adapter.namespace_id] = id;
   cache_backptr_->SetAdapterResident(adapter.namespace_id, false);
-  used_ids_.insert(id);
+  newest_id_ = id;
   CountSize(adapter);
   // Those in line were here before, and wait for more than is free.
   const bool is_due = line_.empty() && options.size_bytes <= NumFreeBytes();

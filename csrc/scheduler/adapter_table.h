@@ -6,7 +6,6 @@
 #include <optional>
 #include <set>
 #include <string>
-#include <unordered_set>
 #include <vector>
 
 #include "common/strong_id.h"
@@ -45,8 +44,9 @@ class AdapterTable {
 
   // --- Life -------------------------------------------------------------------------------------
   /// Returns true when the adapter got its bytes and is due.
-  /// Throws: InvalidArgumentError when the id was used before, is the base's or negative, or a
-  /// field is out of range; CapacityError when it can never fit beside the pinned ones.
+  /// Throws: InvalidArgumentError when the id is not above every id opened before, is the base's
+  /// or negative, or a field is out of range; CapacityError when it can never fit beside the pinned
+  /// ones.
   bool Open(AdapterId id, const AdapterOptions& options);
   /// Draining twice changes nothing. Throws: AdapterNotFoundError (unknown, or the base).
   void Drain(AdapterId id);
@@ -194,9 +194,11 @@ class AdapterTable {
   Adapter& base_;
   /// Of every adapter in `adapters_` and its domains, also when the namespace has destroyed itself.
   std::map<NamespaceId, AdapterId> by_namespace_;
-  std::unordered_set<AdapterId> used_ids_;  // looked up only, never iterated
-  std::vector<AdapterId> due_;              // in the order of becoming so
-  std::vector<AdapterId> drained_;          // not reported yet, in the order of completion
+  /// Ids only grow, so this alone tells which were used: a report about a generation that is gone
+  /// can never mean another one.
+  AdapterId newest_id_ = kBaseAdapter;
+  std::vector<AdapterId> due_;      // in the order of becoming so
+  std::vector<AdapterId> drained_;  // not reported yet, in the order of completion
   /// Draining, without requests or load, but copies of their pages are under way.
   std::set<AdapterId> waiting_for_copies_;
   Line line_;

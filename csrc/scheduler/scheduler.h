@@ -49,12 +49,12 @@ class Scheduler {
   Scheduler(const Scheduler&) = delete;
   Scheduler& operator=(const Scheduler&) = delete;
 
-  /// Opens a generation with a namespace of its own. Ids are never reused. Returns true when there
-  /// is room for it without taking another off the device: then the next plan loads it. Otherwise
-  /// it is loaded when requests wait for it, or when it is pinned. A load that fails ends the
-  /// generation: it takes and runs nothing any more; the caller aborts its requests and drains it.
-  /// Throws: InvalidArgumentError when the id was used before, is not above kBaseAdapter, or a
-  /// field is out of range; CapacityError when it can never fit beside the pinned ones.
+  /// Opens a generation with a namespace of its own. Ids only grow. Returns true when there is room
+  /// for it without taking another off the device: then the next plan loads it. Otherwise it is
+  /// loaded when requests wait for it, or when it is pinned. A load that fails ends the generation:
+  /// it takes and runs nothing any more; the caller aborts its requests and drains it.
+  /// Throws: InvalidArgumentError when the id is not above kBaseAdapter and every id opened before,
+  /// or a field is out of range; CapacityError when it can never fit beside the pinned ones.
   bool OpenAdapter(AdapterId adapter_id, const AdapterOptions& options);
 
   /// Pins a generation to the device, or ends that.

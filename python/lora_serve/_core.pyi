@@ -827,7 +827,7 @@ class Scheduler:
         Parameters
         ----------
         adapter_id : int
-            1 or higher, never used before.
+            1 or higher, and above every id opened before.
         digest_seed : int
             64 bits that seed the hashes of its KV pages.
         size_bytes : int
@@ -848,7 +848,7 @@ class Scheduler:
         Raises
         ------
         InvalidArgumentError
-            The id was used before or is not 1 or higher, or a field is out of range.
+            The id is not 1 or higher, or not above every id opened before, or a field is out of range.
         CapacityError
             It can never fit beside the pinned ones.
         """

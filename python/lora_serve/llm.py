@@ -69,7 +69,8 @@ class LLM:
         self._input_processor = InputProcessor(self._core.model_info)
         self._output_processor = OutputProcessor(self._tokenizer)
         self._request_ids = itertools.count()
-        self._last_loads: dict[str, tuple[str, int]] = {}  # Name to path and generation.
+        self._last_loads: dict[str, tuple[str, int]] = {}  # Name to path and generation, of what serves.
+        self._core.on_retired = self._forget_load
 
     # --- Text ---------------------------------------------------------------------------------------------
 
@@ -218,6 +219,7 @@ class LLM:
         AdapterNotFoundError
             The name is not loaded.
         """
+        self._last_loads.pop(name, None)
         return self._wait_for(self._core.unload_adapter(name, force=force))
 
     def list_lora_adapters(self) -> list[AdapterInfo]:
@@ -277,6 +279,10 @@ class LLM:
                 pinned, weight = (serving.pinned, serving.weight) if serving else (False, 1.0)
                 self.load_lora_adapter(name, path, pinned=pinned, weight=weight)
         return name
+
+    def _forget_load(self, adapter_id: int) -> None:
+        """Forget how a generation was loaded that does not serve any more."""
+        self._last_loads = {name: load for name, load in self._last_loads.items() if load[1] != adapter_id}
 
     def _run(self, requests: Sequence[ProcessedRequest], use_tqdm: bool) -> list[RequestOutput]:
         try:

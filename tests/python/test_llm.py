@@ -166,6 +166,16 @@ def test_lora_request_with_a_path_loads_at_its_first_use_and_not_again(llm, fold
     assert [info.name for info in llm.list_lora_adapters()] == ["a"]
 
 
+def test_nothing_is_kept_of_adapters_that_were_unloaded(llm, folder):
+    for name in ("a", "b", "c"):
+        llm.load_lora_adapter(name, str(folder / "a"))
+    llm.unload_lora_adapter("a")
+    llm._core._operations.before_failed({2: "the folder was changed"})
+    llm._core._operations.on_failed({2: "the folder was changed"})
+    assert list(llm._last_loads) == ["c"]
+    assert [info.name for info in llm.list_lora_adapters() if info.is_serving] == ["c"]
+
+
 def test_adapter_of_the_hub_is_asked_for_at_its_first_use_and_not_again(folder, tmp_path, monkeypatch):
     snapshot = make_hub_cache(tmp_path / "cache", "org/sql", folder / "a")
     questions = []

@@ -78,6 +78,8 @@ class AdapterOperations:
         Ends every live request of these generations, for a forced unload or, with the error, a failed load.
     on_read_done : callable
         Called from a reader thread when a read has ended, to wake a loop that waits.
+    on_retired : callable
+        Told the generation whenever a name that served is taken away without an unload.
     """
 
     def __init__(
@@ -88,6 +90,7 @@ class AdapterOperations:
         *,
         abort_requests: Callable[[set[int], LoraServeError | None], None],
         on_read_done: Callable[[], None],
+        on_retired: Callable[[int], None],
     ) -> None:
         self._scheduler = scheduler
         self._registry = registry
@@ -95,6 +98,7 @@ class AdapterOperations:
         self._log = AdapterLog(registry)
         self._abort_requests = abort_requests
         self._on_read_done = on_read_done
+        self._on_retired = on_retired
         self._readers = ThreadPoolExecutor(NUM_READER_THREADS, thread_name_prefix="lora-serve-reader")
         self._loads = LoadQueues()
         self._unloads: list[_Unload] = []
@@ -194,6 +198,7 @@ class AdapterOperations:
             logger.error("%s", error)
             if self._registry.find(generation.name) is generation:
                 self._registry.retire(generation.name)
+                self._on_retired(adapter_id)
             self._abort_requests({adapter_id}, error)
 
     def on_failed(self, failures: dict[int, str]) -> None:

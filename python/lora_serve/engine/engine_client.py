@@ -48,6 +48,8 @@ class LoadedAdapter:
         As of `AsyncEngineClient.load_lora_adapter`.
     content_digest : str
         What was read then.
+    adapter_id : int
+        The generation that its name stands for.
     """
 
     name: str
@@ -55,6 +57,7 @@ class LoadedAdapter:
     pinned: bool
     weight: float
     content_digest: str
+    adapter_id: int
 
 
 class AsyncEngineClient:
@@ -153,7 +156,10 @@ class AsyncEngineClient:
 
     @property
     def loaded_adapters(self) -> list[LoadedAdapter]:
-        """What serves, in the order of the loads; kept when the process ends, until `restart`."""
+        """What serves, in the order of the loads; kept when the process ends, until `restart`.
+
+        What the engine could not bring back, because its folder has changed, does not serve any more.
+        """
         return list(self._loaded.values())
 
     async def submit(
@@ -306,7 +312,9 @@ class AsyncEngineClient:
         )
         if result.already_loaded and name in self._loaded:
             path = self._loaded[name].path  # It is still read from there, and belongs to whoever loaded it.
-        self._loaded[name] = LoadedAdapter(name, path, pinned, weight, result.content_digest)
+        self._loaded[name] = LoadedAdapter(
+            name, path, pinned, weight, result.content_digest, result.adapter_id
+        )
         return result
 
     async def unload_lora_adapter(self, name: str, *, force: bool = False) -> UnloadAdapterResult:
@@ -328,9 +336,13 @@ class AsyncEngineClient:
         """
         check_text("lora_name", name)
         self._loaded.pop(name, None)
-        return await self._connection.call(
+        result = await self._connection.call(
             lambda call_id: wire.UnloadAdapter(call_id, name, force), UnloadAdapterResult
         )
+        # Of loads whose answers were on their way when this call was sent.
+        for adapter_id in result.adapter_ids:
+            self._forget_loaded(adapter_id)
+        return result
 
     async def list_lora_adapters(self) -> list[AdapterInfo]:
         """Every generation that exists, by adapter id; the ones with `is_serving` are those of /v1/models.
@@ -371,8 +383,17 @@ class AsyncEngineClient:
 
     def _make_connection(self) -> EngineConnection:
         return EngineConnection(
-            self._executor_factory, on_outputs=self._take_outputs, on_failure=self._fail_streams
+            self._executor_factory,
+            on_outputs=self._take_outputs,
+            on_retired=self._forget_loaded,
+            on_failure=self._fail_streams,
         )
+
+    def _forget_loaded(self, adapter_id: int) -> None:
+        """Forget a generation that does not serve any more; its name may stand for a newer one."""
+        self._loaded = {
+            name: adapter for name, adapter in self._loaded.items() if adapter.adapter_id != adapter_id
+        }
 
     async def _ask_for_adapters(self) -> list[AdapterInfo]:
         adapters: list[AdapterInfo] = await self._connection.call(wire.GetAdapters, list)

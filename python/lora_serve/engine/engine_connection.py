@@ -38,6 +38,8 @@ class EngineConnection:
         'module:function' that makes the executor; None = the model's.
     on_outputs : callable
         Gets each batch of outputs, in order.
+    on_retired : callable
+        Gets the generation when its name is taken away by the engine itself.
     on_failure : callable
         Gets the error, once, when the engine does not serve any more; calls have failed then.
     """
@@ -47,10 +49,12 @@ class EngineConnection:
         executor_factory: str | None,
         *,
         on_outputs: Callable[[list[EngineOutput]], None],
+        on_retired: Callable[[int], None],
         on_failure: Callable[[LoraServeError], None],
     ) -> None:
         self._executor_factory = executor_factory
         self._on_outputs = on_outputs
+        self._on_retired = on_retired
         self._on_failure = on_failure
         self._decoder = msgspec.msgpack.Decoder(wire.EngineMessage)
         self._calls: dict[int, asyncio.Future[Any]] = {}
@@ -192,6 +196,8 @@ class EngineConnection:
         match message:
             case wire.Outputs():
                 self._on_outputs(message.outputs)
+            case wire.AdapterRetired():
+                self._on_retired(message.adapter_id)
             case wire.Ready():
                 if not ready.done():
                     ready.set_result(message.info)

@@ -88,6 +88,9 @@ class EngineCore:
         As given, but with the chosen device where the model was loaded here.
     admission : Admission
         For a caller that holds requests before it adds them.
+    on_retired : callable
+        For a caller that keeps what is loaded: told the generation, on the thread that calls `step`, whenever
+        a name that served is taken away without an unload, because its weights could not be brought back.
     """
 
     def __init__(
@@ -105,6 +108,7 @@ class EngineCore:
         self._clock_us = clock_us
         self._has_news = threading.Event()
         self._on_read_done = on_read_done or (lambda: None)
+        self.on_retired: Callable[[int], None] = lambda _: None
         self._executor = executor
         self._executor.lora.set_wake(self._wake)
         self._scheduler = Scheduler(make_scheduler_options(config, self._executor))
@@ -116,6 +120,7 @@ class EngineCore:
             self._executor.lora,
             abort_requests=self._abort_adapter_requests,
             on_read_done=self._wake,
+            on_retired=self._tell_retired,
         )
         self._grammars = GrammarCompiler(
             config.model, self._executor.vocab_size, self._executor.eos_token_ids
@@ -446,6 +451,9 @@ class EngineCore:
     def _wake(self) -> None:
         self._has_news.set()
         self._on_read_done()
+
+    def _tell_retired(self, adapter_id: int) -> None:
+        self.on_retired(adapter_id)
 
     # --- Ends ---------------------------------------------------------------------------------------------
 

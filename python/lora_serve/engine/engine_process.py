@@ -104,6 +104,7 @@ class EngineServer:
             self._send(wire.Failed(WireError.from_exception(error)))
             return
         settle_interpreter()
+        core.on_retired = lambda adapter_id: self._send(wire.AdapterRetired(adapter_id))
         try:
             self._send(wire.Ready(core.model_info))
             self._loop(core)

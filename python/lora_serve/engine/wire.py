@@ -120,6 +120,15 @@ class AdapterUnloaded(msgspec.Struct, frozen=True, tag=True):
     result: UnloadAdapterResult
 
 
+class AdapterRetired(msgspec.Struct, frozen=True, tag=True):
+    """A name that stood for this generation does not serve any more, though nobody has unloaded it.
+
+    Its weights could not be brought back. No answer to anything.
+    """
+
+    adapter_id: int
+
+
 class Adapters(msgspec.Struct, frozen=True, tag=True):
     """Answers GetAdapters."""
 
@@ -142,9 +151,18 @@ class CallFailed(msgspec.Struct, frozen=True, tag=True):
 
 
 EngineMessage = (
-    Ready | Failed | Outputs | Admitted | AdapterLoaded | AdapterUnloaded | Adapters | Stats | CallFailed
+    Ready
+    | Failed
+    | Outputs
+    | Admitted
+    | AdapterLoaded
+    | AdapterUnloaded
+    | AdapterRetired
+    | Adapters
+    | Stats
+    | CallFailed
 )
-"""What the client gets. A reply to a call and the outputs of its requests keep their order."""
+"""What the client gets. A reply to a call and what comes of it later keep their order."""
 
 
 def encode(message: ClientMessage | EngineMessage) -> bytes:

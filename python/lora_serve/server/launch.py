@@ -10,6 +10,7 @@ import math
 import os
 import signal
 import socket
+import sys
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -121,7 +122,21 @@ def serve(launch: Launch) -> bool:
         check_adapter_name(adapter.name, launch.settings.served_model_name)
     # Before the model is loaded: a port that is taken shows at once. It refuses connections until it listens.
     with _bind(launch.host, launch.port) as listener:
+        leave_torch_out()
         return asyncio.run(_serve(launch, listener))
+
+
+def leave_torch_out() -> None:
+    """Have this process do without torch, as if it were not installed.
+
+    Tokenizers use nothing of it, but transformers imports it wherever it is installed, which takes seconds of
+    the start and 350 MB, and has no option against that. Where torch has been imported before, nothing
+    changes. The engine is a process of its own, which has torch.
+    """
+    if "torch" not in sys.modules:
+        # What cannot be imported is None there. Transformers would warn that torch is not installed.
+        sys.modules["torch"] = None  # type: ignore[assignment]
+        os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 
 def _bind(host: str, port: int) -> socket.socket:

@@ -327,7 +327,10 @@ TEST_F(AdapterResidencyTest, TheEndOfAPinnedOneGivesAPlaceAndNoBytes) {
 TEST_F(AdapterResidencyTest, WhatTheDeviceHoldsAtOnceIsToBeStagedInTheOrderOfTheLine) {
   Make(3);
   for (const std::int64_t id : {1, 2, 3}) StartLong(OpenResident(id));
-  for (const std::int64_t id : {7, 5, 6, 4}) parts_->Queue(Open(id));
+  for (const std::int64_t id : {4, 5, 6, 7}) Open(id);
+  for (const AdapterId id : {AdapterId(7), AdapterId(5), AdapterId(6), AdapterId(4)}) {
+    parts_->Queue(parts_->adapters.GetOpen(id));
+  }
   Plan();
   EXPECT_EQ(ToStage(), (Ids{7, 5, 6})) << "three are on the device at once";
   parts_->adapters.SetStaged(AdapterId(5), true);

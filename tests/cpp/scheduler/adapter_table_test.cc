@@ -50,14 +50,14 @@ class AdapterTableTest : public ::testing::Test {
 };
 
 TEST_F(AdapterTableTest, WhatFitsIsDueOnceInTheOrderOfOpenWithTheLowestFreeSlot) {
-  EXPECT_TRUE(table_.Open(AdapterId(9), {.size_bytes = 10}));
   EXPECT_TRUE(table_.Open(AdapterId(3), {.size_bytes = 10}));
-  EXPECT_FALSE(table_.Open(AdapterId(4), {.size_bytes = 11})) << "ten bytes are left";
+  EXPECT_TRUE(table_.Open(AdapterId(9), {.size_bytes = 10}));
+  EXPECT_FALSE(table_.Open(AdapterId(10), {.size_bytes = 11})) << "ten bytes are left";
   const std::vector<const Adapter*> loads = table_.TakeDue();
   ASSERT_EQ(loads.size(), 2U);
-  EXPECT_EQ(loads[0]->id, AdapterId(9));
+  EXPECT_EQ(loads[0]->id, AdapterId(3));
   EXPECT_EQ(loads[0]->slot, AdapterSlot(0));
-  EXPECT_EQ(loads[1]->id, AdapterId(3));
+  EXPECT_EQ(loads[1]->id, AdapterId(9));
   EXPECT_EQ(loads[1]->slot, AdapterSlot(1));
   EXPECT_TRUE(table_.TakeDue().empty());
   EXPECT_EQ(table_.NumFreeBytes(), 10);
@@ -137,7 +137,7 @@ TEST_F(AdapterTableTest, ADrainWaitsForTheCopiesOfItsPages) {
 
 TEST_F(AdapterTableTest, ADrainWaitsForALoadAndForTheCopiesOfItsPagesWhicheverEndsFirst) {
   for (const bool copy_ends_first : {false, true}) {
-    const AdapterId id(copy_ends_first ? 1 : 2);
+    const AdapterId id(copy_ends_first ? 2 : 1);
     const TransferId copy = StartCopy(OpenResident(id.value()));
     table_.Evict(table_.GetOpen(id));
     table_.ReserveBytes(table_.GetOpen(id));
@@ -232,6 +232,20 @@ TEST_F(AdapterTableTest, WhatIsPinnedAndTheLargestOtherMustFitTogether) {
   table_.Open(AdapterId(3), {.size_bytes = 6});
   EXPECT_THROW(table_.SetPinned(AdapterId(2), true), CapacityError);
   table_.CheckInvariants();
+}
+
+TEST_F(AdapterTableTest, AnIdIsAboveAllThatWereOpenedBeforeAlsoThoseThatAreGone) {
+  OpenResident(5);
+  table_.Drain(AdapterId(5));
+  EXPECT_EQ(table_.TakeDrained().size(), 1U);
+  table_.Remove(AdapterId(5));
+  for (const std::int64_t id : {5, 4, 1}) {
+    EXPECT_THROW(table_.Open(AdapterId(id), {}), InvalidArgumentError) << id;
+  }
+  EXPECT_THROW(table_.Open(AdapterId(9), {.size_bytes = 31}), CapacityError);
+  OpenResident(7);
+  EXPECT_THROW(table_.Open(AdapterId(6), {}), InvalidArgumentError);
+  EXPECT_EQ(table_.adapters().size(), 2U);
 }
 
 TEST_F(AdapterTableTest, RefusesIdsThatWereUsedBeforeAlsoAfterTheDrain) {

@@ -17,6 +17,7 @@ using testing::SchedulerHarness;
 
 constexpr AdapterId kFirst{11};
 constexpr AdapterId kSecond{12};
+constexpr AdapterId kThird{13};
 
 class PitfallsPlacesTest : public testing::SchedulerScenarioTest {
  protected:
@@ -50,8 +51,8 @@ TEST_P(PitfallsPlacesTest, AnAdapterThatIsStillBeingLoadedIsNotChargedForAPlace)
   SchedulerHarness harness(Options(1), overlap());
   for (const AdapterId id : {adapter(), kSecond}) harness.OpenAndLoad(id);
   harness.executor().load_outcome = [](AdapterId) { return Outcome::kUnderWay; };
-  harness.OpenAdapter(kFirst);
-  harness.Add(2, kFirst, MakePrompt(4, 2), 2);
+  harness.OpenAdapter(kThird);
+  harness.Add(2, kThird, MakePrompt(4, 2), 2);
   harness.Step();
   harness.Add(1, adapter(), LongRunningPrompt(4, 8, 1), 8);
   harness.Add(3, kSecond, LongRunningPrompt(4, 2, 3), 2);
@@ -67,11 +68,11 @@ TEST_P(PitfallsPlacesTest, ARequestWhoseLoadFailsIsNotChargedForAPlace) {
   SchedulerHarness harness(Options(1), overlap());
   for (const AdapterId id : {adapter(), kSecond}) harness.OpenAndLoad(id);
   harness.executor().load_outcome = [](AdapterId) { return Outcome::kFailed; };
-  harness.OpenAdapter(kFirst);
-  harness.Add(2, kFirst, MakePrompt(4, 2), 2);
+  harness.OpenAdapter(kThird);
+  harness.Add(2, kThird, MakePrompt(4, 2), 2);
   harness.Step();
   harness.AdvanceAll();
-  ASSERT_TRUE(harness.StatsOf(kFirst).load_failed);
+  ASSERT_TRUE(harness.StatsOf(kThird).load_failed);
   harness.Add(1, adapter(), MakePrompt(4, 1), 3);
   harness.Add(3, kSecond, MakePrompt(4, 3), 3);
   EXPECT_EQ(harness.Step().request_ids, (std::vector<std::int64_t>{1, 3}));

@@ -23,6 +23,7 @@ constexpr AdapterId kA{1};
 constexpr AdapterId kB{2};
 constexpr AdapterId kC{3};
 constexpr AdapterId kD{4};
+constexpr AdapterId kE{5};
 
 SchedulerOptions OptionsWithMemory(std::int64_t num_bytes) {
   return {.page_size = 4,
@@ -179,20 +180,20 @@ TEST_P(SchedulerResidencyTest, LoadsStartInTheOrderOfTheQueueAndAFewAtOnce) {
   SchedulerOptions options = OptionsWithMemory(40);
   options.max_loading_adapters = 2;
   SchedulerHarness harness(options, GetParam());
-  harness.OpenAndLoad(AdapterId(9), {.size_bytes = 40});
-  for (const AdapterId id : {kA, kB, kC, kD}) EXPECT_FALSE(harness.OpenAdapter(id, kTenBytes));
+  harness.OpenAndLoad(kA, {.size_bytes = 40});
+  for (const AdapterId id : {kB, kC, kD, kE}) EXPECT_FALSE(harness.OpenAdapter(id, kTenBytes));
   harness.executor().load_outcome = [](AdapterId) { return Outcome::kUnderWay; };
-  for (const AdapterId id : {kC, kA, kD, kB}) {
+  for (const AdapterId id : {kD, kB, kE, kC}) {
     harness.Add(id.value(), id, MakePrompt(3, static_cast<TokenId>(id.value())), 2);
   }
-  EXPECT_EQ(harness.Step().load_adapter_ids, (Ids{3, 1}));
+  EXPECT_EQ(harness.Step().load_adapter_ids, (Ids{4, 2}));
   for (int step = 0; step < 5; ++step) EXPECT_TRUE(harness.Step().load_adapter_ids.empty());
   EXPECT_EQ(harness.scheduler().Counters().num_loading_adapters, 2);
   EXPECT_EQ(harness.scheduler().Counters().num_adapters_in_line, 2);
   harness.executor().load_outcome = nullptr;
   harness.Step();
   harness.AdvanceAll();
-  EXPECT_EQ(harness.Step().load_adapter_ids, (Ids{4, 2}));
+  EXPECT_EQ(harness.Step().load_adapter_ids, (Ids{5, 3}));
   harness.RunToEndAndCheck();
 }
 
@@ -287,8 +288,9 @@ TEST_P(SchedulerResidencyTest, RequestsOfAStagedAdapterThatFailsEndAndOthersGoOn
 class SchedulerClosingTest : public SchedulerResidencyTest {
  protected:
   /// One place, which A holds with a request of `num_tokens`; B waits from the step after that on.
+  /// C is on the device, too, and nobody wants it.
   static void StartWithOneWaiting(SchedulerHarness& harness, std::int32_t num_tokens) {
-    for (const AdapterId id : {kA, kB}) harness.OpenAndLoad(id, kTenBytes);
+    for (const AdapterId id : {kA, kB, kC}) harness.OpenAndLoad(id, kTenBytes);
     AddLong(harness, 1, kA, num_tokens);
     harness.Step();
     harness.Add(2, kB, MakePrompt(3, 2), 2);
@@ -367,7 +369,6 @@ TEST_P(SchedulerClosingTest, ATurnIsWhatWaitedAtItsBeginningAndFitsTheRows) {
 
 TEST_P(SchedulerClosingTest, OfThoseThatWaitTheBetterPriorityGetsInFirst) {
   SchedulerHarness harness(OnePlace(), GetParam());
-  harness.OpenAndLoad(kC, kTenBytes);
   StartWithOneWaiting(harness, 10);
   harness.Step();
   harness.Add({.request_id = RequestId(3),

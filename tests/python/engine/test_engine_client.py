@@ -17,7 +17,9 @@ from lora_serve.common.errors import (
     InvalidArgumentError,
 )
 from lora_serve.common.sampling_params import SamplingParams
+from lora_serve.engine import wire
 from lora_serve.engine.engine_client import AsyncEngineClient
+from lora_serve.engine.messages import LoadAdapterResult, UnloadAdapterResult
 from lora_serve.testing.oracle_tokens import oracle_tokens
 from support.tiny_checkpoint import VOCAB_SIZE, write_byte_tokenizer
 
@@ -312,6 +314,56 @@ def test_adapter_goes_through_its_life_over_the_wire(engine):
         return not any(info.is_serving for info in await client.list_lora_adapters())
 
     engine.run(main())
+
+
+def test_an_adapter_that_cannot_be_brought_back_is_no_loaded_one_any_more(model):
+    async def main():
+        async with make_client(model, "make_forgetful_oracle") as client:
+            for name in ("a", "b"):
+                await client.load_lora_adapter(name, f"/{name}")
+            await (await client.submit(PROMPT, params(), lora_name="b")).collect()
+            lost = await client.submit(PROMPT, params(), lora_name="a")
+            with pytest.raises(InternalError, match="'a' could not be brought to the device"):
+                await lost.collect()
+            assert [adapter.name for adapter in client.loaded_adapters] == ["b"]
+            serving = [info.name for info in await client.list_lora_adapters() if info.is_serving]
+            assert serving == ["b"]
+            again = await client.load_lora_adapter("a", "/a")
+            assert {adapter.name: adapter.adapter_id for adapter in client.loaded_adapters} == {
+                "b": 2,
+                "a": again.adapter_id,
+            }
+
+    run(main())
+
+
+def test_an_unload_that_overtakes_the_answer_of_a_load_leaves_nothing_loaded(model):
+    class Connection:
+        """The load is answered while the unload is under way."""
+
+        is_loaded = asyncio.Event()
+
+        async def call(self, make_message, _kind):
+            message = make_message(0)
+            if isinstance(message, wire.LoadAdapter):
+                await self.is_loaded.wait()
+                return LoadAdapterResult(
+                    name=message.name, adapter_id=7, content_digest="", already_loaded=False
+                )
+            self.is_loaded.set()
+            await load
+            return UnloadAdapterResult(name=message.name, adapter_ids=[7])
+
+    async def main():
+        nonlocal load
+        client = make_client(model)
+        client._connection = Connection()
+        load = asyncio.create_task(client.load_lora_adapter("a", "/a"))
+        await client.unload_lora_adapter("a")
+        assert client.loaded_adapters == []
+
+    load = None
+    run(main())
 
 
 def test_long_list_of_adapters_is_made_while_others_are_served(engine):

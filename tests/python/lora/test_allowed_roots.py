@@ -7,7 +7,7 @@ import pytest
 from lora.adapter_setup import make_adapter
 from lora.peft_setup import check
 from lora_serve.common.errors import InvalidArgumentError
-from lora_serve.lora import AllowedRoots
+from lora_serve.lora.allowed_roots import AllowedRoots
 
 
 @pytest.fixture

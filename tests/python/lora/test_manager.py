@@ -9,10 +9,9 @@ import pytest
 import torch
 
 from lora_serve.common.errors import AdapterNotFoundError, InternalError, InvalidArgumentError
-from lora_serve.lora import NO_SLOT
 from lora_serve.lora.host_adapters import HostNews
 from lora_serve.lora.load_cancelled import LoadCancelledError
-from lora_serve.lora.manager import LoadReports
+from lora_serve.lora.manager import NO_SLOT, LoadReports
 
 from .adapter_setup import num_exact_bytes
 from .device_setup import on_devices

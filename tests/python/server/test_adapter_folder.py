@@ -84,7 +84,7 @@ class FolderEngine(FakeEngineClient):
     @property
     def loaded_adapters(self):
         return [
-            LoadedAdapter(name, self.paths[name], one.pinned, one.weight, "")
+            LoadedAdapter(name, self.paths[name], one.pinned, one.weight, "", one.adapter_id)
             for name, one in self.adapters.items()
         ]
 

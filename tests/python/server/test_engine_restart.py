@@ -18,6 +18,7 @@ from support.server_process import ServerProcess
 from support.tiny_checkpoint import make_tiny_checkpoint
 
 LONG = {"model": "tiny", "prompt": "hello", "max_tokens": 30_000, "temperature": 0, "ignore_eos": True}
+WEIGHTS = "adapter_model.safetensors"
 SHORT = {"prompt": "Hello", "max_tokens": 4, "temperature": 0}
 
 
@@ -121,6 +122,34 @@ def test_an_engine_that_is_killed_comes_back_with_its_adapters(model, folder):
         (watched / "green").rename(folder / "elsewhere")
         wait_until(lambda: http.post("/v1/completions", json={**SHORT, "model": "green"}).status_code == 404)
         check_log(server.log())
+        assert server.stop() == 0
+
+
+def test_an_adapter_whose_folder_was_changed_is_gone_and_does_not_come_back_with_the_engine(model, folder):
+    first, second, changed = (
+        make_random_adapter(folder / name, model, rank=4, seed=seed)
+        for seed, name in enumerate(["first", "second", "changed"])
+    )
+    room_gb = repr(1.5 * os.path.getsize(first / WEIGHTS) / 2**30)  # For one of them.
+    options = ["--served-model-name", "tiny", "--lora-modules", f"first={first}", f"second={second}"]
+    options += ["--lora-memory-gb", room_gb, "--lora-host-memory-gb", room_gb, "--restart-engine"]
+    with ServerProcess(model, *options) as server, server.http() as http:
+        before = {name: answer(http, name) for name in ("first", "second")}
+        os.replace(changed / WEIGHTS, first / WEIGHTS)
+        refused = http.post("/v1/completions", json={**SHORT, "model": "first"})
+        assert (refused.status_code, "the folder was changed" in refused.text) == (409, True), refused.text
+
+        def assert_only_the_second_serves():
+            shown = [card["id"] for card in http.get("/v1/models").json()["data"]]
+            assert sorted(shown) == ["second", "tiny"]
+            assert http.post("/v1/completions", json={**SHORT, "model": "first"}).status_code == 404
+            assert answer(http, "second") == before["second"]
+
+        assert_only_the_second_serves()
+        os.kill(engine_of(server), signal.SIGKILL)
+        wait_until(lambda: http.get("/health/ready").status_code == 503)
+        wait_until(lambda: http.get("/health/ready").status_code == 200)
+        assert_only_the_second_serves()
         assert server.stop() == 0
 
 

@@ -19,7 +19,7 @@ from support.waiting import until
 
 
 def adapter(name, digest="d0", **fields):
-    return LoadedAdapter(name, f"/adapters/{name}", False, 1.0, digest)
+    return LoadedAdapter(name, f"/adapters/{name}", False, 1.0, digest, 1)
 
 
 class FakeEngine:

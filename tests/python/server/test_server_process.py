@@ -48,6 +48,11 @@ def wait_until(condition):
         time.sleep(0.02)
 
 
+def maps_of(pid):
+    with open(f"/proc/{pid}/maps") as file:
+        return file.read()
+
+
 def activity(http):
     """Requests and private pages of the engine and of the adapter 'red'."""
     body = http.get("/v1/loras").json()
@@ -79,6 +84,13 @@ def engine_of(server):
     with open(f"/proc/{server.pid}/task/{server.pid}/children") as file:
         [engine_pid] = [int(pid) for pid in file.read().split()]
     return engine_pid
+
+
+def test_only_the_engine_has_torch(server, http):
+    body = {"model": "tiny", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 2}
+    assert http.post("/v1/chat/completions", json=body).status_code == 200
+    assert "libtorch" in maps_of(engine_of(server))
+    assert "libtorch" not in maps_of(server.pid)
 
 
 @pytest.mark.parametrize("resets", [False, True])

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import Counter
 
 from lora_serve.common.config import EngineConfig
 from lora_serve.common.errors import InvalidArgumentError
 from lora_serve.engine.grammar_compiler import GrammarCompiler
-from lora_serve.testing.oracle_executor import OracleExecutor, OracleOptions
+from lora_serve.testing.oracle_adapters import OracleAdapterStore
+from lora_serve.testing.oracle_executor import OracleExecutor, OracleOptions, Outcome
 from support.tiny_checkpoint import VOCAB_SIZE
 
 
@@ -32,13 +34,28 @@ class BreakingOracle(SlowOracle):
         return super().run_plan(plan, states)
 
 
-def _options(config: EngineConfig) -> OracleOptions:
+class ForgetfulOracle(OracleExecutor):
+    """Holds one adapter at a time, and cannot bring back any that it held before."""
+
+    def __init__(self, options):
+        super().__init__(options)
+        self.lora = OracleAdapterStore(memory_bytes=options.adapter_memory_bytes)
+        self.num_loads = Counter()
+        self.load_outcome = self.end_load
+
+    def end_load(self, adapter_id):
+        self.num_loads[adapter_id] += 1
+        return Outcome.DONE if self.num_loads[adapter_id] == 1 else Outcome.FAILED
+
+
+def _options(config: EngineConfig, **more) -> OracleOptions:
     return OracleOptions(
         num_device_pages=128,
         page_size=config.page_size,
         max_num_seqs=config.max_num_seqs,
         max_model_len=512,
         vocab_size=VOCAB_SIZE,
+        **more,
     )
 
 
@@ -61,6 +78,10 @@ def make_oracle_with_endless_forms(config):
 
     GrammarCompiler._run = run_or_wait
     return SlowOracle(_options(config))
+
+
+def make_forgetful_oracle(config):
+    return ForgetfulOracle(_options(config, adapter_memory_bytes=1024))
 
 
 def make_breaking_oracle(config):
