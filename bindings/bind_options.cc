@@ -87,6 +87,10 @@ adapter_memory_bytes : int
     Bytes of the adapters that are on the device or on their way there, together; 0 = no limit.
 max_loading_adapters : int
     Loads that waiting requests start are under way at once, at least 1.
+loads_staged_only : bool
+    Loads wait until the caller has brought the adapter into host memory (``set_adapter_staged``), as it then
+    must for those of ``adapters_to_stage``: nobody's room is kept, or taken from others, for weights that are
+    still on a disk.
 adapter_patience_us : int
     How long an adapter without room waits before one that has it is paused or closed to newcomers.
 adapter_time_slice_steps : int
@@ -117,10 +121,11 @@ InvalidArgumentError
                       bool enable_prefix_caching, std::int32_t num_host_pages,
                       const std::string& write_policy, std::int32_t write_back_watermark_pages,
                       std::int64_t adapter_memory_bytes, std::int32_t max_loading_adapters,
-                      std::int64_t adapter_patience_us, std::int32_t adapter_time_slice_steps,
-                      std::int64_t adapter_pause_us, const std::string& scheduling_policy,
-                      std::int64_t priority_ageing_us, std::int32_t max_queued_requests,
-                      std::int64_t max_queued_tokens, std::int32_t max_requests_per_adapter,
+                      bool loads_staged_only, std::int64_t adapter_patience_us,
+                      std::int32_t adapter_time_slice_steps, std::int64_t adapter_pause_us,
+                      const std::string& scheduling_policy, std::int64_t priority_ageing_us,
+                      std::int32_t max_queued_requests, std::int64_t max_queued_tokens,
+                      std::int32_t max_requests_per_adapter,
                       std::vector<std::int32_t> padded_batch_sizes) {
             return SchedulerOptions{
                 .page_size = page_size,
@@ -135,6 +140,7 @@ InvalidArgumentError
                 .write_back_watermark_pages = write_back_watermark_pages,
                 .adapter_memory_bytes = adapter_memory_bytes,
                 .max_loading_adapters = max_loading_adapters,
+                .loads_staged_only = loads_staged_only,
                 .adapter_patience_us = adapter_patience_us,
                 .adapter_time_slice_steps = adapter_time_slice_steps,
                 .adapter_pause_us = adapter_pause_us,
@@ -157,6 +163,7 @@ InvalidArgumentError
           py::arg("write_back_watermark_pages") = defaults.write_back_watermark_pages,
           py::arg("adapter_memory_bytes") = defaults.adapter_memory_bytes,
           py::arg("max_loading_adapters") = defaults.max_loading_adapters,
+          py::arg("loads_staged_only") = defaults.loads_staged_only,
           py::arg("adapter_patience_us") = defaults.adapter_patience_us,
           py::arg("adapter_time_slice_steps") = defaults.adapter_time_slice_steps,
           py::arg("adapter_pause_us") = defaults.adapter_pause_us,
@@ -180,6 +187,7 @@ InvalidArgumentError
       .def_readonly("write_back_watermark_pages", &SchedulerOptions::write_back_watermark_pages)
       .def_readonly("adapter_memory_bytes", &SchedulerOptions::adapter_memory_bytes)
       .def_readonly("max_loading_adapters", &SchedulerOptions::max_loading_adapters)
+      .def_readonly("loads_staged_only", &SchedulerOptions::loads_staged_only)
       .def_readonly("adapter_patience_us", &SchedulerOptions::adapter_patience_us)
       .def_readonly("adapter_time_slice_steps", &SchedulerOptions::adapter_time_slice_steps)
       .def_readonly("adapter_pause_us", &SchedulerOptions::adapter_pause_us)

@@ -25,6 +25,10 @@ class AdapterLoader {
 
   /// Requires: `id` is not being loaded; `now_us` never decreases.
   void Start(std::int64_t id, TimeUs now_us);
+  /// Begins to read one that is not on the host, ahead of its `Start`; in place of others for which
+  /// `may_go`. False, and nothing is read, when as many are under way as can be, or there is no
+  /// room.
+  bool ReadAhead(std::int64_t id, TimeUs now_us, const std::function<bool(std::int64_t)>& may_go);
   /// When the next read or copy ends; kNever when none is under way.
   [[nodiscard]] TimeUs NextEventUs() const;
   /// Ends reads and copies up to `now_us`.
@@ -40,6 +44,7 @@ class AdapterLoader {
   };
   /// Those since the last call, in order.
   [[nodiscard]] std::vector<HostChange> TakeHostChanges();
+  /// True also for one that is on its way there.
   [[nodiscard]] bool IsOnHost(std::int64_t id) const { return host_.Contains(id); }
 
   /// The factor by which reads and copies under way lengthen a step.
@@ -66,11 +71,15 @@ class AdapterLoader {
   };
 
   void StartWaiting(Path& path, bool is_copy, TimeUs now_us);
+  bool TakeRoom(std::int64_t id, const std::function<bool(std::int64_t)>& may_go);
+  void Begin(Path& path, std::int64_t id, bool is_copy, TimeUs now_us);
 
   const AdapterCatalog& catalog_;
   HostTier host_;
   /// On the host, and read by a copy or waiting for one.
   std::unordered_set<std::int64_t> pinned_;
+  /// Of these, the ones that are read without being copied afterwards.
+  std::unordered_set<std::int64_t> read_ahead_;
   Path disk_;
   Path copy_;
   std::priority_queue<End, std::vector<End>, std::greater<>> ends_;

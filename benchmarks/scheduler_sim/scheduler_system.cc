@@ -19,6 +19,7 @@ SchedulerSystem::SchedulerSystem(const SchedulerSystemOptions& options, const De
               options.max_host_bytes),
       scheduler_(options.scheduler) {
   for (std::int64_t id = 1; id <= catalog.size(); ++id) {
+    all_adapters_.emplace_back(id);
     scheduler_.OpenAdapter(AdapterId(id), {.digest_seed = static_cast<std::uint64_t>(id),
                                            .size_bytes = catalog.BytesOf(id),
                                            .is_staged = loader_.IsOnHost(id)});
@@ -77,6 +78,26 @@ void SchedulerSystem::Process(TimeUs now_us) {
     }
     if (is_due && MakePlan(now_us)) has_moved = true;
   }
+  if (options_.scheduler.loads_staged_only) ReadAhead(now_us);
+}
+
+void SchedulerSystem::ReadAhead(TimeUs now_us) {
+  for (const AdapterId id : scheduler_.AdaptersToStage()) {
+    if (loader_.IsOnHost(id.value())) continue;  // on its way
+    const std::vector<AdapterId> waiting = scheduler_.WaitingAdapters(all_adapters_);
+    const auto place_of = [&](std::int64_t other) {
+      return std::ranges::find(waiting, AdapterId(other));
+    };
+    const auto nobody_waits = [&](std::int64_t other) { return place_of(other) == waiting.end(); };
+    const auto is_later = [&](std::int64_t other) {
+      return place_of(other) > place_of(id.value());
+    };
+    if (!loader_.ReadAhead(id.value(), now_us, nobody_waits) &&
+        !loader_.ReadAhead(id.value(), now_us, is_later)) {
+      break;
+    }
+  }
+  ReportHostChanges();
 }
 
 void SchedulerSystem::TakeLoaded() {

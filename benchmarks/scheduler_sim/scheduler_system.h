@@ -35,7 +35,8 @@ struct SchedulerSystemOptions {
 /// The scheduler and cache of csrc/ with an executor in virtual time.
 ///
 /// Whatever plans say is carried out as an engine would: rows take the time that the device model
-/// gives them, loads go through the AdapterLoader beside them, from when the plan is made. Those of
+/// gives them, loads go through the AdapterLoader beside them, from when the plan is made. What the
+/// scheduler wants to have in host memory is read ahead, where it loads nothing else. Loads of
 /// adapters in host memory (staged) hold their plan's rows back and are reported with them; others
 /// are reported in the event of the first plan that ends after them, or without a plan when none is
 /// under way.
@@ -69,6 +70,9 @@ class SchedulerSystem : public ServingSystem {
   /// When the plan behind the running one is due; kNever without one, or without overlap.
   [[nodiscard]] TimeUs NextPlanDueUs() const;
   void StartLoads(Outstanding& step, TimeUs now_us);
+  /// Begins the reads that the scheduler asks for, as the engine does: in place of what nobody
+  /// waits for, else of what is wanted later.
+  void ReadAhead(TimeUs now_us);
   /// Takes over what the loader has done: loads that have ended, changes of the host tier.
   void TakeLoaded();
   void ReportHostChanges();
@@ -88,6 +92,7 @@ class SchedulerSystem : public ServingSystem {
   const AdapterCatalog& catalog_;
   AdapterLoader loader_;
   Scheduler scheduler_;
+  std::vector<AdapterId> all_adapters_;
   std::deque<std::unique_ptr<Outstanding>> outstanding_;
   /// Used before; their arrays keep their memory.
   std::vector<std::unique_ptr<Outstanding>> spare_;

@@ -44,6 +44,8 @@ void BindSystem(CommandLine& line, SimOptions& options) {
            "lora_serve: make it this long before that one ends; -1 = when it starts");
   line.Add("host-us", options.host_us, "lora_serve: from a plan to its start on an idle device");
   line.Add("max-loading-adapters", options.max_loading_adapters, "lora_serve: loads at once");
+  line.Add("loads-staged-only", options.loads_staged_only,
+           "lora_serve: 1 = read ahead, and load only what is in host memory");
   line.Add("adapter-patience-us", options.adapter_patience_us,
            "lora_serve: wait before one of the adapters in place is closed to newcomers");
   line.Add("adapter-time-slice-steps", options.adapter_time_slice_steps,
@@ -122,6 +124,7 @@ SchedulerSystemOptions SchedulerOptionsOf(const SimOptions& options,
       options.num_memory_adapters > 0 ? options.num_memory_adapters : options.num_places;
   scheduler.adapter_memory_bytes = num_adapters * catalog.MaxBytes();
   scheduler.max_loading_adapters = options.max_loading_adapters;
+  scheduler.loads_staged_only = options.loads_staged_only;
   scheduler.adapter_patience_us = options.adapter_patience_us;
   scheduler.adapter_time_slice_steps = options.adapter_time_slice_steps;
   scheduler.adapter_pause_us = options.adapter_pause_us;

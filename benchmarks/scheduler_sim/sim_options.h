@@ -36,6 +36,7 @@ struct SimOptions {
   std::int64_t plan_lead_us = -1;
   std::int64_t host_us = 300;
   std::int32_t max_loading_adapters = 4;
+  bool loads_staged_only = false;
   std::int64_t adapter_patience_us = 0;
   std::int32_t adapter_time_slice_steps = 0;
   std::int64_t adapter_pause_us = 75'000;

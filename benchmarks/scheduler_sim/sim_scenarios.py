@@ -20,6 +20,7 @@ LORA_SERVE_OPTIONS: Options = {
     "adapter-time-slice-steps": 4,
     "adapter-pause-us": 75_000,
     "adapter-patience-us": 20_000,
+    "loads-staged-only": 1,
     "max-loras": 64,
     "check-bound": 1,
 }

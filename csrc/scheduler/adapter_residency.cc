@@ -86,8 +86,14 @@ void AdapterResidency::StartLoads(std::vector<AdapterId>& evicted) {
 Adapter* AdapterResidency::FirstWithoutBytes() const {
   MergedLines<2> lines({&adapters_backptr_->line(), &adapters_backptr_->paused()});
   Adapter* needy = lines.Next();
-  while (needy != nullptr && (needy->HoldsBytes() || !MayTakeRoom(*needy))) needy = lines.Next();
+  while (needy != nullptr && (needy->HoldsBytes() || IsToBeRead(*needy) || !MayTakeRoom(*needy))) {
+    needy = lines.Next();
+  }
   return needy;
+}
+
+bool AdapterResidency::IsToBeRead(const Adapter& adapter) const {
+  return loads_staged_only_ && !adapter.HoldsBytes() && !adapter.options.is_staged;
 }
 
 bool AdapterResidency::MakeRoom(const Adapter& needy, std::vector<AdapterId>& evicted) {
@@ -229,7 +235,7 @@ void AdapterResidency::TakeForThoseInNeed(const Now& now) {
   bool are_holders_listed = false;
   MergedLines<3> lines({&adapters.paused(), &adapters.line(), &adapters.unplaced()});
   while (Adapter* needy = lines.Next()) {
-    if (is_stalled_ && !MayTakeRoom(*needy)) continue;
+    if (IsToBeRead(*needy) || (is_stalled_ && !MayTakeRoom(*needy))) continue;
     const Room before = room;
     // A pinned one that nobody waits for needs no place.
     room.num_places -= needy->num_requests() > 0 ? 1 : 0;

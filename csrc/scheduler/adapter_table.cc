@@ -37,6 +37,7 @@ AdapterTable::AdapterTable(KVPrefixCache* cache, const SchedulerOptions& options
       max_bytes_(options.adapter_memory_bytes > 0 ? options.adapter_memory_bytes
                                                   : std::numeric_limits<std::int64_t>::max()),
       priority_ageing_us_(options.priority_ageing_us),
+      loads_staged_only_(options.loads_staged_only),
       base_(adapters_[kBaseAdapter]) {
   base_.id = kBaseAdapter;
   base_.namespace_id = kBaseNamespace;
@@ -75,7 +76,8 @@ bool AdapterTable::Open(AdapterId id, const AdapterOptions& options) {
   newest_id_ = id;
   CountSize(adapter);
   // Those in line were here before, and wait for more than is free.
-  const bool is_due = line_.empty() && options.size_bytes <= NumFreeBytes();
+  const bool may_load = options.is_staged || !loads_staged_only_;
+  const bool is_due = may_load && line_.empty() && options.size_bytes <= NumFreeBytes();
   if (is_due) ReserveBytes(adapter);
   Relist(adapter);
   return is_due;

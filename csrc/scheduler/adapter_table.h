@@ -190,6 +190,7 @@ class AdapterTable {
   const std::int32_t max_num_seqs_;
   const std::int64_t max_bytes_;
   const std::int64_t priority_ageing_us_;
+  const bool loads_staged_only_;
   std::map<AdapterId, Adapter> adapters_;
   Adapter& base_;
   /// Of every adapter in `adapters_` and its domains, also when the namespace has destroyed itself.

@@ -49,6 +49,10 @@ struct SchedulerOptions {
   std::int64_t adapter_memory_bytes = 0;
   /// Loads that waiting requests start are under way at once (prefetch depth), at least 1.
   std::int32_t max_loading_adapters = 4;
+  /// Loads wait until the caller has brought the adapter into host memory (SetAdapterStaged), as it
+  /// then must for those of AdaptersToStage: nobody's room is kept, or taken from others, for
+  /// weights that are still on a disk.
+  bool loads_staged_only = false;
   /// How long an adapter without room waits before one that has it is paused or closed.
   std::int64_t adapter_patience_us = 0;
   /// Steps in place after which an adapter may be paused for one that waits, when as many wait as

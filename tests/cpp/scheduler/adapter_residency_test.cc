@@ -18,12 +18,13 @@ class AdapterResidencyTest : public ::testing::Test {
  protected:
   /// Room for `num_adapters` of one byte.
   void Make(std::int64_t num_adapters, std::int32_t time_slice_steps = 0,
-            std::int32_t max_loras = 8) {
+            std::int32_t max_loras = 8, bool loads_staged_only = false) {
     const SchedulerOptions options = {.page_size = 2,
                                       .num_device_pages = 64,
                                       .max_num_seqs = 16,
                                       .max_loras = max_loras,
                                       .adapter_memory_bytes = num_adapters,
+                                      .loads_staged_only = loads_staged_only,
                                       .adapter_time_slice_steps = time_slice_steps,
                                       .adapter_pause_us = 0};
     parts_.emplace(options);
@@ -31,6 +32,12 @@ class AdapterResidencyTest : public ::testing::Test {
   }
   Adapter& Open(std::int64_t id) { return parts_->Open(id, {.size_bytes = 1}); }
   Adapter& OpenResident(std::int64_t id) { return parts_->OpenResident(id, {.size_bytes = 1}); }
+  /// Loaded by a plan from host memory.
+  Adapter& OpenStaged(std::int64_t id) {
+    Adapter& adapter = parts_->Open(id, {.size_bytes = 1, .is_staged = true});
+    EXPECT_EQ(LoadsOf(Plan()), Ids{id});
+    return adapter;
+  }
   /// A started request of `max_tokens`.
   Request& StartLong(Adapter& adapter, std::int32_t max_tokens = 20) {
     return parts_->QueueAndStart(adapter, max_tokens);
@@ -379,6 +386,75 @@ TEST_F(AdapterResidencyTest, OnlyThoseWaitThatLackBytesOrAPlace) {
   parts_->adapters.SetPinned(AdapterId(4), true);
   EXPECT_EQ(WaitingOf({1, 2, 3, 4, 5, 6, 99}), (Ids{6, 3}));
   EXPECT_EQ(ToStage(), Ids{6}) << "3 lacks only a place";
+}
+
+// --- Adapters whose weights are to be read ------------------------------------------------------
+
+TEST_F(AdapterResidencyTest, WhoIsToBeReadTakesNoRoomAndIsPassedUntilItIsThere) {
+  Make(3, 0, 8, /*loads_staged_only=*/true);
+  StartLong(OpenStaged(1));
+  Adapter& on_disk = Open(2);
+  parts_->Queue(on_disk);
+  parts_->Queue(Open(3));
+  parts_->Queue(Open(4));
+  parts_->adapters.SetStaged(AdapterId(3), true);
+  EXPECT_EQ(LoadsOf(Plan()), Ids{3});
+  EXPECT_EQ(LoadsOf(Plan()), Ids{}) << "one byte is free, for whoever is there first";
+  EXPECT_EQ(ToStage(), (Ids{2, 4}));
+  parts_->adapters.SetStaged(AdapterId(4), true);
+  parts_->adapters.SetStaged(AdapterId(2), true);
+  EXPECT_EQ(LoadsOf(Plan()), Ids{2}) << "it has waited longest";
+}
+
+TEST_F(AdapterResidencyTest, NobodyIsPausedForOneThatIsToBeRead) {
+  Make(1, /*time_slice_steps=*/1, 8, /*loads_staged_only=*/true);
+  Adapter& runs = OpenStaged(1);
+  StartLong(runs);
+  parts_->Queue(Open(2));
+  for (int step = 0; step < 5; ++step) {
+    EXPECT_TRUE(Plan().evicted.empty());
+    EXPECT_FALSE(runs.is_leaving);
+  }
+  parts_->adapters.SetStaged(AdapterId(2), true);
+  const AdapterResidency::Changes changes = Plan();
+  EXPECT_EQ(EvictedOf(changes), Ids{1});
+  EXPECT_EQ(LoadsOf(changes), Ids{2});
+}
+
+TEST_F(AdapterResidencyTest, NobodyIsClosedForOneThatIsToBeRead) {
+  Make(1, 0, 8, /*loads_staged_only=*/true);
+  Adapter& runs = OpenStaged(1);
+  StartLong(runs);
+  parts_->Queue(Open(2));
+  Plan();
+  EXPECT_FALSE(runs.is_closed);
+  parts_->adapters.SetStaged(AdapterId(2), true);
+  Plan();
+  EXPECT_TRUE(runs.is_closed);
+}
+
+TEST_F(AdapterResidencyTest, APausedOneThatLeftTheHostComesBackWhenItIsReadAgain) {
+  Make(1, /*time_slice_steps=*/1, 8, /*loads_staged_only=*/true);
+  Adapter& first = OpenStaged(1);
+  StartLong(first);
+  parts_->adapters.SetStaged(AdapterId(1), false);
+  Adapter& second = Open(2);
+  parts_->Queue(second);
+  parts_->adapters.SetStaged(AdapterId(2), true);
+  ASSERT_EQ(EvictedOf(Plan()), Ids{1});
+  StartLong(second);
+  for (int step = 0; step < 5; ++step) EXPECT_TRUE(Plan().evicted.empty());
+  EXPECT_EQ(ToStage(), Ids{1});
+  parts_->adapters.SetStaged(AdapterId(1), true);
+  for (int step = 0; step < 5 && !first.is_in_place; ++step) Plan();
+  EXPECT_TRUE(first.is_in_place);
+}
+
+TEST_F(AdapterResidencyTest, OnlyWhatIsThereIsLoadedAheadOfItsRequests) {
+  Make(2, 0, 8, /*loads_staged_only=*/true);
+  Open(1);
+  parts_->Open(2, {.size_bytes = 1, .is_staged = true});
+  EXPECT_EQ(LoadsOf(Plan()), Ids{2});
 }
 
 // --- Orders of one plan -------------------------------------------------------------------------

@@ -71,6 +71,28 @@ TEST_F(AdapterLoaderTest, ReadsRunBesideCopiesInAFewThreads) {
   EXPECT_EQ(loader.num_host_loads(), 1);
 }
 
+TEST_F(AdapterLoaderTest, WhatIsReadAheadIsThenOnTheHostAndNotCopied) {
+  AdapterLoader loader = MakeLoader(2);  // 1 and 2 are on the host
+  const auto any = [](std::int64_t) { return true; };
+  EXPECT_FALSE(loader.ReadAhead(5, 0, [](std::int64_t) { return false; })) << "there is no room";
+  EXPECT_TRUE(loader.ReadAhead(5, 0, any));
+  EXPECT_TRUE(loader.IsOnHost(5)) << "on its way";
+  EXPECT_TRUE(loader.ReadAhead(6, 0, any));
+  EXPECT_FALSE(loader.ReadAhead(7, 0, any)) << "two are read at once";
+  using Change = AdapterLoader::HostChange;
+  EXPECT_EQ(loader.TakeHostChanges(), (std::vector<Change>{{1, false}, {2, false}}));
+  loader.AdvanceTo(100'000);
+  EXPECT_EQ(loader.TakeHostChanges(), (std::vector<Change>{{5, true}, {6, true}}));
+  EXPECT_EQ(loader.NextEventUs(), kNever);
+  EXPECT_TRUE(loader.TakeLoaded().empty());
+  EXPECT_TRUE(loader.ReadAhead(7, 100'000, any)) << "5 and 6 hold their room no longer";
+  loader.Start(6, 100'000);
+  loader.AdvanceTo(120'000);
+  EXPECT_EQ(loader.TakeLoaded(), Ids{6});
+  EXPECT_EQ(loader.num_disk_loads(), 3);
+  EXPECT_EQ(loader.num_host_loads(), 1);
+}
+
 TEST_F(AdapterLoaderTest, TheHostKeepsThoseUsedLast) {
   AdapterLoader loader = MakeLoader(2);  // 1 and 2 are on the host
   loader.Start(1, 0);

@@ -65,6 +65,22 @@ TEST(SchedulerSystemTest, ALoadStopsNobody) {
   EXPECT_EQ(run.counts().num_disk_loads, 1);
 }
 
+TEST(SchedulerSystemTest, WhoIsReadAheadTakesNobodysRoomMeanwhile) {
+  // Room for one. The second adapter is read from 516 ms on, and arrives at 616 ms.
+  const std::vector<SimRequest> requests = {MakeRequest(0, 1, 500'000, 50, 80),
+                                            MakeRequest(1, 9, 516'000, 10, 1)};
+  const std::vector<std::string> one_place = {"--places=1", "--host-adapters=4",
+                                              "--adapter-time-slice-steps=1"};
+  std::vector<std::string> reads_ahead = one_place;
+  reads_ahead.emplace_back("--loads-staged-only=1");
+  const ServedRun with_room_kept = Serve(requests, one_place);
+  const ServedRun run = Serve(requests, reads_ahead);
+  EXPECT_GE(with_room_kept.recorder().itl().max(), 100'000) << "paused for the read as well";
+  EXPECT_LE(run.recorder().itl().max(), 100'000);
+  EXPECT_LE(run.FirstTokenMs(1), with_room_kept.FirstTokenMs(1) + 20);
+  EXPECT_EQ(run.counts().num_disk_loads, 1);
+}
+
 TEST(SchedulerSystemTest, StepsAreSlowerWhileAnAdapterIsRead) {
   const std::vector<SimRequest> requests = {MakeRequest(0, 1, 500'000, 50, 40),
                                             MakeRequest(1, 9, 516'000, 10, 1)};
@@ -120,7 +136,8 @@ TEST(SchedulerSystemTest, EveryRequestEndsWithItsTokensWhateverTheOptions) {
   for (const std::string overlap : {"--overlap=0", "--overlap=1"}) {
     for (const std::string option :
          {"--seed=3", "--clients=40", "--scheduling-policy=fcfs", "--scheduling-policy=lpm",
-          "--max-num-batched-tokens=130", "--plan-lead-us=1000", "--prefix-caching=0"}) {
+          "--max-num-batched-tokens=130", "--plan-lead-us=1000", "--prefix-caching=0",
+          "--loads-staged-only=1"}) {
       // It checks that each has ended with its tokens and that nothing is left.
       const ServedRun run(RandomArguments({overlap, option, "--steps-between-checks=50"}));
       EXPECT_EQ(run.recorder().num_ended(), 300) << overlap << ' ' << option;

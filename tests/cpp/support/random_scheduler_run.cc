@@ -84,6 +84,7 @@ void RandomSchedulerRun::AddAdapterMemory(SchedulerOptions& options) {
     options.adapter_memory_bytes = max_adapter_bytes_ + script_.Below(2 * max_adapter_bytes_);
   }
   options.max_loading_adapters = 1 + script_.Below(4);
+  options.loads_staged_only = script_.Chance(40);
   if (script_.Chance(30)) options.adapter_patience_us = script_.Below(300);
   if (script_.Chance(50)) options.adapter_time_slice_steps = 1 + script_.Below(8);
   if (script_.Chance(50)) options.adapter_pause_us = script_.Below(300);
@@ -280,6 +281,7 @@ void RandomSchedulerRun::Step(bool with_operations) {
   });
   GiveUpFailed();
   CheckReadAhead();
+  if (harness_.scheduler().options().loads_staged_only) ReadAhead();
   if (plan.IsEmpty() && !was_outstanding) CheckEmptyPlan(plan, had_work);
   if (!had_work) {
     EXPECT_TRUE(plan.request_ids.empty() && plan.load_adapter_ids.empty() &&
@@ -325,6 +327,15 @@ void RandomSchedulerRun::CheckReadAhead() {
     EXPECT_FALSE(harness_.executor().staged.contains(id)) << "adapter " << id;
     if (::testing::Test::HasFailure()) return;
     ++coverage_.num_to_stage;
+  }
+}
+
+/// What an engine does for a scheduler that waits for it; a read takes some steps.
+void RandomSchedulerRun::ReadAhead() {
+  for (const AdapterId id : harness_.scheduler().AdaptersToStage()) {
+    if (!timing_.Chance(40)) break;
+    harness_.SetAdapterStaged(id, true);
+    ++coverage_.num_read_ahead;
   }
 }
 
@@ -426,6 +437,7 @@ void RandomCoverage::ExpectAllCasesWereMet() const {
   EXPECT_GT(num_adapter_evictions, 200);
   EXPECT_GT(num_failed_loads, 50);
   EXPECT_GT(num_to_stage, 1000);
+  EXPECT_GT(num_read_ahead, 300);
   EXPECT_GT(num_closings, 200);
   EXPECT_GT(num_pauses, 200);
   EXPECT_GT(num_pins, 100);
@@ -450,13 +462,14 @@ std::ostream& operator<<(std::ostream& os, const RandomCoverage& c) {
             << " late + " << c.num_other_aborts << " aborts, " << c.num_padded_rows
             << " padded rows, " << c.num_adapter_loads << " loads (" << c.num_adapter_reloads
             << " again, " << c.num_failed_loads << " failed), " << c.num_to_stage << " to stage, "
-            << c.num_adapter_evictions << " adapters evicted, " << c.num_closings << " closings, "
-            << c.num_pauses << " pauses, " << c.num_pins << " pins, " << c.num_refused_pins
-            << " refused, " << c.num_drained_adapters << " adapters drained ("
-            << c.num_drains_with_requests << " in use), " << c.num_write_backs << " write-backs, "
-            << c.num_load_backs << " load-backs, " << c.num_failed_copies << " copies failed, "
-            << c.num_host_hit_tokens << " tokens from the host, " << c.num_evicted_host_pages
-            << " host pages evicted, " << c.num_waits << " waits for reports";
+            << c.num_read_ahead << " read ahead, " << c.num_adapter_evictions
+            << " adapters evicted, " << c.num_closings << " closings, " << c.num_pauses
+            << " pauses, " << c.num_pins << " pins, " << c.num_refused_pins << " refused, "
+            << c.num_drained_adapters << " adapters drained (" << c.num_drains_with_requests
+            << " in use), " << c.num_write_backs << " write-backs, " << c.num_load_backs
+            << " load-backs, " << c.num_failed_copies << " copies failed, " << c.num_host_hit_tokens
+            << " tokens from the host, " << c.num_evicted_host_pages << " host pages evicted, "
+            << c.num_waits << " waits for reports";
 }
 
 }  // namespace lora_serve::testing

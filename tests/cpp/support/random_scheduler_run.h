@@ -37,6 +37,8 @@ struct RandomCoverage {
   std::int64_t num_failed_loads = 0;
   /// Adapters that were to be read ahead, counted in each step.
   std::int64_t num_to_stage = 0;
+  /// Of these, those that were read, for a scheduler that waits for it.
+  std::int64_t num_read_ahead = 0;
   std::int64_t num_closings = 0;
   std::int64_t num_pauses = 0;
   std::int64_t num_pins = 0;
@@ -115,6 +117,7 @@ class RandomSchedulerRun {
   void OperateBesidePlans();
   void CheckEmptyPlan(const RecordedPlan& plan, bool had_work);
   void CheckReadAhead();
+  void ReadAhead();
   void GiveUpFailed();
   void CountStarts(const RecordedPlan& plan);
   void FinishAll();
