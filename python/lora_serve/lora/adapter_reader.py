@@ -23,7 +23,7 @@ from lora_serve.lora.adapter_files import UnreadableFileError
 from lora_serve.lora.adapter_layout import AdapterLayout
 from lora_serve.lora.host_block import HostBlock
 from lora_serve.lora.host_pool import HostPool
-from lora_serve.lora.peft_adapter import check_peft_adapter
+from lora_serve.lora.peft_adapter import PeftChecker
 from lora_serve.lora.peft_modules import AdapterLimits
 from lora_serve.lora.peft_reader import read_into
 from lora_serve.lora.sources import AdapterFolder, AdapterSources
@@ -157,9 +157,7 @@ class AdapterReader:
         *,
         num_threads: int = NUM_READ_THREADS,
     ) -> None:
-        self._targets = dict(targets)
-        self._fused_targets = dict(fused_targets)
-        self._limits = limits
+        self._checker = PeftChecker(targets, limits, fused_targets)
         self._pool = pool
         self._sources = sources
         self._threads = ThreadPoolExecutor(
@@ -226,15 +224,7 @@ class AdapterReader:
             return self._is_closed or is_cancelled()
 
         begin = time.monotonic()
-        checked = check_peft_adapter(
-            folder.path,
-            self._targets,
-            self._limits,
-            fused=self._fused_targets,
-            name=name,
-            resolve=folder.resolve,
-        )
-        with checked:
+        with self._checker.check(folder.path, name=name, resolve=folder.resolve) as checked:
             load_ms["check"], begin = _ms_since(begin), time.monotonic()
             block = take_room(checked.layout, is_over)
             try:
