@@ -31,10 +31,11 @@ from lora_serve.lora.sources import AdapterFolder, AdapterSources
 if TYPE_CHECKING:
     from lora_serve.lora.device_adapters import DeviceDescription
 
-NUM_READ_THREADS = 1
-"""Threads that read tensors into blocks. Each more of them waits for the interpreter lock as well."""
-NUM_HASHERS = 2
-"""Threads that digest what those have read, at most; one core is left to the step loop."""
+MAX_READ_THREADS = 3
+"""Threads that digest what was read and bring it into blocks, at most; one core is left to the step loop.
+
+Each more of them waits for the interpreter lock as well.
+"""
 _NICENESS = 15
 """How far these threads step back; see `_step_back`."""
 
@@ -144,7 +145,8 @@ class AdapterReader:
     sources
         Where adapters may come from.
     num_threads
-        Threads that bring tensors into blocks; benchmarks try others.
+        Threads that digest tensors and bring them into blocks; None = by the number of cores, benchmarks try
+        others.
     """
 
     def __init__(
@@ -155,18 +157,15 @@ class AdapterReader:
         pool: HostPool,
         sources: AdapterSources,
         *,
-        num_threads: int = NUM_READ_THREADS,
+        num_threads: int | None = None,
     ) -> None:
         self._checker = PeftChecker(targets, limits, fused_targets)
         self._pool = pool
         self._sources = sources
+        if num_threads is None:
+            num_threads = min(MAX_READ_THREADS, max(1, len(os.sched_getaffinity(0)) - 1))
         self._threads = ThreadPoolExecutor(
             num_threads, thread_name_prefix="lora-serve-tensors", initializer=_step_back
-        )
-        self._hashers = ThreadPoolExecutor(
-            min(NUM_HASHERS, max(1, len(os.sched_getaffinity(0)) - 1)),
-            thread_name_prefix="lora-serve-digests",
-            initializer=_step_back,
         )
         self._is_closed = False
 
@@ -229,13 +228,7 @@ class AdapterReader:
             block = take_room(checked.layout, is_over)
             try:
                 load_ms["room"], begin = _ms_since(begin), time.monotonic()
-                digest = read_into(
-                    checked,
-                    block.tensor,
-                    threads=self._threads,
-                    hashers=self._hashers,
-                    is_cancelled=is_over,
-                )
+                digest = read_into(checked, block.tensor, threads=self._threads, is_cancelled=is_over)
             except BaseException:
                 block.release()
                 raise
@@ -305,7 +298,6 @@ class AdapterReader:
         """End the threads; reads that run end with LoadCancelledError. Twice is nothing."""
         self._is_closed = True
         self._threads.shutdown(wait=False)
-        self._hashers.shutdown(wait=False)
 
 
 def _changed(folder: AdapterFolder, content_digest: str, found: str) -> AdapterConflictError:

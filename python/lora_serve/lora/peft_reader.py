@@ -1,15 +1,14 @@
 """Reads the tensors of a checked adapter into its block: converted, as operators want them, with a digest.
 
 The work is cut into tasks of some megabytes. The calling thread reads a task's tensors into one buffer, so
-that only itself waits for a slow file. Threads of their own digest it, in two calls, while another one brings
-it into the block, in one call of the C++ core. Who releases the interpreter lock has to get it back, and so
-has the step loop, after nearly every call to the device: what counts is how few calls are made, by how few
-threads (docs/decisions/0012 and 0013).
+that only itself waits for a slow file. A thread of a pool digests it, in two calls, and brings it into the
+block, in one call of the C++ core. Who releases the interpreter lock has to get it back, and so has the step
+loop, after nearly every call to the device: what counts is how few calls are made, by how few threads
+(docs/decisions/0012 and 0013).
 """
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import itertools
 import struct
@@ -45,7 +44,6 @@ def read_into(
     block: Tensor,
     *,
     threads: ThreadPoolExecutor | None,
-    hashers: ThreadPoolExecutor | None = None,
     is_cancelled: Callable[[], bool],
 ) -> str:
     """Fill a block with an adapter's weights.
@@ -58,10 +56,8 @@ def read_into(
         [layout.num_bytes] uint8, CPU, contiguous, starting at a multiple of ``MATRIX_ALIGNMENT`` bytes. Every
         byte is written, those between the matrices with 0. What it holds after an error is undefined.
     threads
-        Place what was read in the block; None = the calling thread does. Not the pool that the caller itself
-        runs in: it could wait for itself.
-    hashers
-        Digest what was read; None = who places it does. A pool of its own, for the same reason.
+        Digest what was read and place it in the block; None = the calling thread does. Not the pool that the
+        caller itself runs in: it could wait for itself.
     is_cancelled
         Asked twice a task, by several threads.
 
@@ -92,7 +88,7 @@ def read_into(
     target = block.numpy()
     for start, end in gaps(tasks, checked.layout.num_bytes):
         target[start:end] = 0
-    results = _run_all(_BlockRead(checked, target, tasks, hashers, is_cancelled), tasks, threads)
+    results = _run_all(_BlockRead(checked, target, tasks, is_cancelled), tasks, threads)
     checked.weights.check_unchanged()
     problems = LoadProblems(checked.name)
     for result in results:
@@ -118,11 +114,9 @@ class _BlockRead:
         checked: CheckedAdapter,
         block: _Bytes,
         tasks: Sequence[ReadTask],
-        hashers: ThreadPoolExecutor | None,
         is_cancelled: Callable[[], bool],
     ) -> None:
         self._weights = checked.weights
-        self._hashers = hashers
         self.is_cancelled = is_cancelled
         self._dtype = checked.dtype
         self._block = block
@@ -164,7 +158,7 @@ class _BlockRead:
         return buffer
 
     def place(self, task: ReadTask, buffer: _Bytes) -> _TaskResult:
-        """Bring what was fetched into the block; the buffer may be used for another task then.
+        """Digest what was fetched and bring it into the block; the buffer may be used for another task then.
 
         Raises
         ------
@@ -173,9 +167,8 @@ class _BlockRead:
         """
         try:
             self._raise_if_over()
-            halves = self._begin_digests(buffer[: _buffer_bytes(task)])
+            result = _TaskResult(_digest(buffer[: _buffer_bytes(task)]))
             found = place_matrices(buffer, _placements(task), self._block, _FORMAT_OF[self._dtype])
-            result = _TaskResult(b"".join(half() for half in halves))
             for matrix, content, numbers in zip(task, _tensors_in(buffer, task), found, strict=True):
                 if numbers != NumbersFound.FINITE:
                     result.problems.append(self._describe(matrix, content, numbers))
@@ -214,14 +207,6 @@ class _BlockRead:
             views.append(content.data)
             next_start += matrix.info.num_bytes
         self._weights.read_into(first, views)
-
-    def _begin_digests(self, content: _Bytes) -> list[Callable[[], bytes]]:
-        """Who waits for them gets the digests of both halves."""
-        middle = content.nbytes // 2
-        halves = [content[:middle].data, content[middle:].data]
-        if self._hashers is None:
-            return [functools.partial(_sha256, half) for half in halves]
-        return [self._hashers.submit(_sha256, half).result for half in halves]
 
     def _describe(self, matrix: StoredMatrix, content: _Bytes, numbers: NumbersFound) -> str:
         if numbers == NumbersFound.NOT_FINITE:
@@ -319,8 +304,10 @@ def _largest_magnitude(stored: _Bytes, number_format: str) -> float:
     return float(np.abs(numbers).max())
 
 
-def _sha256(content: memoryview) -> bytes:
-    return hashlib.sha256(content).digest()
+def _digest(content: _Bytes) -> bytes:
+    """SHA-256 of either half, one after the other: once they were made by two threads."""
+    middle = content.nbytes // 2
+    return b"".join(hashlib.sha256(half.data).digest() for half in (content[:middle], content[middle:]))
 
 
 def _content_digest(checked: CheckedAdapter, of_tasks: Sequence[bytes]) -> str:
