@@ -21,7 +21,7 @@ constexpr std::size_t kNumbersInRun = 2048;
 
 /// Whether `count` things of `size` bytes each fit behind `offset`; none of it can overflow.
 bool Fits(std::int64_t offset, std::int64_t count, std::size_t size, std::size_t num_bytes) {
-  if (offset < 0 || count < 0 || !std::in_range<std::size_t>(offset)) return false;
+  if (!std::in_range<std::size_t>(offset) || count < 0) return false;
   const auto first = static_cast<std::size_t>(offset);
   return first <= num_bytes && static_cast<std::uint64_t>(count) <= (num_bytes - first) / size;
 }
