@@ -131,9 +131,10 @@ def test_other_threads_run_meanwhile():
         ]
     )
     calls.start()
+    middle, end = block.size // 2, block.size - 1
     while calls.is_alive() and not seen_between.is_set():
-        block[[0, -1]] = 0
-        if block[0] != 0 and block[-1] == 0:
+        block[[middle, end]] = 0
+        if block[middle] != 0 and block[end] == 0:
             seen_between.set()
     calls.join()
     assert seen_between.is_set()
