@@ -26,7 +26,7 @@ void Interleave(const Number* source, Number* target) {
 /// Transposes 8 x 8 numbers. Interleaving moves the uppermost bit of a number's position (row, then
 /// column, three bits each) to its lower end; after three times, rows and columns have changed
 /// places. Compilers make of it what one would write with vector registers: two loops over numbers
-/// take three times as long.
+/// take nearly twice as long.
 template <typename Number>
 void TransposeSquare(const Number* source, Number* target) {
   Number first[kSquareSide * kSquareSide];
