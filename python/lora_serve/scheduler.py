@@ -1,6 +1,6 @@
 """The scheduler and the KV prefix cache of the C++ core.
 
-The only module that imports the extension ``lora_serve._core``; everything else takes these names from here.
+Everything else takes these names from here. `lora.peft_reader` alone imports the extension as well, for another part.
 Two value types cross the border in the step loop: ``ExecutionPlan`` out, ``ExecutionEvent`` in.
 """
 
