@@ -118,6 +118,7 @@ bench: setup build-bench
 
 bench-cpp: setup build-bench
 	$(BIN)/python benchmarks/cpp/append_results.py build/bench/benchmarks/cpp/kv_prefix_cache_bench
+	$(BIN)/python benchmarks/cpp/append_results.py build/bench/benchmarks/cpp/adapter_weights_bench
 	$(BIN)/python benchmarks/cpp/append_results.py build/bench/benchmarks/cpp/scheduler_bench \
 	  --subject scheduler_step
 

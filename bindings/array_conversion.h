@@ -65,19 +65,34 @@ pybind11::array ViewOf(std::span<const T> values, const pybind11::handle& owner)
   return view;
 }
 
+/// Throws: InvalidArgumentError naming `field`, if it is not a contiguous, flat array of `T`.
+template <typename T>
+void CheckEntries(const pybind11::array& array, const std::string& field, bool must_be_writable) {
+  namespace py = pybind11;
+  const bool is_flat =
+      array.ndim() == 1 && py::isinstance<py::array_t<T, py::array::c_style>>(array);
+  if (is_flat && (array.writeable() || !must_be_writable)) return;
+  throw InvalidArgumentError(field + " has " + std::to_string(array.ndim()) +
+                             " dimensions and the dtype " + std::string(py::str(array.dtype())) +
+                             (array.writeable() ? "" : ", and is read-only") +
+                             "; expected a contiguous, " + (must_be_writable ? "writable, " : "") +
+                             "flat array of " + std::string(py::str(py::dtype::of<T>())));
+}
+
 /// The entries of an array that the core is to write into; nothing is converted.
 /// Throws: InvalidArgumentError naming `field`.
-inline std::span<std::int32_t> WritableEntries(pybind11::array& array, const std::string& field) {
-  namespace py = pybind11;
-  const bool is_flat_int32 =
-      array.ndim() == 1 && py::isinstance<py::array_t<std::int32_t, py::array::c_style>>(array);
-  if (!is_flat_int32 || !array.writeable()) {
-    throw InvalidArgumentError(field + " has " + std::to_string(array.ndim()) +
-                               " dimensions and the dtype " + std::string(py::str(array.dtype())) +
-                               (array.writeable() ? "" : ", and is read-only") +
-                               "; expected a contiguous, writable, flat array of int32");
-  }
-  return {static_cast<std::int32_t*>(array.mutable_data()), static_cast<std::size_t>(array.size())};
+template <typename T>
+std::span<T> WritableEntries(pybind11::array& array, const std::string& field) {
+  CheckEntries<T>(array, field, true);
+  return {static_cast<T*>(array.mutable_data()), static_cast<std::size_t>(array.size())};
+}
+
+/// The entries of an array that the core is to read; nothing is converted.
+/// Throws: InvalidArgumentError naming `field`.
+template <typename T>
+std::span<const T> Entries(const pybind11::array& array, const std::string& field) {
+  CheckEntries<T>(array, field, false);
+  return {static_cast<const T*>(array.data()), static_cast<std::size_t>(array.size())};
 }
 
 }  // namespace lora_serve::bindings

@@ -80,7 +80,7 @@ void BindStep(py::class_<Scheduler>& scheduler) {
           [](Scheduler& self, std::int64_t now_us, std::optional<py::array> block) {
             auto plan = std::make_unique<PythonPlan>();
             if (block.has_value()) {
-              plan->memory = WritableEntries(*block, "block");
+              plan->memory = WritableEntries<std::int32_t>(*block, "block");
               plan->block_owner = *std::move(block);
             }
             // The interpreter lock is kept: a thread that loads adapters would take it, and the

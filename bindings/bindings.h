@@ -11,5 +11,6 @@ void BindSchedulerOptions(pybind11::module_& module);
 void BindStats(pybind11::module_& module);
 void BindKVEvents(pybind11::module_& module);
 void BindScheduler(pybind11::module_& module);
+void BindAdapterWeights(pybind11::module_& module);
 
 }  // namespace lora_serve::bindings

@@ -70,12 +70,20 @@ def step_columns(first: dict[str, Any], p50: float) -> dict[str, object]:
     return {"p50_us_per_request": round(p50 / first["requests"] / 1e3, 4) if "requests" in first else ""}
 
 
+def rate_columns(first: dict[str, Any], p50: float) -> dict[str, object]:
+    """Columns of the adapter weights' rows only."""
+    return {"p50_gb_per_s": round(first["stored_bytes"] / p50, 2)}
+
+
+COLUMNS_OF = {"scheduler_step": step_columns, "adapter_weights": rate_columns}
+
+
 def row_of(name: str, runs: list[dict[str, Any]], compiler: str, subject: str) -> dict[str, object]:
     """One row for all repetitions of one benchmark."""
     first = runs[0]
     times = [nanoseconds(run) for run in runs]
     p50 = percentile(times, 50)
-    columns = step_columns if subject == "scheduler_step" else cache_columns
+    columns = COLUMNS_OF.get(subject, cache_columns)
     row: dict[str, object] = {
         "benchmark": name,
         "p20_us": round(percentile(times, 20) / 1e3, 4),

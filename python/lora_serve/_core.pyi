@@ -1,5 +1,5 @@
 """
-The C++ core of lora_serve. Imported by lora_serve.scheduler only.
+The C++ core of lora_serve. Imported by lora_serve.scheduler and lora_serve.lora.peft_reader only.
 """
 
 from __future__ import annotations
@@ -14,11 +14,14 @@ __all__: list[str] = [
     "ExecutionEvent",
     "ExecutionPlan",
     "KVEvent",
+    "MatrixPlacement",
     "NewRequest",
+    "NumbersFound",
     "Scheduler",
     "SchedulerCounters",
     "SchedulerOptions",
     "SchedulerStats",
+    "place_matrices",
     "plan_layout",
 ]
 
@@ -933,6 +936,116 @@ class Scheduler:
         """
         Entries of a ``block`` that holds any plan of this scheduler.
         """
+
+class NumbersFound:
+    """
+    What the numbers of a matrix are; compare with ==.
+
+    Members:
+
+      FINITE
+
+      NOT_FINITE : NaN or infinity is stored.
+
+      TOO_LARGE : What is stored is finite, but too large for the block's format.
+    """
+
+    FINITE: typing.ClassVar[NumbersFound]
+    NOT_FINITE: typing.ClassVar[NumbersFound]
+    TOO_LARGE: typing.ClassVar[NumbersFound]
+    __members__: typing.ClassVar[dict[str, NumbersFound]]
+    @typing.overload
+    def __eq__(self, other: NumbersFound) -> bool: ...
+    @typing.overload
+    def __eq__(self, other: typing.Any) -> bool: ...
+    def __getstate__(self) -> int: ...
+    def __hash__(self) -> int: ...
+    def __index__(self) -> int: ...
+    def __init__(self, value: typing.SupportsInt | typing.SupportsIndex) -> None: ...
+    def __int__(self) -> int: ...
+    @typing.overload
+    def __ne__(self, other: NumbersFound) -> bool: ...
+    @typing.overload
+    def __ne__(self, other: typing.Any) -> bool: ...
+    def __repr__(self) -> str: ...
+    def __setstate__(self, state: typing.SupportsInt | typing.SupportsIndex) -> None: ...
+    def __str__(self) -> str: ...
+    @property
+    def name(self) -> str: ...
+    @property
+    def value(self) -> int: ...
+
+class MatrixPlacement:
+    """
+    Where a matrix lies as it is stored, row by row, and where it goes.
+
+    Parameters
+    ----------
+    buffer_offset : int
+        Bytes from the buffer's start, at any multiple.
+    num_rows, num_columns : int
+        At least 1 each.
+    number_format : str
+        ``F32``, ``F16`` or ``BF16``.
+    is_transposed : bool
+        True: the block has each part's columns as rows.
+    parts : list of tuple of int
+        Number of rows, and bytes from the block's start, of each matrix of the block that is made of this one, in the
+        order of the rows; together they have all of them.
+
+    Raises
+    ------
+    InvalidArgumentError
+        There is no such number format.
+    """
+    def __init__(
+        self,
+        *,
+        buffer_offset: typing.SupportsInt | typing.SupportsIndex,
+        num_rows: typing.SupportsInt | typing.SupportsIndex,
+        num_columns: typing.SupportsInt | typing.SupportsIndex,
+        number_format: str,
+        is_transposed: bool,
+        parts: collections.abc.Sequence[
+            tuple[typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex]
+        ],
+    ) -> None: ...
+
+def place_matrices(
+    buffer: numpy.ndarray,
+    matrices: collections.abc.Sequence[MatrixPlacement],
+    block: numpy.ndarray,
+    number_format: str,
+) -> list[NumbersFound]:
+    """
+    Bring matrices from the buffer that they were read into to their places in an adapter's block.
+
+    Each number is converted to the nearest of the block's format, ties to even; what is too large becomes infinite.
+    The interpreter lock is released meanwhile; neither array may be written by others.
+
+    Parameters
+    ----------
+    buffer : numpy.ndarray, uint8, contiguous
+        What was read.
+    matrices : list of MatrixPlacement
+        Their parts do not overlap.
+    block : numpy.ndarray, uint8, contiguous and writable
+        Bytes outside the parts are not touched.
+    number_format : str
+        That of the block: ``F32``, ``F16`` or ``BF16``.
+
+    Returns
+    -------
+    list of NumbersFound
+        One a matrix. What one of ``NOT_FINITE`` leaves in its parts means nothing.
+
+    Raises
+    ------
+    InternalError
+        A matrix or a part does not lie in its array, or parts do not have all rows; nothing was written.
+    InvalidArgumentError
+        An array or the number format is not as described.
+    """
 
 def plan_layout(
     max_loras: typing.SupportsInt | typing.SupportsIndex,

@@ -1,6 +1,6 @@
 """The scheduler and the KV prefix cache of the C++ core.
 
-The only module that imports the extension ``lora_serve._core``; everything else takes these names from here.
+Everything else takes these names from here; of the rest of the extension only `lora.peft_reader` takes some.
 Two value types cross the border in the step loop: ``ExecutionPlan`` out, ``ExecutionEvent`` in.
 """
 

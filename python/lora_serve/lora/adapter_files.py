@@ -82,30 +82,44 @@ class WeightsFile:
         """Close the file; closing it twice is nothing."""
         self._file.close()
 
-    def read_header(self) -> dict[str, TensorInfo]:
-        """The tensors that the file promises, by key; checked against the file's size.
+    @property
+    def num_bytes(self) -> int:
+        """Size of the file when it was opened."""
+        return self._status.st_size
+
+    def read_header(self) -> bytes:
+        """The file's bytes ahead of its tensors.
 
         Raises
         ------
         InvalidArgumentError
-            Not a safetensors file, or truncated, or it cannot be read.
+            Not a safetensors file, or it ends before, or it cannot be read.
         """
-        size = self._status.st_size
         prefix = self._read(LENGTH_BYTES)
         header_bytes = int.from_bytes(prefix, "little")
         if len(prefix) < LENGTH_BYTES or not 2 <= header_bytes <= MAX_HEADER_BYTES:
-            self._broken(f"no safetensors header in its {size} bytes")
+            self._broken(f"no safetensors header in its {self.num_bytes} bytes")
         data_start = LENGTH_BYTES + header_bytes
-        if size < data_start:
-            self._broken(f"truncated: it has {size} bytes, its header alone takes {data_start}")
+        if self.num_bytes < data_start:
+            self._broken(f"truncated: it has {self.num_bytes} bytes, its header alone takes {data_start}")
         self._header = self._read(data_start)
+        return self._header
+
+    def parse_header(self) -> dict[str, TensorInfo]:
+        """The tensors that the header promises, by key; checked against the file's size.
+
+        Raises
+        ------
+        InvalidArgumentError
+            What was read is not a safetensors header, or the file is truncated.
+        """
         try:
             tensors, expected_size = parse_header(self._header)
         except HeaderError as error:
             self._broken(f"its header is not that of a safetensors file ({error})")
-        if size != expected_size:
-            state = "truncated" if size < expected_size else "too long"
-            self._broken(f"{state}: it has {size} bytes, its header describes {expected_size}")
+        if self.num_bytes != expected_size:
+            state = "truncated" if self.num_bytes < expected_size else "too long"
+            self._broken(f"{state}: it has {self.num_bytes} bytes, its header describes {expected_size}")
         return tensors
 
     def read_into(self, offset: int, buffers: Sequence[memoryview]) -> None:

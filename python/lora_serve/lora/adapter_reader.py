@@ -23,7 +23,7 @@ from lora_serve.lora.adapter_files import UnreadableFileError
 from lora_serve.lora.adapter_layout import AdapterLayout
 from lora_serve.lora.host_block import HostBlock
 from lora_serve.lora.host_pool import HostPool
-from lora_serve.lora.peft_adapter import check_peft_adapter
+from lora_serve.lora.peft_adapter import PeftChecker
 from lora_serve.lora.peft_modules import AdapterLimits
 from lora_serve.lora.peft_reader import read_into
 from lora_serve.lora.sources import AdapterFolder, AdapterSources
@@ -31,10 +31,11 @@ from lora_serve.lora.sources import AdapterFolder, AdapterSources
 if TYPE_CHECKING:
     from lora_serve.lora.device_adapters import DeviceDescription
 
-NUM_READ_THREADS = 1
-"""Threads that read tensors into blocks. Each more of them waits for the interpreter lock as well."""
-NUM_HASHERS = 2
-"""Threads that digest what those have read, at most; one core is left to the step loop."""
+MAX_READ_THREADS = 3
+"""Threads that digest what was read and bring it into blocks, at most; one core is left to the step loop.
+
+Each more of them waits for the interpreter lock as well.
+"""
 _NICENESS = 15
 """How far these threads step back; see `_step_back`."""
 
@@ -144,7 +145,8 @@ class AdapterReader:
     sources
         Where adapters may come from.
     num_threads
-        Threads that bring tensors into blocks; benchmarks try others.
+        Threads that digest tensors and bring them into blocks; None = by the number of cores, benchmarks try
+        others.
     """
 
     def __init__(
@@ -155,20 +157,15 @@ class AdapterReader:
         pool: HostPool,
         sources: AdapterSources,
         *,
-        num_threads: int = NUM_READ_THREADS,
+        num_threads: int | None = None,
     ) -> None:
-        self._targets = dict(targets)
-        self._fused_targets = dict(fused_targets)
-        self._limits = limits
+        self._checker = PeftChecker(targets, limits, fused_targets)
         self._pool = pool
         self._sources = sources
+        if num_threads is None:
+            num_threads = min(MAX_READ_THREADS, max(1, len(os.sched_getaffinity(0)) - 1))
         self._threads = ThreadPoolExecutor(
             num_threads, thread_name_prefix="lora-serve-tensors", initializer=_step_back
-        )
-        self._hashers = ThreadPoolExecutor(
-            min(NUM_HASHERS, max(1, len(os.sched_getaffinity(0)) - 1)),
-            thread_name_prefix="lora-serve-digests",
-            initializer=_step_back,
         )
         self._is_closed = False
 
@@ -226,26 +223,12 @@ class AdapterReader:
             return self._is_closed or is_cancelled()
 
         begin = time.monotonic()
-        checked = check_peft_adapter(
-            folder.path,
-            self._targets,
-            self._limits,
-            fused=self._fused_targets,
-            name=name,
-            resolve=folder.resolve,
-        )
-        with checked:
+        with self._checker.check(folder.path, name=name, resolve=folder.resolve) as checked:
             load_ms["check"], begin = _ms_since(begin), time.monotonic()
             block = take_room(checked.layout, is_over)
             try:
                 load_ms["room"], begin = _ms_since(begin), time.monotonic()
-                digest = read_into(
-                    checked,
-                    block.tensor,
-                    threads=self._threads,
-                    hashers=self._hashers,
-                    is_cancelled=is_over,
-                )
+                digest = read_into(checked, block.tensor, threads=self._threads, is_cancelled=is_over)
             except BaseException:
                 block.release()
                 raise
@@ -315,7 +298,6 @@ class AdapterReader:
         """End the threads; reads that run end with LoadCancelledError. Twice is nothing."""
         self._is_closed = True
         self._threads.shutdown(wait=False)
-        self._hashers.shutdown(wait=False)
 
 
 def _changed(folder: AdapterFolder, content_digest: str, found: str) -> AdapterConflictError:

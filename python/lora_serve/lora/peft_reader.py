@@ -1,20 +1,18 @@
 """Reads the tensors of a checked adapter into its block: converted, as operators want them, with a digest.
 
 The work is cut into tasks of some megabytes. The calling thread reads a task's tensors into one buffer, so
-that only itself waits for a slow file. Threads of their own digest it, in two calls, while another one copies
-and transposes what is in it into the block and looks through it for NaN. Who releases the interpreter lock
-has to get it back, and so has the step loop, after nearly every call to the device: what counts is how few
-calls are made, by how few threads (docs/decisions/0012).
+that only itself waits for a slow file. A thread of a pool digests it and brings it into the block, a call for
+either. Who releases the interpreter lock has to get it back, and so has the step loop, after nearly every
+call to the device: what counts is how few calls are made, by how few threads (docs/decisions/0012 and 0013).
 """
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import itertools
 import struct
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -23,27 +21,19 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lora_serve._core import MatrixPlacement, NumbersFound, place_matrices
 from lora_serve.lora.adapter_files import WEIGHTS_FILE
 from lora_serve.lora.adapter_layout import MATRIX_ALIGNMENT, align
 from lora_serve.lora.interpreter_lock import sharing_lock
 from lora_serve.lora.load_cancelled import LoadCancelledError
 from lora_serve.lora.load_problems import LoadProblems
 from lora_serve.lora.peft_adapter import CheckedAdapter
-from lora_serve.lora.read_plan import ReadTask, StoredMatrix, filled_ranges, gaps, plan_tasks
-from lora_serve.lora.stored_numbers import (
-    BITS_OF,
-    FILE_DTYPE_OF,
-    Bits,
-    convert,
-    is_all_finite,
-    largest_magnitude,
-)
+from lora_serve.lora.read_plan import ReadTask, StoredMatrix, gaps, plan_tasks
 
 _Bytes = NDArray[np.uint8]
 
-# Rows transposed at once: a cache line of each fits the second-level cache. Fewer are faster by themselves
-# (2048: 7 GB/s instead of 3), but every call has to wait for the interpreter lock again.
-_ROWS_AT_ONCE = 16384
+# The file format's name of each dtype that a model can have.
+_FORMAT_OF = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 _MOST_AHEAD = 3
 """Tasks that are fetched before the first of them is in the block."""
 
@@ -53,7 +43,6 @@ def read_into(
     block: Tensor,
     *,
     threads: ThreadPoolExecutor | None,
-    hashers: ThreadPoolExecutor | None = None,
     is_cancelled: Callable[[], bool],
 ) -> str:
     """Fill a block with an adapter's weights.
@@ -66,12 +55,10 @@ def read_into(
         [layout.num_bytes] uint8, CPU, contiguous, starting at a multiple of ``MATRIX_ALIGNMENT`` bytes. Every
         byte is written, those between the matrices with 0. What it holds after an error is undefined.
     threads
-        Place what was read in the block; None = the calling thread does. Not the pool that the caller itself
-        runs in: it could wait for itself.
-    hashers
-        Digest what was read; None = who places it does. A pool of its own, for the same reason.
+        Digest what was read and place it in the block; None = the calling thread does. Not the pool that the
+        caller itself runs in: it could wait for itself.
     is_cancelled
-        Asked between tensors, by several threads.
+        Asked twice a task, by several threads.
 
     Returns
     -------
@@ -100,7 +87,7 @@ def read_into(
     target = block.numpy()
     for start, end in gaps(tasks, checked.layout.num_bytes):
         target[start:end] = 0
-    results = _run_all(_BlockRead(checked, target, tasks, hashers, is_cancelled), tasks, threads)
+    results = _run_all(_BlockRead(checked, target, tasks, is_cancelled), tasks, threads)
     checked.weights.check_unchanged()
     problems = LoadProblems(checked.name)
     for result in results:
@@ -112,7 +99,7 @@ def read_into(
 
 @dataclass
 class _TaskResult:
-    """SHA-256 of either half of its bytes, one after the other, and what is wrong with the numbers."""
+    """SHA-256 of what was read, and what is wrong with the numbers."""
 
     digest: bytes
     problems: list[str] = field(default_factory=list)
@@ -126,15 +113,12 @@ class _BlockRead:
         checked: CheckedAdapter,
         block: _Bytes,
         tasks: Sequence[ReadTask],
-        hashers: ThreadPoolExecutor | None,
         is_cancelled: Callable[[], bool],
     ) -> None:
         self._weights = checked.weights
-        self._hashers = hashers
         self.is_cancelled = is_cancelled
-        self._dtype = FILE_DTYPE_OF[checked.dtype]
+        self._dtype = checked.dtype
         self._block = block
-        self._bits: Bits = block.view(BITS_OF[self._dtype])
         self._is_stopped = False
         # Of tasks that have ended; appending and popping are atomic.
         self._spare_buffers: deque[_Bytes] = deque()
@@ -173,7 +157,7 @@ class _BlockRead:
         return buffer
 
     def place(self, task: ReadTask, buffer: _Bytes) -> _TaskResult:
-        """Bring what was fetched into the block; the buffer may be used for another task then.
+        """Digest what was fetched and bring it into the block; the buffer may be used for another task then.
 
         Raises
         ------
@@ -181,21 +165,12 @@ class _BlockRead:
             Cancelled, or another task has failed.
         """
         try:
-            halves = self._begin_digests(buffer[: _buffer_bytes(task)])
-            stored = _tensors_in(buffer, task)
-            is_finite = True
-            for matrix, content in zip(task, stored, strict=True):
-                self._raise_if_over()
-                is_finite = self._place(matrix, content) and is_finite
-            # One look at whole ranges of the block, and a closer one only where it finds something.
-            item_bytes = self._bits.dtype.itemsize
-            for start, end in filled_ranges(task):
-                bits = self._bits[start // item_bytes : end // item_bytes]
-                is_finite = is_finite and is_all_finite(bits, self._dtype)
-            result = _TaskResult(b"".join(half() for half in halves))
-            if not is_finite:
-                for matrix, content in zip(task, stored, strict=True):
-                    self._add_problem(matrix, content, result)
+            self._raise_if_over()
+            result = _TaskResult(hashlib.sha256(buffer[: _buffer_bytes(task)].data).digest())
+            found = place_matrices(buffer, _placements(task), self._block, _FORMAT_OF[self._dtype])
+            for matrix, content, numbers in zip(task, _tensors_in(buffer, task), found, strict=True):
+                if numbers != NumbersFound.FINITE:
+                    result.problems.append(self._describe(matrix, content, numbers))
             self._spare_buffers.append(buffer)
         except BaseException:
             self.stop()
@@ -232,46 +207,13 @@ class _BlockRead:
             next_start += matrix.info.num_bytes
         self._weights.read_into(first, views)
 
-    def _begin_digests(self, content: _Bytes) -> list[Callable[[], bytes]]:
-        """Who waits for them gets the digests of both halves."""
-        middle = content.nbytes // 2
-        halves = [content[:middle].data, content[middle:].data]
-        if self._hashers is None:
-            return [functools.partial(_sha256, half) for half in halves]
-        return [self._hashers.submit(_sha256, half).result for half in halves]
-
-    def _place(self, matrix: StoredMatrix, content: _Bytes) -> bool:
-        """Convert and transpose into the block; False: the numbers are not finite, nothing was written."""
-        info = matrix.info
-        stored = content.view(BITS_OF[info.dtype])
-        # Conversion may turn NaN into a number.
-        if info.dtype != self._dtype and not is_all_finite(stored, info.dtype):
-            return False
-        numbers = convert(stored, info.dtype, self._dtype).reshape(info.shape)
-        item_bytes = self._bits.dtype.itemsize
-        for part in matrix.parts:
-            rows = numbers[part.first_row : part.first_row + part.num_rows]
-            first = part.offset // item_bytes
-            target = self._bits[first : first + rows.size]
-            if matrix.is_transposed:
-                _transpose(rows, target.reshape(rows.shape[::-1]))
-            else:
-                target.reshape(rows.shape)[...] = rows
-        return True
-
-    def _add_problem(self, matrix: StoredMatrix, content: _Bytes, result: _TaskResult) -> None:
-        stored = content.view(BITS_OF[matrix.info.dtype])
-        if not is_all_finite(stored, matrix.info.dtype):
-            result.problems.append(
-                f"key '{matrix.key}' holds NaN or Inf, expected finite numbers: train again"
-            )
-        elif not is_all_finite(convert(stored, matrix.info.dtype, self._dtype), self._dtype):
-            largest = largest_magnitude(stored, matrix.info.dtype)
-            dtype = next(dtype for dtype, name in FILE_DTYPE_OF.items() if name == self._dtype)
-            result.problems.append(
-                f"key '{matrix.key}' holds values up to {largest:.3g}, which {dtype} cannot hold; "
-                "serve the model in bfloat16 or float32"
-            )
+    def _describe(self, matrix: StoredMatrix, content: _Bytes, numbers: NumbersFound) -> str:
+        if numbers == NumbersFound.NOT_FINITE:
+            return f"key '{matrix.key}' holds NaN or Inf, expected finite numbers: train again"
+        return (
+            f"key '{matrix.key}' holds values up to {_largest_magnitude(content, matrix.info.dtype):.3g}, "
+            f"which {self._dtype} cannot hold; serve the model in bfloat16 or float32"
+        )
 
 
 def _check_block(block: Tensor, num_bytes: int) -> None:
@@ -326,22 +268,39 @@ def _buffer_bytes(task: ReadTask) -> int:
     return sum(align(matrix.info.num_bytes, MATRIX_ALIGNMENT) for matrix in task)
 
 
+def _offsets(task: ReadTask) -> Iterator[int]:
+    """Where each matrix of a task begins in its buffer."""
+    sizes = (align(matrix.info.num_bytes, MATRIX_ALIGNMENT) for matrix in task[:-1])
+    return itertools.accumulate(sizes, initial=0)
+
+
 def _tensors_in(buffer: _Bytes, task: ReadTask) -> list[_Bytes]:
     """The stored bytes of each matrix of a task, in its buffer."""
-    ends = itertools.accumulate(
-        (align(matrix.info.num_bytes, MATRIX_ALIGNMENT) for matrix in task), initial=0
-    )
-    return [buffer[start : start + matrix.info.num_bytes] for start, matrix in zip(ends, task, strict=False)]
+    starts = zip(_offsets(task), task, strict=True)
+    return [buffer[start : start + matrix.info.num_bytes] for start, matrix in starts]
 
 
-def _sha256(content: memoryview) -> bytes:
-    return hashlib.sha256(content).digest()
+def _placements(task: ReadTask) -> list[MatrixPlacement]:
+    return [
+        MatrixPlacement(
+            buffer_offset=start,
+            num_rows=matrix.info.shape[0],
+            num_columns=matrix.info.shape[1],
+            number_format=matrix.info.dtype,
+            is_transposed=matrix.is_transposed,
+            parts=[(part.num_rows, part.offset) for part in matrix.parts],
+        )
+        for start, matrix in zip(_offsets(task), task, strict=True)
+    ]
 
 
-def _transpose(source: Bits, target: Bits) -> None:
-    for first in range(0, source.shape[0], _ROWS_AT_ONCE):
-        rows = slice(first, first + _ROWS_AT_ONCE)
-        target[:, rows] = source[rows].T
+def _largest_magnitude(stored: _Bytes, number_format: str) -> float:
+    """Of finite numbers. NumPy, because torch would start a team of threads for the thread that asks."""
+    if number_format == "BF16":
+        numbers = (stored.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+    else:
+        numbers = stored.view(np.float32 if number_format == "F32" else np.float16)
+    return float(np.abs(numbers).max())
 
 
 def _content_digest(checked: CheckedAdapter, of_tasks: Sequence[bytes]) -> str:

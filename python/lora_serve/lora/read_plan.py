@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from lora_serve.lora.adapter_layout import MATRIX_ALIGNMENT, align
 from lora_serve.lora.interpreter_lock import sharing_lock
 from lora_serve.lora.peft_adapter import CheckedAdapter
 from lora_serve.lora.safetensors_header import TensorInfo
-from lora_serve.lora.stored_numbers import BITS_OF, FILE_DTYPE_OF
 
 TASK_BYTES = 4 << 20
 """Bytes of the file a task: small enough for the cache, large enough that few calls are made.
@@ -81,16 +79,6 @@ def plan_tasks(checked: CheckedAdapter) -> list[ReadTask]:
     return tasks
 
 
-def filled_ranges(matrices: Sequence[StoredMatrix]) -> list[tuple[int, int]]:
-    """Ranges of the block that the matrices fill, ascending; gaps that only align a matrix do not count."""
-    ranges: list[tuple[int, int]] = []
-    parts = [(part.offset, part.num_bytes) for matrix in matrices for part in matrix.parts]
-    for offset, num_bytes in sorted(parts):
-        start = ranges.pop()[0] if ranges and offset == align(ranges[-1][1], MATRIX_ALIGNMENT) else offset
-        ranges.append((start, offset + num_bytes))
-    return ranges
-
-
 def gaps(tasks: Sequence[ReadTask], num_bytes: int) -> Iterator[tuple[int, int]]:
     """Yield the ranges of a block that no matrix fills.
 
@@ -113,11 +101,10 @@ def gaps(tasks: Sequence[ReadTask], num_bytes: int) -> Iterator[tuple[int, int]]
 
 def _matrices(checked: CheckedAdapter) -> Iterator[StoredMatrix]:
     """Yield A and B of every pair."""
-    dtype = FILE_DTYPE_OF[checked.dtype]
     modules = {module.module: module for module in checked.layout.modules}
     for pair in checked.pairs:
         members = [modules[member] for member in pair.members]
-        row_bytes = pair.lora_rank * BITS_OF[dtype].itemsize
+        row_bytes = pair.lora_rank * checked.dtype.itemsize
         num_a_bytes = pair.in_features * row_bytes
         parts = [MatrixPart(members[0].module, 0, pair.lora_rank, members[0].a_offset, num_a_bytes)]
         yield _matrix(pair.key_a, "A", checked, parts, is_transposed=pair.is_embedding)

@@ -9,6 +9,10 @@ import torch
 from lora.adapter_setup import make_adapter, make_targets
 from lora.peft_setup import check, read_block
 from lora_serve.common.errors import InvalidArgumentError
+from lora_serve.lora import peft_adapter
+from lora_serve.lora.adapter_files import WeightsFile
+from lora_serve.lora.peft_adapter import MAX_REMEMBERED, PeftChecker
+from lora_serve.lora.peft_modules import AdapterLimits
 from lora_serve.testing.adapters import read_adapter_tensors, write_adapter_tensors
 from lora_serve.testing.bad_adapters import BAD_ADAPTERS, corrupt_config, corrupt_truncate
 
@@ -205,3 +209,81 @@ def test_checked_adapter_describes_itself(tmp_path):
     # Each of these matrices takes a multiple of 16 bytes.
     num_bytes = 2 * (2 * 4 * (24 + 32) + 4 * (40 + 24) + 6 * (40 + 24))
     assert num_bytes <= layout.num_bytes < num_bytes + 256
+
+
+class TestPeftChecker:
+    @pytest.fixture
+    def checker(self):
+        return PeftChecker(make_targets(), AdapterLimits(64, torch.float32), {})
+
+    @pytest.fixture
+    def parsed(self, monkeypatch):
+        """One entry a header that was parsed."""
+        entries = []
+        parse = WeightsFile.parse_header
+        monkeypatch.setattr(WeightsFile, "parse_header", lambda file: entries.append(1) or parse(file))
+        return entries
+
+    def test_adapters_of_one_recipe_are_checked_once(self, checker, parsed, tmp_path):
+        names = ["q_proj", "v_proj", "up_proj"]
+        paths = [
+            make_adapter(tmp_path / f"adapter-{seed}", rank=4, seed=seed, target_modules=names)
+            for seed in range(3)
+        ]
+        # PEFT writes them in any order.
+        corrupt_config(paths[1], target_modules=names[::-1], base_model_name_or_path="elsewhere")
+        found = []
+        for path in (*paths, paths[0]):
+            with checker.check(str(path)) as checked:
+                assert (checked.path, checked.name) == (str(path), str(path))
+                found.append((checked.layout, checked.pairs, checked.header))
+        assert len(parsed) == 1
+        with check(paths[2], targets=make_targets(), fused={}) as expected:
+            assert found == [(expected.layout, expected.pairs, expected.header)] * 4
+
+    def test_another_scaling_is_another_layout_of_the_same_header(self, checker, tmp_path):
+        path = make_adapter(tmp_path / "adapter", rank=4, alpha=8)
+        scalings = []
+        for alpha in (8, 4, 8):
+            corrupt_config(path, lora_alpha=alpha)
+            with checker.check(str(path)) as checked:
+                scalings.append(checked.layout.modules[0].scaling)
+        assert scalings == [2.0, 1.0, 2.0]
+
+    @pytest.mark.parametrize("kind", BAD_ADAPTERS)
+    def test_bad_adapter_is_refused_where_it_was_good_before(self, kind, checker, tmp_path):
+        path = make_adapter(tmp_path / "adapter", rank=4)
+        checker.check(str(path)).close()
+        BAD_ADAPTERS[kind].corrupt(path)
+        messages = []
+        for one in (checker, PeftChecker(make_targets(), AdapterLimits(64, torch.float32), {})):
+            try:
+                checked = one.check(str(path), name="tenant-7")
+            except InvalidArgumentError as error:
+                messages.append(str(error))
+            else:  # Its numbers are wrong, which a check does not read.
+                checked.close()
+        assert len(set(messages)) <= 1
+        assert len(messages) == (0 if kind in ("nan", "inf") else 2)
+
+    def test_only_the_last_ones_are_remembered(self, checker, parsed, tmp_path):
+        path = make_adapter(tmp_path / "adapter", rank=4)
+
+        def num_parsed(alpha):
+            corrupt_config(path, lora_alpha=alpha)
+            before = len(parsed)
+            checker.check(str(path)).close()
+            return len(parsed) - before
+
+        assert [num_parsed(alpha) for alpha in range(1, MAX_REMEMBERED + 1)] == [1] * MAX_REMEMBERED
+        assert num_parsed(1) == 0
+        assert num_parsed(MAX_REMEMBERED + 1) == 1
+        # The first one was used again since, so the second one has made way.
+        assert (num_parsed(1), num_parsed(2)) == (0, 1)
+
+    def test_long_headers_are_not_remembered(self, checker, parsed, tmp_path, monkeypatch):
+        path = make_adapter(tmp_path / "adapter", rank=4)
+        monkeypatch.setattr(peft_adapter, "_MAX_REMEMBERED_HEADER_BYTES", 100)
+        for _ in range(2):
+            checker.check(str(path)).close()
+        assert len(parsed) == 2
