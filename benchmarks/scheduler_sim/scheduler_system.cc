@@ -19,7 +19,6 @@ SchedulerSystem::SchedulerSystem(const SchedulerSystemOptions& options, const De
               options.max_host_bytes),
       scheduler_(options.scheduler) {
   for (std::int64_t id = 1; id <= catalog.size(); ++id) {
-    all_adapters_.emplace_back(id);
     scheduler_.OpenAdapter(AdapterId(id), {.digest_seed = static_cast<std::uint64_t>(id),
                                            .size_bytes = catalog.BytesOf(id),
                                            .is_staged = loader_.IsOnHost(id)});
@@ -82,15 +81,14 @@ void SchedulerSystem::Process(TimeUs now_us) {
 }
 
 void SchedulerSystem::ReadAhead(TimeUs now_us) {
+  const auto waiting = [&](std::vector<AdapterId> ids) { return scheduler_.WaitingAdapters(ids); };
   for (const AdapterId id : scheduler_.AdaptersToStage()) {
     if (loader_.IsOnHost(id.value())) continue;  // on its way
-    const std::vector<AdapterId> waiting = scheduler_.WaitingAdapters(all_adapters_);
-    const auto place_of = [&](std::int64_t other) {
-      return std::ranges::find(waiting, AdapterId(other));
+    const auto nobody_waits = [&](std::int64_t other) {
+      return waiting({AdapterId(other)}).empty();
     };
-    const auto nobody_waits = [&](std::int64_t other) { return place_of(other) == waiting.end(); };
     const auto is_later = [&](std::int64_t other) {
-      return place_of(other) > place_of(id.value());
+      return waiting({id, AdapterId(other)}).front() == id;
     };
     if (!loader_.ReadAhead(id.value(), now_us, nobody_waits) &&
         !loader_.ReadAhead(id.value(), now_us, is_later)) {

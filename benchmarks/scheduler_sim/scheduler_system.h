@@ -92,7 +92,6 @@ class SchedulerSystem : public ServingSystem {
   const AdapterCatalog& catalog_;
   AdapterLoader loader_;
   Scheduler scheduler_;
-  std::vector<AdapterId> all_adapters_;
   std::deque<std::unique_ptr<Outstanding>> outstanding_;
   /// Used before; their arrays keep their memory.
   std::vector<std::unique_ptr<Outstanding>> spare_;
