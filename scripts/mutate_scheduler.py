@@ -127,7 +127,9 @@ FAULTS = (
     Fault("adapter_residency.cc", "if (is_stalled_) return adapter.num_running_requests > 0;", ""),
     Fault("adapter_residency.cc", "if (IsToBeRead(*needy) || (is_stalled_", "if ((is_stalled_"),
     Fault("adapter_residency.cc", "needy->HoldsBytes() || IsToBeRead(*needy) ||", "needy->HoldsBytes() ||"),
-    Fault("adapter_residency.cc", "!adapter.HoldsBytes() && !adapter.options.is_staged", "!adapter.HoldsBytes()"),
+    Fault(
+        "adapter_residency.cc", "!adapter.HoldsBytes() && !adapter.options.is_staged", "!adapter.HoldsBytes()"
+    ),
     Fault("adapter_table.cc", "options.is_staged || !loads_staged_only_", "true"),
     Fault("adapter_residency.cc", "(is_stalled_ || needy.line_key < other->line_key)", "true"),
     Fault(

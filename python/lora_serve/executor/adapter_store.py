@@ -27,6 +27,11 @@ class AdapterStore(Protocol):
         ...
 
     @property
+    def reads_ahead(self) -> bool:
+        """Whether `poll` brings those that the scheduler names to the host: plans then load no others."""
+        ...
+
+    @property
     def num_load_waits(self) -> int:
         """How often the caller may have had to wait for a thread that reads adapters, since the start."""
         ...

@@ -181,6 +181,11 @@ class LoRAManager:
         """How often the step loop may have had to wait for a thread that reads adapters."""
         return self._pool.num_lock_waits
 
+    @property
+    def reads_ahead(self) -> bool:
+        """True: see :meth:`poll`."""
+        return True
+
     def set_wake(self, wake: Callable[[], None]) -> None:
         """Have `wake` called, from other threads, whenever `poll` has something to do."""
         self._wake = wake

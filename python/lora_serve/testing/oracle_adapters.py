@@ -53,15 +53,24 @@ class OracleAdapterStore:
     ----------
     is_staged : bool
         True: adapters are on the host, so that loads end before the rows of their plan, which may use them.
+    reads_ahead : bool
+        True: those are on the host that were just added, or that `poll` was told to read, until they are
+        lost; loads end as with `is_staged`. To be set before an engine begins.
+    is_read : callable
+        Whether a read ahead of this generation has ended; asked in each `poll`.
     memory_bytes : int
         As given.
     """
 
     def __init__(self, num_bytes: int = 1024, memory_bytes: int = 0) -> None:
         self.is_staged = False
+        self.reads_ahead = False
+        self.is_read: Callable[[int], bool] = lambda adapter_id: True  # noqa: ARG005
         self.memory_bytes = memory_bytes
         self._num_bytes = num_bytes
         self._adapters: dict[int, HostAdapter] = {}
+        self._on_host: set[int] = set()  # With `reads_ahead`.
+        self._lost: set[int] = set()
         self._loading: dict[int, int] = {}
         self._slots: dict[int, int] = {}
 
@@ -89,15 +98,34 @@ class OracleAdapterStore:
         return adapter.num_bytes
 
     def is_on_host(self, adapter_id: int) -> bool:
-        """Whether adapters are set up to be on the host, and this one was added."""
+        """Whether adapters are set up to be on the host, and this one was added; or it was read ahead."""
+        if self.reads_ahead:
+            return adapter_id in self._on_host
         return self.is_staged and adapter_id in self._adapters
+
+    @property
+    def loads_end_with_their_plan(self) -> bool:
+        """Whether what plans load was on the host."""
+        return self.is_staged or self.reads_ahead
+
+    def lose(self, adapter_id: int) -> None:
+        """Let one leave the host at the next `poll`, if it is there."""
+        self._lost.add(adapter_id)
 
     def touch(self, adapter_id: int) -> None:
         """Do nothing: nobody is evicted from the host."""
 
-    def poll(self, line: AdapterLine) -> HostNews:  # noqa: ARG002
-        """Give no news."""
-        return HostNews()
+    def poll(self, line: AdapterLine) -> HostNews:
+        """Tell what was lost and read since the last call; nothing unless it reads ahead."""
+        news = HostNews()
+        if self.reads_ahead:
+            news.evicted += sorted(self._lost & self._on_host)
+            self._on_host -= self._lost
+            self._lost.clear()
+            missing = [i for i in line.adapters_to_stage() if i in self._adapters and i not in self._on_host]
+            news.arrived += [adapter_id for adapter_id in missing if self.is_read(adapter_id)]
+            self._on_host.update(news.arrived)
+        return news
 
     def prepare_loads(self, adapter_ids: Iterable[int]) -> None:
         """Do nothing: there are no weights."""
@@ -113,6 +141,7 @@ class OracleAdapterStore:
         if adapter_id in self._adapters:
             raise InternalError(f"adapter generation {adapter_id} was added before; ids are never reused")
         self._adapters[adapter_id] = adapter
+        self._on_host.add(adapter_id)
 
     def remove(self, adapter_id: int) -> None:
         """Forget a generation.
@@ -129,6 +158,7 @@ class OracleAdapterStore:
         if adapter_id in self._loading or adapter_id in self._slots:
             raise InternalError(f"adapter generation {adapter_id} is removed while it is on the device")
         del self._adapters[adapter_id]
+        self._on_host.discard(adapter_id)
 
     def __contains__(self, adapter_id: int) -> bool:
         """Whether the generation was added and not removed, or has a slot."""

@@ -187,13 +187,13 @@ class OracleExecutor:
         for adapter_id in plan.drained_adapter_ids.tolist():
             self.lora.free(adapter_id)
         for adapter_id in plan.evicted_adapter_ids.tolist():
-            if not (self.lora.is_staged and adapter_id in self._failed_slots.values()):
+            if not (self.lora.loads_end_with_their_plan and adapter_id in self._failed_slots.values()):
                 self.lora.evict(adapter_id)
         result = ExecutionResult(
             plan.plan_id, np.full(len(plan.request_ids), -1, dtype=np.int32), [None] * len(states), [], {}
         )
         self._begin_loads(plan)
-        if self.lora.is_staged:
+        if self.lora.loads_end_with_their_plan:
             self._end_loads(result)
         self._pages.start(plan)
         self._page_table.apply_deltas(plan)
@@ -225,7 +225,7 @@ class OracleExecutor:
     def _end_loads(self, result: ExecutionResult) -> None:
         for adapter_id in self.lora.loads_under_way:
             outcome = self.load_outcome(adapter_id)
-            if outcome is Outcome.UNDER_WAY and not self.lora.is_staged:
+            if outcome is Outcome.UNDER_WAY and not self.lora.loads_end_with_their_plan:
                 continue
             failed = outcome is Outcome.FAILED or adapter_id in self.options.failing_adapter_ids
             slot = self.lora.end_load(adapter_id, failed=failed)
@@ -251,7 +251,7 @@ class OracleExecutor:
         in_slot: dict[int, int | None] = {
             slot: self.lora.adapter_in(slot) for slot in set(plan.adapter_slots.tolist())
         }
-        if self.lora.is_staged:  # Their rows run, and fail.
+        if self.lora.loads_end_with_their_plan:  # Their rows run, and fail.
             in_slot.update({s: i for s, i in self._failed_slots.items() if in_slot.get(s) is None})
         in_slot[-1] = 0
         adapters = [in_slot[slot] for slot in plan.adapter_slots.tolist()]

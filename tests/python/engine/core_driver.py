@@ -103,7 +103,7 @@ class CoreDriver:
     step_s = 0.001
     """A step moves the engine's clock by so much."""
 
-    def __init__(self, **options):
+    def __init__(self, *, reads_ahead=False, **options):
         fields = set(EngineConfig.__struct_fields__)
         config = EngineConfig(
             **{
@@ -128,6 +128,7 @@ class CoreDriver:
             )
         )
         self.files = self.executor.lora
+        self.files.reads_ahead = reads_ahead
         self.seconds = 1000.0
         self.core = EngineCore(config, self.executor, clock_us=lambda: round(self.seconds * 1e6))
         self.outputs = {}

@@ -37,6 +37,7 @@ class RandomLife:
             num_device_pages=18, max_num_seqs=4, max_num_batched_tokens=24, max_loras=2, **options
         )
         self.driver.files.is_staged = is_staged
+        self.driver.files.is_read = lambda adapter_id: self.rng.random() < 0.3
         self.num_failed_copies = 0
         self.num_refused = 0
         self.driver.executor.copy_outcome = self.end_copy
@@ -60,6 +61,8 @@ class RandomLife:
         kinds = {"step": 50, "add": 20, "abort": 4, "finish": 3, "load": 15, "unload": 6}
         kind = rng.choices(list(kinds), list(kinds.values()))[0]
         if kind == "step":
+            if self.driver.files.reads_ahead and rng.random() < 0.2:
+                self.driver.files.lose(rng.randint(1, 40))
             self.driver.step(rng.randint(1, 4))
         elif kind == "add":
             self.add(rng.choice([None, *NAMES]))
@@ -130,6 +133,14 @@ MACHINES = {
     "off": {"num_host_pages": 9, "kv_write_policy": "off"},
     "two adapters": {**TWO_ADAPTERS},
     "two adapters, staged": {**TWO_ADAPTERS, "is_staged": True, "num_host_pages": 30},
+    "two adapters, read ahead": {
+        **TWO_ADAPTERS,
+        "reads_ahead": True,
+        "adapter_patience_ms": 3,
+        "adapter_time_slice_steps": 2,
+        "adapter_pause_ms": 5,
+        "num_host_pages": 9,
+    },
     "two adapters, short slices": {
         **TWO_ADAPTERS,
         "adapter_patience_ms": 3,

@@ -263,6 +263,29 @@ def test_staged_adapters_run_in_the_plan_that_loads_them_and_take_turns():
     assert driver.info("a")[0].total_loads > 1
 
 
+def test_running_adapter_is_not_paused_for_one_that_is_still_being_read():
+    driver = make_driver(1, reads_ahead=True, adapter_patience_ms=0, adapter_time_slice_steps=1)
+    load_all(driver, "a", "b")
+    files = driver.files
+    files.is_read = lambda adapter_id: False
+    files.lose(2)
+    runs = driver.add("a", max_tokens=20)
+    driver.step(4)
+    waits = driver.add("b", max_tokens=3)
+    driver.step(10)
+    stats = driver.core.stats()
+    assert (stats.total_adapter_pauses, stats.num_adapters_in_line) == (0, 1)
+    assert on_device(driver) == {"a"}
+    assert len(driver.outputs[runs]) > 10
+    assert not driver.outputs.get(waits)
+
+    files.is_read = lambda adapter_id: True
+    driver.step(4)
+    assert driver.core.stats().total_adapter_pauses == 1
+    driver.run()
+    driver.assert_complete(runs, waits)
+
+
 def test_staged_load_that_fails_fails_the_rows_of_its_plan_and_of_the_next_alone():
     driver = make_driver(1)
     driver.files.is_staged = True
