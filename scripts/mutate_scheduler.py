@@ -124,14 +124,21 @@ FAULTS = (
         "         (num_holders_ * num_holders_ * num_holders_);",
         "return time_slice_steps_;",
     ),
-    Fault("adapter_residency.cc", "if (is_stalled_) return adapter.num_running_requests > 0;", ""),
+    Fault("adapter_residency.cc", "return is_stalled_ ? IsUrgent(adapter) :", "return"),
+    Fault(
+        "adapter_residency.cc",
+        "return are_first_on_disk_ || GoesFirst(adapter);",
+        "return GoesFirst(adapter);",
+    ),
+    Fault("adapter_residency.cc", "GoesFirst(*entry.second) && !IsToBeRead(*entry.second)", "false"),
     Fault("adapter_residency.cc", "if (IsToBeRead(*needy) || (is_stalled_", "if ((is_stalled_"),
     Fault("adapter_residency.cc", "needy->HoldsBytes() || IsToBeRead(*needy) ||", "needy->HoldsBytes() ||"),
     Fault(
         "adapter_residency.cc", "!adapter.HoldsBytes() && !adapter.options.is_staged", "!adapter.HoldsBytes()"
     ),
-    Fault("adapter_table.cc", "options.is_staged || !loads_staged_only_", "true"),
-    Fault("adapter_residency.cc", "(is_stalled_ || needy.line_key < other->line_key)", "true"),
+    Fault("adapter_table.cc", "is_first && may_load(adapter) &&", "is_first &&"),
+    Fault("adapter_table.cc", "return may_load(*entry.second);", "return true;"),
+    Fault("adapter_residency.cc", "(IsUrgent(needy) || needy.line_key < other->line_key)", "true"),
     Fault(
         "adapter_residency.cc",
         "(is_stalled_ || needy.line_key < other->line_key)",

@@ -52,6 +52,10 @@ AdapterResidency::Changes AdapterResidency::Plan(const Now& now) {
                 std::ranges::any_of(adapters_backptr_->paused(), [](const auto& entry) {
                   return entry.second->num_running_requests > 0;
                 });
+  are_first_on_disk_ = loads_staged_only_ &&
+                       std::ranges::none_of(adapters_backptr_->paused(), [&](const auto& entry) {
+                         return GoesFirst(*entry.second) && !IsToBeRead(*entry.second);
+                       });
   FinishLeaving(now.newest_ended_plan);
   Serve(changes);
   TakeForThoseInNeed(now);
@@ -107,7 +111,7 @@ bool AdapterResidency::MakeRoom(const Adapter& needy, std::vector<AdapterId>& ev
     MergedLines<2> lines({&adapters.unplaced(), &adapters.paused()});
     while (Adapter* other = lines.Next()) {
       if (other->load_state == LoadState::kResident && !other->options.is_pinned &&
-          (is_stalled_ || needy.line_key < other->line_key)) {
+          (IsUrgent(needy) || needy.line_key < other->line_key)) {
         behind.push_back(other);
       }
     }
@@ -160,9 +164,9 @@ void AdapterResidency::GivePlaces(std::vector<Adapter*>& newcomers) {
 
 std::vector<const Adapter*> AdapterResidency::FrontOfLine(std::size_t max_adapters) const {
   std::vector<const Adapter*> front;
-  const auto add_from = [&](auto lines, bool may_take_room) {
+  const auto add_from = [&](auto lines, bool goes_first) {
     while (const Adapter* adapter = front.size() < max_adapters ? lines.Next() : nullptr) {
-      if (!adapter->HoldsBytes() && MayTakeRoom(*adapter) == may_take_room) {
+      if (!adapter->HoldsBytes() && GoesFirst(*adapter) == goes_first) {
         front.push_back(adapter);
       }
     }
@@ -172,7 +176,7 @@ std::vector<const Adapter*> AdapterResidency::FrontOfLine(std::size_t max_adapte
   if (!is_stalled_ && !StartedComeFirst()) {
     add_from(MergedLines<2>({&line, &paused}), true);
   } else {
-    add_from(MergedLines<1>({&paused}), true);  // nobody else may take room now
+    add_from(MergedLines<1>({&paused}), true);
     add_from(MergedLines<2>({&line, &paused}), false);
   }
   return front;
@@ -197,7 +201,7 @@ std::vector<AdapterId> AdapterResidency::Waiting(std::span<const AdapterId> ids)
     if (adapter != nullptr && adapter->IsWaiting()) waiting.push_back(adapter);
   }
   std::ranges::sort(waiting, {}, [this](const Adapter* adapter) {
-    return std::pair(!MayTakeRoom(*adapter), adapter->line_key);
+    return std::pair(!GoesFirst(*adapter), adapter->line_key);
   });
   std::vector<AdapterId> in_order;
   for (const Adapter* adapter : waiting) in_order.push_back(adapter->id);
@@ -244,7 +248,7 @@ void AdapterResidency::TakeForThoseInNeed(const Now& now) {
     const std::int64_t waited_us = now.now_us - needy->waits_since_us;
     const std::int64_t patience_us = needy->HasStarted() ? pause_us_ : patience_us_;
     const bool lacks_pages = needy->lacked_pages_at_step + 1 == adapters.num_steps();
-    if (!is_stalled_ && (waited_us < patience_us || lacks_pages)) continue;
+    if (!IsUrgent(*needy) && (waited_us < patience_us || lacks_pages)) continue;
     if (!std::exchange(are_holders_listed, true)) holders = ListHolders();
     const bool may_end_slices = MayEndSlicesFor(*needy, now);
     while (room.IsShort() && PauseOne(holders, room, *needy, may_end_slices)) continue;
@@ -273,9 +277,16 @@ bool AdapterResidency::StartedComeFirst() const {
   return !adapters_backptr_->paused().empty() && IsCrowded();
 }
 
+bool AdapterResidency::GoesFirst(const Adapter& adapter) const {
+  return is_stalled_ ? IsUrgent(adapter) : adapter.HasStarted() || !StartedComeFirst();
+}
+
+bool AdapterResidency::IsUrgent(const Adapter& adapter) const {
+  return is_stalled_ && adapter.num_running_requests > 0;
+}
+
 bool AdapterResidency::MayTakeRoom(const Adapter& adapter) const {
-  if (is_stalled_) return adapter.num_running_requests > 0;
-  return adapter.HasStarted() || !StartedComeFirst();
+  return are_first_on_disk_ || GoesFirst(adapter);
 }
 
 bool AdapterResidency::PauseOne(std::vector<Holder>& holders, Room& room, const Adapter& needy,

@@ -101,7 +101,11 @@ class AdapterResidency {
   [[nodiscard]] std::int64_t TimeSlice() const;
   /// Paused adapters go before new ones, where many wait.
   [[nodiscard]] bool StartedComeFirst() const;
-  /// False when this one must let those pass that have started.
+  /// False for one that comes behind others now, in being read as in getting room.
+  [[nodiscard]] bool GoesFirst(const Adapter& adapter) const;
+  /// True for one whose requests hold pages that all others may lack, when nothing moves.
+  [[nodiscard]] bool IsUrgent(const Adapter& adapter) const;
+  /// False when it must leave room to those that go first.
   [[nodiscard]] bool MayTakeRoom(const Adapter& adapter) const;
   /// Takes one holder out of the list and adds its room. False when none is fit. Who has nothing
   /// but preempted requests gives way to a paused one at any time, but for its first step.
@@ -125,6 +129,8 @@ class AdapterResidency {
   /// Nothing runs, and nothing is under way that will change that, but paused requests hold pages
   /// that all others may lack: only they are served.
   bool is_stalled_ = false;
+  /// Of the paused ones that go first, none could use room now: nobody holds others back.
+  bool are_first_on_disk_ = false;
   std::vector<Adapter*> closed_;   // by the last step
   std::vector<Adapter*> leaving_;  // told by the last step
   std::int64_t num_closings_ = 0;

@@ -75,9 +75,13 @@ bool AdapterTable::Open(AdapterId id, const AdapterOptions& options) {
   cache_backptr_->SetAdapterResident(adapter.namespace_id, false);
   newest_id_ = id;
   CountSize(adapter);
-  // Those in line were here before, and wait for more than is free.
-  const bool may_load = options.is_staged || !loads_staged_only_;
-  const bool is_due = may_load && line_.empty() && options.size_bytes <= NumFreeBytes();
+  // Those in line were here before, and wait for more than is free; but for those to be read.
+  const auto may_load = [this](const Adapter& other) {
+    return other.options.is_staged || !loads_staged_only_;
+  };
+  const bool is_first =
+      std::ranges::none_of(line_, [&](const auto& entry) { return may_load(*entry.second); });
+  const bool is_due = is_first && may_load(adapter) && options.size_bytes <= NumFreeBytes();
   if (is_due) ReserveBytes(adapter);
   Relist(adapter);
   return is_due;

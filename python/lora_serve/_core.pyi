@@ -300,6 +300,10 @@ class SchedulerOptions:
         Bytes of the adapters that are on the device or on their way there, together; 0 = no limit.
     max_loading_adapters : int
         Loads that waiting requests start are under way at once, at least 1.
+    loads_staged_only : bool
+        Loads wait until the caller has brought the adapter into host memory (``set_adapter_staged``), as it then
+        must for those of ``adapters_to_stage``: nobody's room is kept, or taken from others, for weights that are
+        still on a disk.
     adapter_patience_us : int
         How long an adapter without room waits before one that has it is paused or closed to newcomers.
     adapter_time_slice_steps : int
@@ -338,6 +342,7 @@ class SchedulerOptions:
         write_back_watermark_pages: typing.SupportsInt | typing.SupportsIndex = 0,
         adapter_memory_bytes: typing.SupportsInt | typing.SupportsIndex = 0,
         max_loading_adapters: typing.SupportsInt | typing.SupportsIndex = 4,
+        loads_staged_only: bool = False,
         adapter_patience_us: typing.SupportsInt | typing.SupportsIndex = 0,
         adapter_time_slice_steps: typing.SupportsInt | typing.SupportsIndex = 0,
         adapter_pause_us: typing.SupportsInt | typing.SupportsIndex = 75000,
@@ -358,6 +363,8 @@ class SchedulerOptions:
     def adapter_time_slice_steps(self) -> int: ...
     @property
     def enable_prefix_caching(self) -> bool: ...
+    @property
+    def loads_staged_only(self) -> bool: ...
     @property
     def max_loading_adapters(self) -> int: ...
     @property

@@ -317,7 +317,7 @@ def _content_digest(checked: CheckedAdapter, of_tasks: Sequence[bytes]) -> str:
                 member.encode(),
                 # Whose A it is belongs to the content: an equal digest means an equal layout.
                 shared if len(pair.members) > 1 else b"",
-                struct.pack("<Qd", pair.lora_rank, pair.scaling),
+                struct.pack("<Qd", pair.lora_rank, pair.scaling + 0.0),  # One zero of the two.
                 info_a.dtype.encode(),
                 struct.pack("<QQ", *info_a.shape),
                 info_b.dtype.encode(),

@@ -450,9 +450,55 @@ TEST_F(AdapterResidencyTest, APausedOneThatLeftTheHostComesBackWhenItIsReadAgain
   EXPECT_TRUE(first.is_in_place);
 }
 
+TEST_F(AdapterResidencyTest, WhenNothingMovesPausedOnesOnADiskHoldNobodyBack) {
+  Make(1, /*time_slice_steps=*/1, 8, /*loads_staged_only=*/true);
+  Adapter& first = OpenStaged(1);
+  StartLong(first);
+  Adapter& second = Open(2);
+  parts_->Queue(second);
+  parts_->adapters.SetStaged(AdapterId(2), true);
+  ASSERT_EQ(EvictedOf(Plan()), Ids{1});
+  ASSERT_EQ(first.standing, AdapterStanding::kPaused);
+  parts_->adapters.SetStaged(AdapterId(1), false);
+  const AdapterResidency::Now stuck = {.num_free_rows = 8, .is_stuck = true};
+  EXPECT_EQ(NewcomersOf(Plan(stuck)), Ids{2}) << "it has pages to itself, perhaps";
+  EXPECT_EQ(ToStage(), Ids{1});
+  parts_->adapters.SetStaged(AdapterId(1), true);
+  EXPECT_EQ(LoadsOf(Plan(stuck)), Ids{1}) << "now it goes first";
+}
+
+TEST_F(AdapterResidencyTest, WhenNothingMovesAPausedOneThatIsThereHoldsNewcomersBack) {
+  Make(2, /*time_slice_steps=*/100, /*max_loras=*/1, /*loads_staged_only=*/true);
+  Adapter& first = OpenStaged(1);
+  Adapter& newcomer = OpenStaged(2);
+  StartLong(first);
+  parts_->adapters.LeavePlace(first);
+  parts_->Queue(newcomer);
+  EXPECT_EQ(NewcomersOf(Plan({.num_free_rows = 8, .is_stuck = true})), Ids{});
+  EXPECT_TRUE(first.is_in_place);
+}
+
+TEST_F(AdapterResidencyTest, InACrowdPausedOnesOnADiskHoldNobodyBack) {
+  Make(1, /*time_slice_steps=*/1, 8, /*loads_staged_only=*/true);
+  Adapter& first = OpenStaged(1);
+  StartLong(first);
+  Adapter& second = Open(2);
+  parts_->Queue(second);
+  parts_->adapters.SetStaged(AdapterId(2), true);
+  ASSERT_EQ(EvictedOf(Plan()), Ids{1});
+  Request& request = StartLong(second);
+  parts_->adapters.SetStaged(AdapterId(1), false);
+  for (const std::int64_t id : {3, 4, 5, 6}) {
+    parts_->Queue(Open(id));
+    parts_->adapters.SetStaged(AdapterId(id), true);
+  }
+  parts_->End(request);
+  EXPECT_EQ(LoadsOf(Plan()), Ids{3});
+}
+
 TEST_F(AdapterResidencyTest, OnlyWhatIsThereIsLoadedAheadOfItsRequests) {
   Make(2, 0, 8, /*loads_staged_only=*/true);
-  Open(1);
+  parts_->Queue(Open(1));
   parts_->Open(2, {.size_bytes = 1, .is_staged = true});
   EXPECT_EQ(LoadsOf(Plan()), Ids{2});
 }

@@ -286,6 +286,26 @@ def test_running_adapter_is_not_paused_for_one_that_is_still_being_read():
     driver.assert_complete(runs, waits)
 
 
+def test_paused_adapter_that_is_read_again_holds_nobody_back():
+    driver = make_driver(1, reads_ahead=True, adapter_patience_ms=0, adapter_time_slice_steps=1)
+    load_all(driver, "a", "b", "c")
+    files = driver.files
+    paused = driver.add("a", max_tokens=30)
+    driver.step(4)
+    files.is_read = lambda adapter_id: False  # A disk that hangs.
+    between = driver.add("b", max_tokens=4)
+    driver.step_until(lambda: driver.core.stats().total_adapter_pauses == 1)
+    files.lose(1)
+    driver.step_until(lambda: between in driver.finish)
+    newcomer = driver.add("c", max_tokens=4)
+    driver.step_until(lambda: newcomer in driver.finish)
+    assert paused not in driver.finish
+
+    files.is_read = lambda adapter_id: True
+    driver.run()
+    driver.assert_complete(paused, between, newcomer)
+
+
 def test_staged_load_that_fails_fails_the_rows_of_its_plan_and_of_the_next_alone():
     driver = make_driver(1)
     driver.files.is_staged = True

@@ -25,7 +25,7 @@ from lora_serve.kernels.lora_builder import install_weights
 from lora_serve.kernels.lora_delta import FEW_TOKENS
 from lora_serve.kernels.lora_silu_mul import lora_silu_mul
 from lora_serve.kernels.lora_weights import LoRASliceWeights
-from lora_serve.kernels.rms_norm import rms_norm
+from lora_serve.kernels.rms_norm import add_rms_norm, rms_norm
 from lora_serve.kernels.silu_mul import silu_mul
 from lora_serve.kernels.skinny_linear import skinny_linear
 
@@ -45,6 +45,7 @@ class Layers:
             signed("cuda", dtype, 2 * SIZE, SIZE, seed=layer, scale=SIZE**-0.5) for layer in range(NUM_LAYERS)
         ]
         self.norm = torch.ones(SIZE, dtype=dtype, device="cuda")
+        self.wide_norm = torch.ones(2 * SIZE, dtype=dtype, device="cuda")
         self.tables = [LoRALayerTable((SIZE, SIZE), SIZE) for _ in range(NUM_LAYERS)]
         self._install(dtype, num_adapters)
 
@@ -69,7 +70,7 @@ class Layers:
             if delta_goes == "to the residual stream":
                 residual = x.repeat(1, 2)
                 y = cuda_lora.linear_into(residual, x, weight, None, table, metadata)
-                x = silu_mul(residual.add_(y))
+                x = silu_mul(add_rms_norm(y, residual, self.wide_norm, 1e-6))
             else:
                 y, delta = cuda_lora.linear(x, weight, None, table, metadata)
                 if delta_goes == "to the next kernel":
