@@ -3,6 +3,7 @@
 #include <gtest/gtest.h>
 
 #include <optional>
+#include <utility>
 #include <vector>
 
 #include "support/scheduler_parts.h"
@@ -37,6 +38,19 @@ class AdapterResidencyTest : public ::testing::Test {
     Adapter& adapter = parts_->Open(id, {.size_bytes = 1, .is_staged = true});
     EXPECT_EQ(LoadsOf(Plan()), Ids{id});
     return adapter;
+  }
+  /// Room for one adapter, which 2 has taken from 1; that has left the host, too.
+  std::pair<Adapter*, Adapter*> PauseOneOnADisk() {
+    Make(1, /*time_slice_steps=*/1, 8, /*loads_staged_only=*/true);
+    Adapter& first = OpenStaged(1);
+    StartLong(first);
+    Adapter& second = Open(2);
+    parts_->Queue(second);
+    parts_->adapters.SetStaged(AdapterId(2), true);
+    EXPECT_EQ(EvictedOf(Plan()), Ids{1});
+    EXPECT_EQ(first.standing, AdapterStanding::kPaused);
+    parts_->adapters.SetStaged(AdapterId(1), false);
+    return {&first, &second};
   }
   /// A started request of `max_tokens`.
   Request& StartLong(Adapter& adapter, std::int32_t max_tokens = 20) {
@@ -434,32 +448,17 @@ TEST_F(AdapterResidencyTest, NobodyIsClosedForOneThatIsToBeRead) {
 }
 
 TEST_F(AdapterResidencyTest, APausedOneThatLeftTheHostComesBackWhenItIsReadAgain) {
-  Make(1, /*time_slice_steps=*/1, 8, /*loads_staged_only=*/true);
-  Adapter& first = OpenStaged(1);
-  StartLong(first);
-  parts_->adapters.SetStaged(AdapterId(1), false);
-  Adapter& second = Open(2);
-  parts_->Queue(second);
-  parts_->adapters.SetStaged(AdapterId(2), true);
-  ASSERT_EQ(EvictedOf(Plan()), Ids{1});
-  StartLong(second);
+  const auto [first, second] = PauseOneOnADisk();
+  StartLong(*second);
   for (int step = 0; step < 5; ++step) EXPECT_TRUE(Plan().evicted.empty());
   EXPECT_EQ(ToStage(), Ids{1});
   parts_->adapters.SetStaged(AdapterId(1), true);
-  for (int step = 0; step < 5 && !first.is_in_place; ++step) Plan();
-  EXPECT_TRUE(first.is_in_place);
+  for (int step = 0; step < 5 && !first->is_in_place; ++step) Plan();
+  EXPECT_TRUE(first->is_in_place);
 }
 
 TEST_F(AdapterResidencyTest, WhenNothingMovesPausedOnesOnADiskHoldNobodyBack) {
-  Make(1, /*time_slice_steps=*/1, 8, /*loads_staged_only=*/true);
-  Adapter& first = OpenStaged(1);
-  StartLong(first);
-  Adapter& second = Open(2);
-  parts_->Queue(second);
-  parts_->adapters.SetStaged(AdapterId(2), true);
-  ASSERT_EQ(EvictedOf(Plan()), Ids{1});
-  ASSERT_EQ(first.standing, AdapterStanding::kPaused);
-  parts_->adapters.SetStaged(AdapterId(1), false);
+  PauseOneOnADisk();
   const AdapterResidency::Now stuck = {.num_free_rows = 8, .is_stuck = true};
   EXPECT_EQ(NewcomersOf(Plan(stuck)), Ids{2}) << "it has pages to itself, perhaps";
   EXPECT_EQ(ToStage(), Ids{1});
@@ -479,15 +478,8 @@ TEST_F(AdapterResidencyTest, WhenNothingMovesAPausedOneThatIsThereHoldsNewcomers
 }
 
 TEST_F(AdapterResidencyTest, InACrowdPausedOnesOnADiskHoldNobodyBack) {
-  Make(1, /*time_slice_steps=*/1, 8, /*loads_staged_only=*/true);
-  Adapter& first = OpenStaged(1);
-  StartLong(first);
-  Adapter& second = Open(2);
-  parts_->Queue(second);
-  parts_->adapters.SetStaged(AdapterId(2), true);
-  ASSERT_EQ(EvictedOf(Plan()), Ids{1});
-  Request& request = StartLong(second);
-  parts_->adapters.SetStaged(AdapterId(1), false);
+  const auto [first, second] = PauseOneOnADisk();
+  Request& request = StartLong(*second);
   for (const std::int64_t id : {3, 4, 5, 6}) {
     parts_->Queue(Open(id));
     parts_->adapters.SetStaged(AdapterId(id), true);
