@@ -94,7 +94,11 @@ FAULTS = (
     ),
     Fault("cache_write_policy.cc", "if (host.num_covered > host.num_present) return true;", ""),
     Fault("cache_write_policy.cc", "held.num_pins > 0 || held.num_continuations > 1", "held.num_pins > 0"),
-    Fault("cache_write_policy.cc", "if (TryWriteBack(*leaf) == WriteBackStart::kNoRoom) return;", ""),
+    Fault(
+        "cache_write_policy.cc",
+        "if (TryWriteBack(*leaf, HostRoom::kNotOfVictims) == WriteBackStart::kNoRoom) return;",
+        "TryWriteBack(*leaf, HostRoom::kNotOfVictims);",
+    ),
     # structure, policy, matching
     Fault(
         "radix_tree.cc",

@@ -48,14 +48,14 @@ AdapterResidency::Changes AdapterResidency::Plan(const Now& now) {
   // Before anybody leaves: it is about the places that there are to share.
   num_holders_ = std::max<std::int64_t>(1, std::ssize(adapters_backptr_->placed()));
   num_waiting_ = adapters_backptr_->num_waiting();
-  is_stalled_ = now.is_stuck && !now.is_under_way &&
-                std::ranges::any_of(adapters_backptr_->paused(), [](const auto& entry) {
-                  return entry.second->num_running_requests > 0;
-                });
-  are_first_on_disk_ = loads_staged_only_ &&
-                       std::ranges::none_of(adapters_backptr_->paused(), [&](const auto& entry) {
-                         return GoesFirst(*entry.second) && !IsToBeRead(*entry.second);
-                       });
+  const Line& paused = adapters_backptr_->paused();
+  is_stalled_ =
+      now.is_stuck && !now.is_under_way && std::ranges::any_of(paused, [](const auto& entry) {
+        return entry.second->num_running_requests > 0;
+      });
+  are_first_on_disk_ = !paused.empty() && std::ranges::none_of(paused, [&](const auto& entry) {
+    return GoesFirst(*entry.second) && !adapters_backptr_->IsToBeRead(*entry.second);
+  });
   FinishLeaving(now.newest_ended_plan);
   Serve(changes);
   TakeForThoseInNeed(now);
@@ -90,14 +90,11 @@ void AdapterResidency::StartLoads(std::vector<AdapterId>& evicted) {
 Adapter* AdapterResidency::FirstWithoutBytes() const {
   MergedLines<2> lines({&adapters_backptr_->line(), &adapters_backptr_->paused()});
   Adapter* needy = lines.Next();
-  while (needy != nullptr && (needy->HoldsBytes() || IsToBeRead(*needy) || !MayTakeRoom(*needy))) {
+  while (needy != nullptr &&
+         (needy->HoldsBytes() || adapters_backptr_->IsToBeRead(*needy) || !MayTakeRoom(*needy))) {
     needy = lines.Next();
   }
   return needy;
-}
-
-bool AdapterResidency::IsToBeRead(const Adapter& adapter) const {
-  return loads_staged_only_ && !adapter.HoldsBytes() && !adapter.options.is_staged;
 }
 
 bool AdapterResidency::MakeRoom(const Adapter& needy, std::vector<AdapterId>& evicted) {
@@ -239,7 +236,7 @@ void AdapterResidency::TakeForThoseInNeed(const Now& now) {
   bool are_holders_listed = false;
   MergedLines<3> lines({&adapters.paused(), &adapters.line(), &adapters.unplaced()});
   while (Adapter* needy = lines.Next()) {
-    if (IsToBeRead(*needy) || (is_stalled_ && !MayTakeRoom(*needy))) continue;
+    if (adapters.IsToBeRead(*needy) || (is_stalled_ && !MayTakeRoom(*needy))) continue;
     const Room before = room;
     // A pinned one that nobody waits for needs no place.
     room.num_places -= needy->num_requests() > 0 ? 1 : 0;

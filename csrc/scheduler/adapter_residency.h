@@ -22,7 +22,6 @@ class AdapterResidency {
   AdapterResidency(const SchedulerOptions& options, AdapterTable* adapters,
                    const RequestTable* requests)
       : max_loading_(options.max_loading_adapters),
-        loads_staged_only_(options.loads_staged_only),
         patience_us_(options.adapter_patience_us),
         pause_us_(options.adapter_pause_us),
         time_slice_steps_(options.adapter_time_slice_steps),
@@ -75,8 +74,6 @@ class AdapterResidency {
   // --- Giving the room that there is ------------------------------------------------------------
   void Serve(Changes& changes);
   void StartLoads(std::vector<AdapterId>& evicted);
-  /// True for one whose weights the caller still has to read: room is of no use to it yet.
-  [[nodiscard]] bool IsToBeRead(const Adapter& adapter) const;
   /// The first in line that has no bytes and may load; nullptr when there is none.
   [[nodiscard]] Adapter* FirstWithoutBytes() const;
   /// Evicts until `needy` fits. False, and nothing is changed, when not even that makes room.
@@ -117,7 +114,6 @@ class AdapterResidency {
   [[nodiscard]] std::vector<Holder> ListHolders() const;
 
   const std::int32_t max_loading_;
-  const bool loads_staged_only_;
   const std::int64_t patience_us_;
   const std::int64_t pause_us_;
   const std::int32_t time_slice_steps_;

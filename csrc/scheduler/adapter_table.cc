@@ -76,12 +76,9 @@ bool AdapterTable::Open(AdapterId id, const AdapterOptions& options) {
   newest_id_ = id;
   CountSize(adapter);
   // Those in line were here before, and wait for more than is free; but for those to be read.
-  const auto may_load = [this](const Adapter& other) {
-    return other.options.is_staged || !loads_staged_only_;
-  };
   const bool is_first =
-      std::ranges::none_of(line_, [&](const auto& entry) { return may_load(*entry.second); });
-  const bool is_due = is_first && may_load(adapter) && options.size_bytes <= NumFreeBytes();
+      std::ranges::all_of(line_, [&](const auto& entry) { return IsToBeRead(*entry.second); });
+  const bool is_due = is_first && !IsToBeRead(adapter) && options.size_bytes <= NumFreeBytes();
   if (is_due) ReserveBytes(adapter);
   Relist(adapter);
   return is_due;

@@ -74,6 +74,10 @@ class AdapterTable {
   /// Gives the lowest free slot to every generation that is due, in the order of becoming so, and
   /// makes it Loading; a staged one is Resident at once.
   [[nodiscard]] std::vector<const Adapter*> TakeDue();
+  /// True for one whose weights the caller still has to read: room is of no use to it yet.
+  [[nodiscard]] bool IsToBeRead(const Adapter& adapter) const {
+    return loads_staged_only_ && !adapter.HoldsBytes() && !adapter.options.is_staged;
+  }
   /// Requires: it is in line, and NumFreeBytes() suffices.
   void ReserveBytes(Adapter& adapter);
   /// Requires: it is resident, not pinned, and holds no place.
