@@ -301,11 +301,9 @@ def lora_linear_into(
     Tensor
         [T, O]: what is still to be added to the stream.
     """
-    if _ops_of(x) is not _TORCH_OPS:
-        return _triton_ops().lora_linear_into(residual, x, weight, bias, table, lora)
-    y = torch_ops.linear(x, weight, bias, None)
-    add_lora_linear(y, x, table, lora)
-    return y
+    if _ops_of(x) is _TORCH_OPS:
+        return lora_linear(x, weight, bias, table, lora)[0]
+    return _triton_ops().lora_linear_into(residual, x, weight, bias, table, lora)
 
 
 def add_lora_delta(y: Tensor, delta: LoRADelta) -> None:
