@@ -131,6 +131,7 @@ FAULTS = (
         "return GoesFirst(adapter);",
     ),
     Fault("adapter_residency.cc", "return GoesFirst(*entry.second) &&", "return false &&"),
+    Fault("adapter_residency.cc", "are_first_on_disk_ = !paused.empty() &&", "are_first_on_disk_ ="),
     Fault("adapter_residency.cc", "if (adapters.IsToBeRead(*needy) || (is_stalled_", "if ((is_stalled_"),
     Fault("adapter_residency.cc", "adapters_backptr_->IsToBeRead(*needy) ||", ""),
     Fault("adapter_table.h", "!adapter.HoldsBytes() && !adapter.options.is_staged", "!adapter.HoldsBytes()"),

@@ -488,6 +488,23 @@ TEST_F(AdapterResidencyTest, InACrowdPausedOnesOnADiskHoldNobodyBack) {
   EXPECT_EQ(LoadsOf(Plan()), Ids{3});
 }
 
+TEST_F(AdapterResidencyTest, InACrowdWhoIsPausedInThisStepHoldsNewcomersBack) {
+  Make(1, /*time_slice_steps=*/1, 8, /*loads_staged_only=*/true);
+  Adapter& first = OpenStaged(1);
+  StartLong(first);
+  first.last_plan_id = PlanId(5);
+  parts_->Queue(Open(2));
+  parts_->adapters.SetStaged(AdapterId(2), true);
+  Plan({.newest_ended_plan = PlanId(4), .num_free_rows = 8});
+  ASSERT_TRUE(first.is_leaving);
+  for (const std::int64_t id : {3, 4, 5}) {
+    parts_->Queue(Open(id));
+    parts_->adapters.SetStaged(AdapterId(id), true);
+  }
+  EXPECT_EQ(LoadsOf(Plan({.newest_ended_plan = PlanId(5), .num_free_rows = 8})), Ids{});
+  EXPECT_TRUE(first.HoldsBytes());
+}
+
 TEST_F(AdapterResidencyTest, OnlyWhatIsThereIsLoadedAheadOfItsRequests) {
   Make(2, 0, 8, /*loads_staged_only=*/true);
   parts_->Queue(Open(1));
