@@ -11,6 +11,7 @@ from functools import cache, partial
 import torch
 from torch import Tensor
 
+from lora_serve.kernels._triton import launches_early
 from lora_serve.kernels.cuda_linear import cuda_linear, cuda_linear_beside_shrink
 from lora_serve.kernels.lora_delta import FEW_TOKENS, LoRADelta
 from lora_serve.kernels.lora_metadata import LoRAMetadata
@@ -60,33 +61,36 @@ def linear_into(
         y, delta = linear(x, weight, bias, table, metadata)
         add_delta(y, delta)
         return y
-    # Kept until the streams have met: memory that is free may be the product's.
-    v = make_shrunk(x, table.num_slices, table.tables.max_rank)
-
-    def add_to_residual() -> None:
-        triton_lora_shrink(v, x, table.arena, table, metadata)
-        add_delta(residual, LoRADelta(v, table, metadata))
-
-    return _linear_beside(add_to_residual, x, weight, bias)
+    return _linear_beside(partial(add_linear, residual, x, table, metadata), x, weight, bias)
 
 
 def _linear_beside(launch: Callable[[], None], x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Give ``x W^T + b``, and run what is launched ahead of it, side by side where that is possible."""
-    if FEW_TOKENS < len(x) <= _MOST_ASIDE and torch.cuda.is_current_stream_capturing():
-        stream, aside = torch.cuda.current_stream(x.device), _aside(x.device)
-        aside.wait_stream(stream)
+    """Give ``x W^T + b``, and run what `launch` does with x beside it where that is possible.
+
+    Of two kernels that wait for x, the one that starts first gets its multiprocessors at once, and the other
+    takes what is left. The product takes all there are, so it must be the other one.
+    """
+    if not (FEW_TOKENS < len(x) <= _MOST_ASIDE and torch.cuda.is_current_stream_capturing()):
+        launch()
+        return cuda_linear_beside_shrink(x, weight, bias)
+    stream, aside = torch.cuda.current_stream(x.device), _aside(x.device)
+    y = x.new_empty(len(x), len(weight))
+    aside.wait_stream(stream)
+    if launches_early(x):  # On this stream, then: an early launch is one behind a kernel of the same stream.
+        launch()
+        with torch.cuda.stream(aside):
+            cuda_linear(x, weight, bias, y)
+    else:
         with torch.cuda.stream(aside):
             launch()
-        y = cuda_linear(x, weight, bias)
-        stream.wait_stream(aside)
-        return y
-    launch()
-    return cuda_linear_beside_shrink(x, weight, bias)
+        cuda_linear(x, weight, bias, y)
+    stream.wait_stream(aside)
+    return y
 
 
 @cache
 def _aside(device: torch.device) -> torch.cuda.Stream:
-    """The second stream. Its programs go first, or they would wait for the end of the base product."""
+    """The second stream. Its programs go first where both could start."""
     return torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
 
 

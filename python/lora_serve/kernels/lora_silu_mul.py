@@ -78,9 +78,8 @@ def choose_silu_mul_launch(tokens: int, max_rank: int, element_size: int) -> LoR
         return LoRASiluMulLaunch(16, 64, min(block_r, 32), n_tiles=1, num_warps=4, num_stages=1)
     block_r = min(block_r, 128)
     if tokens <= _DECODE_TOKENS:
-        if block_r > 32:
-            return LoRASiluMulLaunch(16, 128, block_r, n_tiles=2, num_warps=4, num_stages=1)
-        return LoRASiluMulLaunch(16, 64, block_r, n_tiles=8, num_warps=4, num_stages=2)
+        n_tiles = 4 if block_r > 32 else 8
+        return LoRASiluMulLaunch(16, 64, block_r, n_tiles=n_tiles, num_warps=4, num_stages=2)
     registers = 168 if block_r <= 64 else None
     return LoRASiluMulLaunch(64, 64, block_r, n_tiles=4, num_warps=4, num_stages=2, max_registers=registers)
 

@@ -18,8 +18,9 @@ Layouts: x [T, H] of any strides; A [R, H] in the arena, at a multiple of 16 byt
 Grid: (P x S x blocks of rank, programs that share the tiles of tokens), see `triton_lora_tiles`. A program
 multiplies a tile of x with a block of rows of A; blocks at or above the adapter's rank end at once. An
 adapter with many of a decode step's rows gets larger tiles and so fewer programs: each keeps a multiprocessor
-from the base product that runs beside it. Where kernels are launched early, the next one may begin when x is
-complete: see `begin_after_wait`.
+from the base product that runs beside it. Where kernels are launched early, a program finds its rows and its
+A before it waits for x, and the next kernel may begin when x is complete: see `begin_after_wait`. Groups and
+tables must be older than all kernels that are launched early.
 
 Source: Punica's and vLLM's SGMV shrink (Chen et al., 2023), split along the input features. Different here:
 weights through offsets into one arena at each adapter's own rank, no atomics, no zero-fill.
@@ -70,6 +71,7 @@ def _shrink_tile(
     BLOCK_T: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    EARLY: tl.constexpr,
 ) -> None:
     """One tile: the first `num_rows` of BLOCK_T rows of an adapter by the columns `r_index` of v."""
     index = tl.arange(0, BLOCK_T)
@@ -77,6 +79,7 @@ def _shrink_tile(
     rows = tl.load(order_ptr + index, mask=is_row, other=0).to(tl.int64)
     acc = tl.zeros((BLOCK_T, BLOCK_R), dtype=tl.float32)
     is_rank = r_index < rank
+    begin_after_wait(EARLY)
     if tl.min(r_index) < rank:
         a_rows = a_ptr + r_index.to(tl.int64)[None, :] * IN_FEATURES
         x_rows = x_ptr + rows[:, None] * x_stride_t
@@ -142,7 +145,6 @@ def _lora_shrink_kernel(
     BLOCK_K: tl.constexpr,
     EARLY: tl.constexpr,
 ) -> None:
-    begin_after_wait(EARLY)
     program = tl.program_id(0)
     first_r = program % NUM_R_BLOCKS * BLOCK_R
     r_index = first_r + tl.arange(0, BLOCK_R)
@@ -171,7 +173,7 @@ def _lora_shrink_kernel(
                     _shrink_tile(
                         *(v_part, x_ptr, a_ptr, first_row, num_rows, r_index, part, slot, rank, scaling),
                         *(x_stride_t, x_stride_h),
-                        *(IN_FEATURES, K_PER_PART, MAX_RANK, FILL_ZEROS, BLOCK_T, BLOCK_R, BLOCK_K),
+                        *(IN_FEATURES, K_PER_PART, MAX_RANK, FILL_ZEROS, BLOCK_T, BLOCK_R, BLOCK_K, EARLY),
                     )
                 if BLOCK_T_MANY > 0:  # noqa: SIM102 - alone, so that without it nothing more is compiled
                     if (count > MOST_FEW) & (first_index % BLOCK_T_MANY == 0):
@@ -179,8 +181,9 @@ def _lora_shrink_kernel(
                             *(v_part, x_ptr, a_ptr, first_row, num_rows, r_index, part, slot, rank, scaling),
                             *(x_stride_t, x_stride_h),
                             *(IN_FEATURES, K_PER_PART, MAX_RANK, FILL_ZEROS),
-                            *(BLOCK_T_MANY, BLOCK_R, BLOCK_K // 2),
+                            *(BLOCK_T_MANY, BLOCK_R, BLOCK_K // 2, EARLY),
                         )
+    begin_after_wait(EARLY)  # Also where there is nothing to do: the next kernel relies on it.
 
 
 def triton_lora_shrink(

@@ -204,8 +204,10 @@ def test_prefill_from_graphs_is_that_of_eager_steps(model_path, two_adapters, si
 
     eager, from_graphs = found
     check_that_slots_differ(from_graphs)
+    # A padded step rounds in other places. A logit of bf16 has 2**-8 of its size as its last place, and this is
+    # four of them for the unlikely tokens, of which no more is known.
     for name, logprobs in eager.items():
-        assert from_graphs[name] == pytest.approx(logprobs, abs=0.1), name
+        assert from_graphs[name] == pytest.approx(logprobs, abs=0.1, rel=2**-6), name
 
 
 @pytest.mark.gpu

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +16,7 @@ pytest.importorskip("triton")
 from kernels.device_cases import DEVICE_DTYPES, signed
 from kernels.lora_cases import LAST_SLOT, MAX_LORAS, LoRACase, has_same_bits, make_case
 from kernels.triton_lora_cases import tables_on_device
-from lora_serve.kernels import build_lora_metadata, cuda_lora
+from lora_serve.kernels import build_lora_metadata, cuda_lora, triton_lora_linear
 from lora_serve.kernels.lora_delta import FEW_TOKENS
 
 NUM_TOKENS = [1, FEW_TOKENS, FEW_TOKENS + 1, 70]
@@ -47,46 +46,30 @@ def test_product_and_residual_stream_together_have_the_deltas(monkeypatch, devic
     assert deltas.abs().mean() > 5 * tolerance
 
 
-def test_in_a_graph_the_delta_is_on_its_way_while_the_product_is_computed(monkeypatch):
+@pytest.mark.parametrize("is_early", [True, False])
+def test_in_a_graph_the_adapters_start_first_and_the_product_runs_beside_them(monkeypatch, is_early):
     """The order of launches and of the streams' waits, without a GPU."""
     events: list[str] = []
     stand_in_for_streams(monkeypatch, events)
-    for name in ("triton_lora_shrink", "triton_lora_expand", "cuda_linear"):
-        note_calls(monkeypatch, events, name)
+    monkeypatch.setattr(cuda_lora, "launches_early", lambda x: is_early)
+    for module, name in (
+        (triton_lora_linear, "triton_lora_shrink"),
+        (triton_lora_linear, "triton_lora_expand"),
+        (cuda_lora, "cuda_linear"),
+    ):
+        note_calls(monkeypatch, events, module, name)
     case, weight = make_step(FEW_TOKENS + 1, torch.float32)
 
     linear_into(case, case.y.clone(), case.x, weight)
 
+    adapters, product = ("main", "aside") if is_early else ("aside", "main")
     assert events == [
         "aside waits for main",
-        "triton_lora_shrink on aside",
-        "triton_lora_expand on aside",
-        "cuda_linear on main",
+        f"triton_lora_shrink on {adapters}",
+        f"triton_lora_expand on {adapters}",
+        f"cuda_linear on {product}",
         "main waits for aside",
     ]
-
-
-def test_what_the_shrink_writes_is_kept_while_the_product_is_computed(monkeypatch):
-    """Its memory could be the product's otherwise, while the expand still reads it."""
-    stand_in_for_streams(monkeypatch, [])
-    make_shrunk, cuda_linear = cuda_lora.make_shrunk, cuda_lora.cuda_linear
-    refs: list[weakref.ref[Tensor]] = []
-    is_kept: list[bool] = []
-
-    def watched_make(*arguments: Any) -> Tensor:
-        v = make_shrunk(*arguments)
-        refs.append(weakref.ref(v))
-        return v
-
-    def watched_product(*arguments: Any) -> Tensor:
-        is_kept.append(refs[0]() is not None)
-        return cuda_linear(*arguments)
-
-    monkeypatch.setattr(cuda_lora, "make_shrunk", watched_make)
-    monkeypatch.setattr(cuda_lora, "cuda_linear", watched_product)
-    case, weight = make_step(FEW_TOKENS + 1, torch.float32)
-    linear_into(case, case.y.clone(), case.x, weight)
-    assert is_kept == [True]
 
 
 class StandInStream:
@@ -119,14 +102,14 @@ def stand_in_for_streams(monkeypatch: pytest.MonkeyPatch, events: list[str]) -> 
     monkeypatch.setattr(cuda_lora, "_aside", lambda device: aside)
 
 
-def note_calls(monkeypatch: pytest.MonkeyPatch, events: list[str], name: str) -> None:
-    function = getattr(cuda_lora, name)
+def note_calls(monkeypatch: pytest.MonkeyPatch, events: list[str], module: ModuleType, name: str) -> None:
+    function = getattr(module, name)
 
     def noted(*arguments: Any, **options: Any) -> Any:
         events.append(f"{name} on {_current}")
         return function(*arguments, **options)
 
-    monkeypatch.setattr(cuda_lora, name, noted)
+    monkeypatch.setattr(module, name, noted)
 
 
 def make_step(num_tokens: int, dtype: torch.dtype) -> tuple[LoRACase, Tensor]:
