@@ -73,10 +73,11 @@ def _linear_beside(launch: Callable[[], None], x: Tensor, weight: Tensor, bias: 
     if not (FEW_TOKENS < len(x) <= _MOST_ASIDE and torch.cuda.is_current_stream_capturing()):
         launch()
         return cuda_linear_beside_shrink(x, weight, bias)
-    stream, aside = torch.cuda.current_stream(x.device), _aside(x.device)
     y = x.new_empty(len(x), len(weight))
+    stream, is_early = torch.cuda.current_stream(x.device), launches_early(x)
+    aside = _aside(x.device, priority=0 if is_early else -1)
     aside.wait_stream(stream)
-    if launches_early(x):  # On this stream, then: an early launch is one behind a kernel of the same stream.
+    if is_early:  # On this stream, then: an early launch is one behind a kernel of the same stream.
         launch()
         with torch.cuda.stream(aside):
             cuda_linear(x, weight, bias, y)
@@ -89,9 +90,9 @@ def _linear_beside(launch: Callable[[], None], x: Tensor, weight: Tensor, bias: 
 
 
 @cache
-def _aside(device: torch.device) -> torch.cuda.Stream:
-    """The second stream. Its programs go first where both could start."""
-    return torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
+def _aside(device: torch.device, priority: int) -> torch.cuda.Stream:
+    """A second stream; programs of priority -1 go before those of 0."""
+    return torch.cuda.Stream(device, priority=priority)  # type: ignore[no-untyped-call]
 
 
 def add_delta(y: Tensor, delta: LoRADelta) -> None:

@@ -99,7 +99,7 @@ def stand_in_for_streams(monkeypatch: pytest.MonkeyPatch, events: list[str]) -> 
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: main)
     monkeypatch.setattr(torch.cuda, "stream", on)
-    monkeypatch.setattr(cuda_lora, "_aside", lambda device: aside)
+    monkeypatch.setattr(cuda_lora, "_aside", lambda device, priority: aside)
 
 
 def note_calls(monkeypatch: pytest.MonkeyPatch, events: list[str], module: ModuleType, name: str) -> None:
