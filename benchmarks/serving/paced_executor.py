@@ -13,7 +13,7 @@ import torch
 from lora_serve.executor.executor import NO_PLAN, ExecutionResult
 from lora_serve.executor.plan_worker import PlanWorker
 from lora_serve.executor.sampling_state import SamplingState
-from lora_serve.lora.manager import LoadReports, LoRAManager
+from lora_serve.lora.manager import LoRAManager
 from lora_serve.lora.sources import AdapterSources
 from lora_serve.models.config import read_model_config
 from lora_serve.models.decoder import DecoderModel
@@ -98,9 +98,8 @@ class PacedExecutor:
         return result
 
     def report(self) -> ExecutionResult:
-        """Give what has ended since the last result; see `Executor.report`."""
-        loads = self.lora.take_loads({}) if self._worker.num_in_flight == 0 else LoadReports()
-        return ExecutionResult(NO_PLAN, np.empty(0, np.int32), [], loads.loaded, loads.failed)
+        """Nothing: there are no copies between tiers; see `Executor.report`."""
+        return ExecutionResult(NO_PLAN, np.empty(0, np.int32), [], [], {})
 
     def close(self) -> None:
         """End the threads."""

@@ -158,7 +158,12 @@ class AdapterOperations:
     # --- What the step loop reports -----------------------------------------------------------------------
 
     def poll(self) -> None:
-        """Take up the reads that have ended, what has changed in host memory, and read ahead."""
+        """Take up the reads that have ended, what has changed in host memory, and read ahead.
+
+        Notes
+        -----
+        Once a step, before its plan: what is on the host now is there when the plan loads it.
+        """
         news = self._store.poll(self._scheduler)
         self._log.evicted_from_host(news.evicted)
         for adapter_id in news.evicted:
@@ -188,7 +193,7 @@ class AdapterOperations:
                 self._publish(load, load.generation)
 
     def before_failed(self, failures: dict[int, str]) -> None:
-        """Loads of plans have failed: end their requests, before the scheduler hears of it.
+        """Loads of plans, or reads from disk, have failed: end their requests before the scheduler hears.
 
         Rows of the same plan may have used the adapter already; what they gave means nothing.
         """
@@ -202,7 +207,7 @@ class AdapterOperations:
             self._abort_requests({adapter_id}, error)
 
     def on_failed(self, failures: dict[int, str]) -> None:
-        """Loads of plans have failed, and the scheduler knows: the generation goes, and its callers hear."""
+        """They have failed, and the scheduler knows: the generation goes, and its callers hear."""
         for adapter_id, reason in failures.items():
             self._scheduler.drain_adapter(adapter_id)
             load = self._loads.find(adapter_id)

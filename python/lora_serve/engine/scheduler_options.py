@@ -27,7 +27,7 @@ def make_scheduler_options(config: EngineConfig, executor: Executor) -> Schedule
         write_policy=config.kv_write_policy,
         adapter_memory_bytes=executor.lora.memory_bytes,
         max_loading_adapters=config.max_loading_adapters,
-        loads_staged_only=executor.lora.reads_ahead,
+        loads_staged_only=True,
         adapter_patience_us=config.adapter_patience_ms * _US_PER_MS,
         adapter_time_slice_steps=config.adapter_time_slice_steps,
         adapter_pause_us=config.adapter_pause_ms * _US_PER_MS,

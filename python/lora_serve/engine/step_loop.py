@@ -69,7 +69,7 @@ class StepLoop:
     num_recomputed_tokens : int
         Tokens whose KV a preemption had taken away and which were computed again.
     is_stalled : bool
-        True when the last step could do nothing: there is no work, or all of it waits for loads and copies.
+        True when the last step could do nothing: there is no work, or all of it waits for reads and copies.
     throughput : Throughput
         Of recent steps.
     times : LoopTimes
@@ -188,27 +188,18 @@ class StepLoop:
         self._operations.on_failed(result.failed_adapter_ids)
 
     def _take_report(self) -> bool:
-        """Take the loads and copies that have ended while there was no plan; False when there are none."""
+        """Take the copies that have ended while there was no plan; False when there are none."""
         result = self._executor.report()
-        event = ExecutionEvent(
-            plan_id=result.plan_id,
-            loaded_adapter_ids=result.loaded_adapter_ids,
-            failed_adapter_ids=list(result.failed_adapter_ids),
-            completed_transfer_ids=result.completed_transfer_ids,
-            failed_transfer_ids=list(result.failed_transfer_ids),
+        if not (result.completed_transfer_ids or result.failed_transfer_ids):
+            return False
+        self._scheduler.advance(
+            ExecutionEvent(
+                plan_id=result.plan_id,
+                completed_transfer_ids=result.completed_transfer_ids,
+                failed_transfer_ids=list(result.failed_transfer_ids),
+            )
         )
-        has_news = bool(
-            result.loaded_adapter_ids
-            or result.failed_adapter_ids
-            or result.completed_transfer_ids
-            or result.failed_transfer_ids
-        )
-        if has_news:
-            self._operations.before_failed(result.failed_adapter_ids)
-            self._scheduler.advance(event)
-            self._operations.on_loaded(result.loaded_adapter_ids)
-            self._operations.on_failed(result.failed_adapter_ids)
-        return has_news
+        return True
 
     def _take_rows(self, in_flight: PlanInFlight, result: ExecutionResult) -> npt.NDArray[np.uint8]:
         """Turn sampled tokens into outputs, end what ends; [B] uint8, 1 = ended by a stop token."""

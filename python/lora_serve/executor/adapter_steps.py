@@ -24,12 +24,12 @@ class AdapterSteps:
         self._failed_slots: dict[int, int] = {}  # To the generation whose load has failed.
 
     def begin(self, plan: ExecutionPlan) -> LoadReports:
-        """Take drained and evicted adapters off the device, begin the plan's loads; tell which have ended.
+        """Take drained and evicted adapters off the device, do the plan's loads; tell how these have ended.
 
         Notes
         -----
-        Loads of earlier plans may end here, too. Rows of this plan and of the next may name the slot of one
-        that has failed: they run without the adapter, and fail.
+        Rows of this plan and of the next may name the slot of a load that has failed: they run without the
+        adapter, and fail.
         """
         for adapter_id in plan.drained_adapter_ids.tolist():
             self._lora.free(adapter_id)
@@ -41,8 +41,7 @@ class AdapterSteps:
             self._failed_slots.pop(slot, None)
         loads = self._lora.take_loads(slot_of)
         for adapter_id in loads.failed:
-            if adapter_id in slot_of:
-                self._failed_slots[slot_of[adapter_id]] = adapter_id
+            self._failed_slots[slot_of[adapter_id]] = adapter_id
         return loads
 
     def row_errors(self, plan: ExecutionPlan) -> dict[int, str]:

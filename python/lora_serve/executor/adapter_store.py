@@ -27,11 +27,6 @@ class AdapterStore(Protocol):
         ...
 
     @property
-    def reads_ahead(self) -> bool:
-        """Whether `poll` brings those that the scheduler names to the host: plans then load no others."""
-        ...
-
-    @property
     def num_load_waits(self) -> int:
         """How often the caller may have had to wait for a thread that reads adapters, since the start."""
         ...
@@ -54,7 +49,7 @@ class AdapterStore(Protocol):
         ...
 
     def add(self, adapter_id: int, adapter: HostAdapter) -> None:
-        """Remember a generation, so that plans may load it; the caller still releases what `read` gave."""
+        """Remember a generation, which `is_on_host` now; the caller still releases what `read` gave."""
         ...
 
     def remove(self, adapter_id: int) -> None:
@@ -62,7 +57,7 @@ class AdapterStore(Protocol):
         ...
 
     def is_on_host(self, adapter_id: int) -> bool:
-        """Whether the rows of a plan that is made before the next `poll` and loads it may use it at once."""
+        """Whether a plan that is made before the next `poll` may load it: its rows may use it at once."""
         ...
 
     def touch(self, adapter_id: int) -> None:
@@ -80,7 +75,7 @@ class AdapterStore(Protocol):
         ...
 
     def prepare_loads(self, adapter_ids: Iterable[int]) -> None:
-        """Get these ready, because the plan that is submitted next loads them."""
+        """Get these ready, because the plan that is submitted next loads them; all are on the host."""
         ...
 
     def snapshot(self) -> list[AdapterResidency]:

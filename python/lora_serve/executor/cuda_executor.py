@@ -169,7 +169,7 @@ class CudaExecutor(ExecutorBase):
         )
 
     def report(self) -> ExecutionResult:
-        """Give what has ended since the last result; see `Executor.report`."""
+        """Give the copies that have ended since the last result; see `Executor.report`."""
         with self._on_stream():
             return super().report()
 
@@ -206,8 +206,8 @@ class CudaExecutor(ExecutorBase):
 
         Notes
         -----
-        Order: drained and evicted adapters are taken off the device, those that have arrived on the host
-        brought there, copies between the tiers begun, page tables changed, then the forward pass.
+        Order: drained and evicted adapters are taken off the device, those that it loads brought there,
+        copies between the tiers begun, page tables changed, then the forward pass.
         """
         plan, states = pending.plan, pending.states
         if len(states) != len(plan.request_ids):

@@ -32,15 +32,15 @@ class ExecutionResult:
     Parameters
     ----------
     plan_id : int
-        The plan's; NO_PLAN when only loads and copies are reported.
+        The plan's; NO_PLAN when only copies are reported.
     sampled_token_ids : numpy.ndarray
         [B] int32; -1 where the row did not sample, and in `row_errors`.
     logprobs : list of (TokenLogprobs or None)
         [B]; None where no token was sampled or the request did not ask for them.
     loaded_adapter_ids : list of int
-        Loads, of this plan or an earlier one, whose adapters are in their slots since the last result.
+        Loads of this plan, whose adapters are in their slots.
     failed_adapter_ids : dict from int to str
-        Such loads that did not happen, each with the reason.
+        Loads of this plan that did not happen, each with the reason.
     row_errors : dict from int to str
         Row to reason, for rows that should have sampled and could not: logits that are not finite, or the row
         of the plan before, whose token they start from, has failed, or the load of their adapter has. Nothing
@@ -143,7 +143,7 @@ class Executor(Protocol):
         ...
 
     def report(self) -> ExecutionResult:
-        """Give the loads and copies that have ended since the last result, as the result of no plan.
+        """Give the copies that have ended since the last result, as the result of no plan.
 
         For a loop without a plan to run because everything waits for them. While a plan is on its way there
         is nothing to report here: its own result does.

@@ -9,7 +9,7 @@ import numpy as np
 
 from lora_serve.executor.executor import NO_PLAN, ExecutionResult
 from lora_serve.executor.transfers import PageTransfers, TransferReports
-from lora_serve.lora.manager import LoadReports, LoRAManager
+from lora_serve.lora.manager import LoRAManager
 from lora_serve.models.config import ModelConfig
 
 
@@ -79,16 +79,15 @@ class ExecutorBase(ABC):
         return self.model_config.eos_token_ids
 
     def report(self) -> ExecutionResult:
-        """Give what has ended since the last result; see `Executor.report`."""
+        """Give the copies that have ended since the last result; see `Executor.report`."""
         is_idle = self._num_in_flight() == 0
         transfers = self._transfers.take_reports() if is_idle else TransferReports()
-        loads = self.lora.take_loads({}) if is_idle else LoadReports()
         return ExecutionResult(
             NO_PLAN,
             np.empty(0, dtype=np.int32),
             [],
-            loads.loaded,
-            loads.failed,
+            [],
+            {},
             completed_transfer_ids=transfers.completed,
             failed_transfer_ids=transfers.failed,
         )

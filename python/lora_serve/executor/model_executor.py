@@ -121,8 +121,8 @@ class ModelExecutor(ExecutorBase):
 
         Notes
         -----
-        Order: drained and evicted adapters are taken off the device, those that have arrived on the host
-        brought there, copies between the tiers begun, page tables changed, then the forward pass.
+        Order: drained and evicted adapters are taken off the device, those that it loads brought there,
+        copies between the tiers begun, page tables changed, then the forward pass.
         Logits are computed only for rows that sample and prompt tokens whose log probabilities are wanted.
         """
         num_rows = len(plan.request_ids)

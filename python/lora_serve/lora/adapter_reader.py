@@ -240,8 +240,8 @@ class AdapterReader:
         folder: AdapterFolder,
         layout: AdapterLayout,
         content_digest: str,
+        room: HostBlock,
         is_cancelled: Callable[[], bool] = never,
-        room: HostBlock | None = None,
     ) -> HostAdapter:
         """Read what was read from a folder before.
 
@@ -249,10 +249,10 @@ class AdapterReader:
         ----------
         folder, layout, content_digest
             Of what was read.
+        room
+            Where to read it, of the layout's size; released if the read fails.
         is_cancelled
             As in :meth:`read`.
-        room
-            Where to read it, of the layout's size; released if the read fails. None = wait for room.
 
         Raises
         ------
@@ -260,14 +260,14 @@ class AdapterReader:
             The folder does not hold the same content any more: another one, or none that can be read.
         UnreadableFileError
             The system does not give the content of a file.
-        CapacityError, LoadCancelledError
+        LoadCancelledError
             As in :meth:`read`.
         """
 
-        def take_room(found: AdapterLayout, is_over: Callable[[], bool]) -> HostBlock:
+        def take_room(found: AdapterLayout, is_over: Callable[[], bool]) -> HostBlock:  # noqa: ARG001
             if found != layout:
                 raise _changed(folder, content_digest, "holds other modules, ranks or scalings")
-            return self._reserve(found, is_over) if room is None else room
+            return room
 
         try:
             adapter = self._read_same(folder, content_digest, is_cancelled, take_room)
@@ -275,8 +275,7 @@ class AdapterReader:
                 adapter.release()
                 raise _changed(folder, content_digest, f"holds content {adapter.content_digest}")
         except BaseException:
-            if room is not None:
-                room.release()
+            room.release()
             raise
         return adapter
 

@@ -19,9 +19,9 @@ from lora_serve.lora.host_pool import HostPool
 from lora_serve.lora.sources import AdapterFolder
 
 NUM_LOADERS = 4
-"""Adapters that are read ahead at once."""
-NUM_WAITING_LOADERS = 4
-"""Threads beside those, for reads that plans wait for."""
+"""Adapters that are read at once."""
+NUM_SPARE_LOADERS = 4
+"""Threads beside those, while reads of adapters that were removed have not ended."""
 
 
 @dataclass
@@ -98,9 +98,8 @@ class HostNews:
 class HostAdapters:
     """Which adapters lie in host memory, and the threads that bring them there.
 
-    Reads begin for one of two reasons: a plan loads the adapter (`stage`), or its turn is near (`poll`). The
-    first kind waits for its room and takes it from whoever can best do without. The second kind begins only
-    with its room in hand, one of `NUM_LOADERS` at once, so that it never stands in the way of the first.
+    An adapter is read again when its turn is near (`poll`), `NUM_LOADERS` at once, each only with its room in
+    hand: none of them stands in the way of a new adapter, which waits for room.
 
     Owns: the record of each adapter that was added, what it keeps in the pool, the reads that are under way.
     Deliberately does not know: names, slots, the device, requests; whose turn is near it is told.
@@ -130,7 +129,7 @@ class HostAdapters:
         self._pool = pool
         self._on_news = on_news
         self._loaders = ThreadPoolExecutor(
-            NUM_LOADERS + NUM_WAITING_LOADERS, thread_name_prefix="lora-serve-loader"
+            NUM_LOADERS + NUM_SPARE_LOADERS, thread_name_prefix="lora-serve-loader"
         )
         self._records: dict[int, _Record] = {}
         self._reads: dict[int, _Read] = {}
@@ -209,18 +208,6 @@ class HostAdapters:
         self._get(adapter_id).last_used_s = time.time()
         self._pool.touch(adapter_id)
 
-    def stage(self, adapter_id: int) -> None:
-        """Begin to read an adapter again, unless its block is there or on its way; `poll` tells the end.
-
-        Raises
-        ------
-        AdapterNotFoundError
-            The adapter was not added, or was removed.
-        """
-        self.touch(adapter_id)
-        if not self._pool.contains(adapter_id) and adapter_id not in self._reads:
-            self._start_read(adapter_id, None)
-
     def poll(self, line: AdapterLine | None = None) -> HostNews:
         """Make room for reads that wait for it, take up those that have ended, read ahead.
 
@@ -278,21 +265,21 @@ class HostAdapters:
             self._start_read(adapter_id, room)
         return evicted
 
-    def _start_read(self, adapter_id: int, room: HostBlock | None) -> None:
-        record = self._get(adapter_id)
+    def _start_read(self, adapter_id: int, room: HostBlock) -> None:
+        record = self._records[adapter_id]
         is_cancelled = threading.Event()
         future = self._loaders.submit(
             self._reader.read_again,
             record.folder,
             record.layout,
             record.content_digest,
-            is_cancelled.is_set,
             room,
+            is_cancelled.is_set,
         )
         self._reads[adapter_id] = _Read(future, is_cancelled)
 
         def on_end(read: Future[HostAdapter]) -> None:
-            if room is not None and read.cancelled():
+            if read.cancelled():
                 room.release()  # It never began.
             self._on_news()
 

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from lora_serve.common.errors import InvalidArgumentError
+from lora_serve.common.errors import InternalError, InvalidArgumentError
 from lora_serve.layers.linear import LoRATarget
 from lora_serve.lora.adapter_copies import AdapterCopies, CpuCopies, CudaCopies
 from lora_serve.lora.adapter_layout import AdapterLayout
@@ -72,7 +72,7 @@ class AdapterResidency(NamedTuple):
 
 @dataclass
 class LoadReports:
-    """Loads of plans that have ended.
+    """How the loads of a plan have ended.
 
     Parameters
     ----------
@@ -151,9 +151,7 @@ class LoRAManager:
         self._reader = AdapterReader(targets, fused_targets, limits, self._pool, sources)
         self._host = HostAdapters(self._reader, self._pool, self._on_news)
         self._lock = threading.Lock()
-        self._staged: dict[int, _Staged | str] = {}  # What plans may load; or why it cannot be read.
-        self._awaited: set[int] = set()  # Plans load them, but they must be read first. The step loop's.
-        self._pending: dict[int, int] = {}  # Loads of plans that have not ended, to their slots. The steps'.
+        self._staged: dict[int, _Staged] = {}  # What plans load that were submitted and have not begun.
         self._copy_ms: dict[int, float] = {}
 
     # --- Any thread ---------------------------------------------------------------------------------------
@@ -181,11 +179,6 @@ class LoRAManager:
         """How often the step loop may have had to wait for a thread that reads adapters."""
         return self._pool.num_lock_waits
 
-    @property
-    def reads_ahead(self) -> bool:
-        """True: see :meth:`poll`."""
-        return True
-
     def set_wake(self, wake: Callable[[], None]) -> None:
         """Have `wake` called, from other threads, whenever `poll` has something to do."""
         self._wake = wake
@@ -204,15 +197,14 @@ class LoRAManager:
         """Forget an adapter that is not on the device; see `HostAdapters.remove`."""
         self._host.remove(adapter_id)
         self._device.forget_description(adapter_id)
-        self._awaited.discard(adapter_id)
         self._copy_ms.pop(adapter_id, None)
         with self._lock:
             staged = self._staged.pop(adapter_id, None)
-        if isinstance(staged, _Staged):
+        if staged is not None:
             staged.block.release()
 
     def is_on_host(self, adapter_id: int) -> bool:
-        """Whether a plan that is made before the next :meth:`poll` may load it and use it at once."""
+        """Whether a plan that is made before the next :meth:`poll` may load it."""
         return self._host.is_on_host(adapter_id)
 
     def touch(self, adapter_id: int) -> None:
@@ -222,8 +214,6 @@ class LoRAManager:
     def poll(self, line: AdapterLine | None = None) -> HostNews:
         """Take up what has ended, make room on the host, read ahead; tell what has come to the host or gone.
 
-        Failures of reads for which a plan waits are not told here, but as failures of its load.
-
         Parameters
         ----------
         line
@@ -232,23 +222,27 @@ class LoRAManager:
         for adapter_id, copy_ms in self._device.release_blocks().items():
             if adapter_id in self._host:  # Or it was removed while its last copy ended.
                 self._copy_ms[adapter_id] = copy_ms
-        news = self._host.poll(line)
-        for adapter_id in self._awaited.intersection(news.arrived):
-            self._hand_over(adapter_id)
-        for adapter_id in self._awaited.intersection(news.failed):
-            self._awaited.discard(adapter_id)
-            with self._lock:
-                self._staged[adapter_id] = news.failed.pop(adapter_id)
-        return news
+        return self._host.poll(line)
 
     def prepare_loads(self, adapter_ids: Iterable[int]) -> None:
-        """A plan is about to be submitted that loads these: lease their blocks, or read them first."""
+        """A plan is about to be submitted that loads these: lease their blocks.
+
+        Raises
+        ------
+        AdapterNotFoundError
+            One was not added, or was removed.
+        InternalError
+            One is not on the host.
+        """
         for adapter_id in adapter_ids:
-            self._awaited.add(adapter_id)
-            if self._host.is_on_host(adapter_id):
-                self._hand_over(adapter_id)
-            else:
-                self._host.stage(adapter_id)
+            block = self._host.lease(adapter_id)
+            if block is None:
+                raise InternalError(
+                    f"a plan loads adapter generation {adapter_id}, which is not on the host; "
+                    "plans load only what was there at the last poll"
+                )
+            with self._lock:
+                self._staged[adapter_id] = _Staged(self._host.layout(adapter_id), block)
 
     def snapshot(self) -> list[AdapterResidency]:
         """Where every adapter is, in the order of their numbers."""
@@ -269,15 +263,7 @@ class LoRAManager:
         with self._lock:
             staged, self._staged = self._staged, {}
         for one in staged.values():
-            if isinstance(one, _Staged):
-                one.block.release()
-
-    def _hand_over(self, adapter_id: int) -> None:
-        block = self._host.lease(adapter_id)
-        assert block is not None  # Nothing is evicted between two polls.
-        self._awaited.discard(adapter_id)
-        with self._lock:
-            self._staged[adapter_id] = _Staged(self._host.layout(adapter_id), block)
+            one.block.release()
 
     def _on_news(self) -> None:
         self._wake()
@@ -285,13 +271,12 @@ class LoRAManager:
     # --- The steps ----------------------------------------------------------------------------------------
 
     def take_loads(self, slot_of: Mapping[int, int]) -> LoadReports:
-        """Bring to the device what has arrived on the host; tell which loads have ended, well or not.
+        """Bring to the device what the next plan loads; tell how each load has ended.
 
         Parameters
         ----------
         slot_of
-            The loads of the plan that runs next, adapter to slot; empty between plans. Those whose blocks
-            were leased for the plan end now, the others in a later call.
+            The loads of the plan, adapter to slot, as `prepare_loads` was told of them.
 
         Notes
         -----
@@ -300,22 +285,14 @@ class LoRAManager:
         nothing.
         """
         reports = LoadReports()
-        self._pending.update(slot_of)
-        for adapter_id, slot in list(self._pending.items()):
+        for adapter_id, slot in slot_of.items():
             with self._lock:
-                staged = self._staged.pop(adapter_id, None)
-            if staged is None:
-                continue
-            del self._pending[adapter_id]
+                staged = self._staged.pop(adapter_id)
             try:
-                if isinstance(staged, str):
-                    reports.failed[adapter_id] = staged
-                else:
-                    self._device.load(adapter_id, slot, staged.layout, staged.block)
-                    reports.loaded.append(adapter_id)
+                self._device.load(adapter_id, slot, staged.layout, staged.block)
+                reports.loaded.append(adapter_id)
             except Exception as error:  # Out of memory included: the other requests go on.
                 reports.failed[adapter_id] = describe_error(error)
-            if adapter_id in reports.failed and adapter_id in slot_of:
                 self._device.install_nothing(slot)
         return reports
 

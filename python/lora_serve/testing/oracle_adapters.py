@@ -37,10 +37,11 @@ def make_oracle_adapter(path: str, content: str, *, num_bytes: int, lora_rank: i
 class OracleAdapterStore:
     """Adapters that are only a path: equal paths have equal content. Implements `AdapterStore`.
 
-    Owns which generations were added, and the slot of each that is on the device or on its way there. Slots
-    and loads are also kept for generations that were never added, so that an oracle can be driven by a
-    scheduler alone. Whoever brings in, takes off or removes what is not where it must be gets an
-    InternalError: the scheduler was wrong.
+    Owns which generations were added, which of them are on the host (those that were just added or that
+    `poll` was told to read, until they are lost), and the slot of each that is on the device. Slots are also
+    kept for generations that were never added, so that an oracle can be driven by a scheduler alone. Whoever
+    brings in, takes off or removes what is not where it must be gets an InternalError: the scheduler was
+    wrong.
 
     Parameters
     ----------
@@ -51,27 +52,19 @@ class OracleAdapterStore:
 
     Attributes
     ----------
-    is_staged : bool
-        True: adapters are on the host, so that loads end before the rows of their plan, which may use them.
-    reads_ahead : bool
-        True: those are on the host that were just added, or that `poll` was told to read, until they are
-        lost; loads end as with `is_staged`. To be set before an engine begins.
     is_read : callable
-        Whether a read ahead of this generation has ended; asked in each `poll`.
+        Whether a read of this generation has ended; asked in each `poll`.
     memory_bytes : int
         As given.
     """
 
     def __init__(self, num_bytes: int = 1024, memory_bytes: int = 0) -> None:
-        self.is_staged = False
-        self.reads_ahead = False
         self.is_read: Callable[[int], bool] = lambda adapter_id: True  # noqa: ARG005
         self.memory_bytes = memory_bytes
         self._num_bytes = num_bytes
         self._adapters: dict[int, HostAdapter] = {}
-        self._on_host: set[int] = set()  # With `reads_ahead`.
+        self._on_host: set[int] = set()
         self._lost: set[int] = set()
-        self._loading: dict[int, int] = {}
         self._slots: dict[int, int] = {}
 
     # --- As the engine uses it ----------------------------------------------------------------------------
@@ -98,15 +91,8 @@ class OracleAdapterStore:
         return adapter.num_bytes
 
     def is_on_host(self, adapter_id: int) -> bool:
-        """Whether adapters are set up to be on the host, and this one was added; or it was read ahead."""
-        if self.reads_ahead:
-            return adapter_id in self._on_host
-        return self.is_staged and adapter_id in self._adapters
-
-    @property
-    def loads_end_with_their_plan(self) -> bool:
-        """Whether what plans load was on the host."""
-        return self.is_staged or self.reads_ahead
+        """Whether a generation was added or read again, and not lost since."""
+        return adapter_id in self._on_host
 
     def lose(self, adapter_id: int) -> None:
         """Let one leave the host at the next `poll`, if it is there."""
@@ -116,19 +102,26 @@ class OracleAdapterStore:
         """Do nothing: nobody is evicted from the host."""
 
     def poll(self, line: AdapterLine) -> HostNews:
-        """Tell what was lost and read since the last call; nothing unless it reads ahead."""
-        news = HostNews()
-        if self.reads_ahead:
-            news.evicted += sorted(self._lost & self._on_host)
-            self._on_host -= self._lost
-            self._lost.clear()
-            missing = [i for i in line.adapters_to_stage() if i in self._adapters and i not in self._on_host]
-            news.arrived += [adapter_id for adapter_id in missing if self.is_read(adapter_id)]
-            self._on_host.update(news.arrived)
+        """Tell what was lost and read since the last call."""
+        news = HostNews(evicted=sorted(self._lost & self._on_host))
+        self._on_host -= self._lost
+        self._lost.clear()
+        missing = [i for i in line.adapters_to_stage() if i in self._adapters and i not in self._on_host]
+        news.arrived += [adapter_id for adapter_id in missing if self.is_read(adapter_id)]
+        self._on_host.update(news.arrived)
         return news
 
     def prepare_loads(self, adapter_ids: Iterable[int]) -> None:
-        """Do nothing: there are no weights."""
+        """Check that they are on the host; there are no weights.
+
+        Raises
+        ------
+        InternalError
+            One was added, and is not.
+        """
+        lost = [i for i in adapter_ids if i in self._adapters and i not in self._on_host]
+        if lost:
+            raise InternalError(f"a plan loads adapter generations {lost}, which are not on the host")
 
     def add(self, adapter_id: int, adapter: HostAdapter) -> None:
         """Keep a generation.
@@ -151,18 +144,18 @@ class OracleAdapterStore:
         AdapterNotFoundError
             It was not added.
         InternalError
-            It is on the device, or on its way there.
+            It is on the device.
         """
         if adapter_id not in self._adapters:
             raise AdapterNotFoundError(f"adapter generation {adapter_id} was not added")
-        if adapter_id in self._loading or adapter_id in self._slots:
+        if adapter_id in self._slots:
             raise InternalError(f"adapter generation {adapter_id} is removed while it is on the device")
         del self._adapters[adapter_id]
         self._on_host.discard(adapter_id)
 
     def __contains__(self, adapter_id: int) -> bool:
         """Whether the generation was added and not removed, or has a slot."""
-        return adapter_id in self._adapters or adapter_id in self._slots or adapter_id in self._loading
+        return adapter_id in self._adapters or adapter_id in self._slots
 
     def snapshot(self) -> list[AdapterResidency]:
         """Give every generation that was added, ordered by id."""
@@ -171,7 +164,7 @@ class OracleAdapterStore:
                 adapter_id,
                 self._slots.get(adapter_id, NO_SLOT),
                 HostResidency(
-                    is_on_host=True,
+                    is_on_host=adapter_id in self._on_host,
                     is_being_read=False,
                     layout=adapter.layout,
                     load_ms={},
@@ -185,44 +178,29 @@ class OracleAdapterStore:
     # --- As plans change it -------------------------------------------------------------------------------
 
     @property
-    def loads_under_way(self) -> list[int]:
-        """Generations whose loads have begun and not ended, lowest first."""
-        return sorted(self._loading)
-
-    @property
     def num_device_bytes(self) -> int:
-        """Bytes of the generations in slots or on their way there; one that was never added has none."""
+        """Bytes of the generations in slots; one that was never added has none."""
         return sum(
-            self._adapters[adapter_id].num_bytes
-            for adapter_id in (*self._slots, *self._loading)
-            if adapter_id in self._adapters
+            self._adapters[adapter_id].num_bytes for adapter_id in self._slots if adapter_id in self._adapters
         )
 
-    def begin_load(self, adapter_id: int, slot: int) -> None:
-        """Let a generation be on its way to a slot, which holds nothing until `end_load`.
+    def load(self, adapter_id: int, slot: int) -> None:
+        """Bring a generation to the device.
 
         Raises
         ------
         InternalError
-            The generation is on the device or on its way there, or the slot is taken.
+            The generation is on the device, or the slot is taken.
         """
-        for held in (self._slots, self._loading):
-            if adapter_id in held:
-                raise InternalError(
-                    f"adapter generation {adapter_id} is loaded to slot {slot} but has {held[adapter_id]}"
-                )
-            if slot in held.values():
-                raise InternalError(
-                    f"adapter generation {adapter_id} is loaded to slot {slot}, which is taken: {held}"
-                )
-        self._loading[adapter_id] = slot
-
-    def end_load(self, adapter_id: int, *, failed: bool) -> int:
-        """End a load, and give its slot; a generation whose load has failed is not on the device."""
-        slot = self._loading.pop(adapter_id)
-        if not failed:
-            self._slots[adapter_id] = slot
-        return slot
+        if adapter_id in self._slots:
+            raise InternalError(
+                f"adapter generation {adapter_id} is loaded to slot {slot} but has {self._slots[adapter_id]}"
+            )
+        if slot in self._slots.values():
+            raise InternalError(
+                f"adapter generation {adapter_id} is loaded to slot {slot}, which is taken: {self._slots}"
+            )
+        self._slots[adapter_id] = slot
 
     def evict(self, adapter_id: int) -> None:
         """Take a generation off the device; it is kept.
@@ -237,17 +215,9 @@ class OracleAdapterStore:
         del self._slots[adapter_id]
 
     def free(self, adapter_id: int) -> None:
-        """Take a generation off the device if it is there, because it is drained.
-
-        Raises
-        ------
-        InternalError
-            Its load is under way.
-        """
-        if adapter_id in self._loading:
-            raise InternalError(f"adapter generation {adapter_id} is drained while its load is under way")
+        """Take a generation off the device if it is there, because it is drained."""
         self._slots.pop(adapter_id, None)
 
     def adapter_in(self, slot: int) -> int | None:
-        """Give the generation in a slot, None where it is empty or still awaited."""
+        """Give the generation in a slot, None where it is empty."""
         return next((adapter_id for adapter_id, held in self._slots.items() if held == slot), None)

@@ -9,7 +9,7 @@ runs alone, as a pure function, so any run can be compared with it.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 
 class Outcome(Enum):
-    """What became of a load, or of a copy between the tiers, in one step."""
+    """What became of a copy between the tiers in one step."""
 
     DONE = "done"
     UNDER_WAY = "under way"
@@ -52,10 +52,8 @@ class OracleOptions:
         Tokens are in [0, vocab_size).
     eos_token_ids : tuple of int
         Reported to the engine; the oracle draws them like any other token.
-    failing_adapter_ids : collection of int
-        Loads of these generations are reported as failed.
     adapter_memory_bytes : int
-        Bytes of the adapters on the device and on their way there, at most; 0 = any number.
+        Bytes of the adapters on the device, at most; 0 = any number.
     """
 
     num_device_pages: int
@@ -64,7 +62,6 @@ class OracleOptions:
     max_model_len: int
     vocab_size: int = 1000
     eos_token_ids: tuple[int, ...] = ()
-    failing_adapter_ids: Collection[int] = ()
     num_host_pages: int = 0
     adapter_memory_bytes: int = 0
 
@@ -84,9 +81,11 @@ class OracleExecutor:
 
     Attributes
     ----------
-    copy_outcome, load_outcome : callable
-        Asked for each copy (by transfer id) and each load (by adapter id) under way once a step, lowest id
-        first, after the step's rows. By default each is done in the step that began it.
+    copy_outcome : callable
+        Asked for each copy under way, by transfer id, once a step, lowest id first, after the step's rows.
+        By default each is done in the step that began it.
+    load_fails : callable
+        Asked for each load, by adapter id, lowest first, before the rows of its plan. By default none does.
     """
 
     def __init__(self, options: OracleOptions) -> None:
@@ -99,7 +98,7 @@ class OracleExecutor:
         self._failed_slots: dict[int, int] = {}
         self._in_flight: deque[tuple[ExecutionPlan, Sequence[SamplingState]]] = deque()
         self.copy_outcome: Callable[[int], Outcome] = lambda transfer_id: Outcome.DONE  # noqa: ARG005
-        self.load_outcome: Callable[[int], Outcome] = lambda adapter_id: Outcome.DONE  # noqa: ARG005
+        self.load_fails: Callable[[int], bool] = lambda adapter_id: False  # noqa: ARG005
 
     @property
     def num_device_pages(self) -> int:
@@ -169,10 +168,9 @@ class OracleExecutor:
         return self.run_plan(plan, states)
 
     def report(self) -> ExecutionResult:
-        """Give the loads and copies that end now, as the result of no plan."""
+        """Give the copies that end now, as the result of no plan."""
         result = ExecutionResult(NO_PLAN, np.empty(0, dtype=np.int32), [], [], {})
         if not self._in_flight:
-            self._end_loads(result)
             self._end_copies(result)
         return result
 
@@ -187,21 +185,18 @@ class OracleExecutor:
         for adapter_id in plan.drained_adapter_ids.tolist():
             self.lora.free(adapter_id)
         for adapter_id in plan.evicted_adapter_ids.tolist():
-            if not (self.lora.loads_end_with_their_plan and adapter_id in self._failed_slots.values()):
+            if adapter_id not in self._failed_slots.values():  # Or the plan was made before that was known.
                 self.lora.evict(adapter_id)
         result = ExecutionResult(
             plan.plan_id, np.full(len(plan.request_ids), -1, dtype=np.int32), [None] * len(states), [], {}
         )
-        self._begin_loads(plan)
-        if self.lora.loads_end_with_their_plan:
-            self._end_loads(result)
+        self._load(plan, result)
         self._pages.start(plan)
         self._page_table.apply_deltas(plan)
         if plan.has_rows:
             result.row_errors.update(self._run_rows(plan, result.sampled_token_ids))
         for row, state in enumerate(states):
             result.logprobs[row] = update_state(state, plan, row, int(result.sampled_token_ids[row]))
-        self._end_loads(result)
         self._end_copies(result)
         return result
 
@@ -209,11 +204,10 @@ class OracleExecutor:
         """Give the rows that fail although their pages are right, with reasons; none, but classes may."""
         return {}
 
-    def _begin_loads(self, plan: ExecutionPlan) -> None:
-        for adapter_id, slot in zip(
-            plan.load_adapter_ids.tolist(), plan.load_adapter_slots.tolist(), strict=True
-        ):
-            self.lora.begin_load(adapter_id, slot)
+    def _load(self, plan: ExecutionPlan, result: ExecutionResult) -> None:
+        slot_of = dict(zip(plan.load_adapter_ids.tolist(), plan.load_adapter_slots.tolist(), strict=True))
+        for adapter_id, slot in slot_of.items():
+            self.lora.load(adapter_id, slot)
             self._failed_slots.pop(slot, None)
         limit = self.options.adapter_memory_bytes
         if limit and self.lora.num_device_bytes > limit:
@@ -221,15 +215,9 @@ class OracleExecutor:
                 f"plan {plan.plan_id} brings the adapters on the device to {self.lora.num_device_bytes} "
                 f"bytes but it holds {limit}"
             )
-
-    def _end_loads(self, result: ExecutionResult) -> None:
-        for adapter_id in self.lora.loads_under_way:
-            outcome = self.load_outcome(adapter_id)
-            if outcome is Outcome.UNDER_WAY and not self.lora.loads_end_with_their_plan:
-                continue
-            failed = outcome is Outcome.FAILED or adapter_id in self.options.failing_adapter_ids
-            slot = self.lora.end_load(adapter_id, failed=failed)
-            if failed:
+        for adapter_id, slot in sorted(slot_of.items()):
+            if self.load_fails(adapter_id):
+                self.lora.evict(adapter_id)
                 result.failed_adapter_ids[adapter_id] = f"adapter {adapter_id} is set up to fail"
                 self._failed_slots[slot] = adapter_id
             else:
@@ -251,8 +239,8 @@ class OracleExecutor:
         in_slot: dict[int, int | None] = {
             slot: self.lora.adapter_in(slot) for slot in set(plan.adapter_slots.tolist())
         }
-        if self.lora.loads_end_with_their_plan:  # Their rows run, and fail.
-            in_slot.update({s: i for s, i in self._failed_slots.items() if in_slot.get(s) is None})
+        # Rows of those whose load has failed run, and fail.
+        in_slot.update({s: i for s, i in self._failed_slots.items() if in_slot.get(s) is None})
         in_slot[-1] = 0
         adapters = [in_slot[slot] for slot in plan.adapter_slots.tolist()]
         if None in adapters:

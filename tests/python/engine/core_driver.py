@@ -11,7 +11,7 @@ from lora_serve.common.sampling_params import SamplingParams
 from lora_serve.engine.engine_core import EngineCore
 from lora_serve.engine.messages import EngineRequest
 from lora_serve.testing.oracle_adapters import OracleAdapterStore, make_oracle_adapter
-from lora_serve.testing.oracle_executor import OracleExecutor, OracleOptions, Outcome
+from lora_serve.testing.oracle_executor import OracleExecutor, OracleOptions
 from lora_serve.testing.oracle_tokens import oracle_tokens
 
 
@@ -68,7 +68,7 @@ class TroubledExecutor(OracleExecutor):
         self.is_closed = False
         self.failing_loads = set()
         self.transfer_kinds = {}
-        self.load_outcome = self.end_load
+        self.load_fails = lambda adapter_id: adapter_id in self.failing_loads
 
     def run_plan(self, plan, states):
         if self.raises is not None:
@@ -85,9 +85,6 @@ class TroubledExecutor(OracleExecutor):
             if request_id in self.failing_request_ids and plan.samples_token[row]
         }
 
-    def end_load(self, adapter_id):
-        return Outcome.FAILED if adapter_id in self.failing_loads else Outcome.DONE
-
     def close(self):
         self.is_closed = True
 
@@ -103,7 +100,7 @@ class CoreDriver:
     step_s = 0.001
     """A step moves the engine's clock by so much."""
 
-    def __init__(self, *, reads_ahead=False, **options):
+    def __init__(self, **options):
         fields = set(EngineConfig.__struct_fields__)
         config = EngineConfig(
             **{
@@ -128,7 +125,6 @@ class CoreDriver:
             )
         )
         self.files = self.executor.lora
-        self.files.reads_ahead = reads_ahead
         self.seconds = 1000.0
         self.core = EngineCore(config, self.executor, clock_us=lambda: round(self.seconds * 1e6))
         self.outputs = {}

@@ -8,7 +8,6 @@ from lora_serve.common.errors import CapacityError, InvalidArgumentError, QueueT
 from lora_serve.common.sampling_params import SamplingParams
 from lora_serve.engine.messages import EngineRequest, WireError
 from lora_serve.engine.throughput import Throughput
-from lora_serve.testing.oracle_executor import Outcome
 
 from .core_driver import CoreDriver
 
@@ -195,14 +194,15 @@ def test_last_request_expires_in_an_engine_that_has_nothing_else_to_do():
     driver = CoreDriver(lora_memory_gb=1024 / 2**30)
     driver.load("a", "/a")
     driver.load("b", "/b")
-    driver.executor.load_outcome = lambda adapter_id: Outcome.UNDER_WAY
+    driver.files.is_read = lambda adapter_id: False
+    driver.files.lose(2)
+    driver.step()
     request = driver.add("b", queue_timeout_s=1.0)
     driver.step(3)
     assert driver.core.has_work
     driver.seconds += 2
     driver.step(2)
     assert type(driver.errors[request]) is QueueTimeoutError
-    driver.executor.load_outcome = lambda adapter_id: Outcome.DONE
     driver.run()
     driver.assert_pages_free()
 

@@ -31,17 +31,16 @@ OUTCOMES_OF_OPERATIONS = (
 class RandomLife:
     """Random requests and adapter operations on pools that are too small for them."""
 
-    def __init__(self, seed, *, is_staged=False, **options):
+    def __init__(self, seed, **options):
         self.rng = random.Random(seed)
         self.driver = CoreDriver(
             num_device_pages=18, max_num_seqs=4, max_num_batched_tokens=24, max_loras=2, **options
         )
-        self.driver.files.is_staged = is_staged
         self.driver.files.is_read = lambda adapter_id: self.rng.random() < 0.3
         self.num_failed_copies = 0
         self.num_refused = 0
         self.driver.executor.copy_outcome = self.end_copy
-        self.driver.executor.load_outcome = self.end_load
+        self.driver.executor.load_fails = lambda adapter_id: self.rng.random() < 0.04
         self.requests = []
         self.ended_by_reader = set()
         self.operations = []
@@ -52,17 +51,14 @@ class RandomLife:
         self.num_failed_copies += outcome is Outcome.FAILED
         return outcome
 
-    def end_load(self, adapter_id):
-        """Most loads take a step or two, and a few fail."""
-        return self.rng.choices(list(Outcome), [50, 50, 4])[0]
-
     def act(self):
         rng, core = self.rng, self.driver.core
         kinds = {"step": 50, "add": 20, "abort": 4, "finish": 3, "load": 15, "unload": 6}
         kind = rng.choices(list(kinds), list(kinds.values()))[0]
         if kind == "step":
-            if self.driver.files.reads_ahead and rng.random() < 0.2:
-                self.driver.files.lose(rng.randint(1, 40))
+            held = self.driver.files.snapshot()
+            if held and rng.random() < 0.2:
+                self.driver.files.lose(rng.choice(held).adapter_id)
             self.driver.step(rng.randint(1, 4))
         elif kind == "add":
             self.add(rng.choice([None, *NAMES]))
@@ -132,15 +128,7 @@ MACHINES = {
     "write_back": {"num_host_pages": 30, "kv_write_policy": "write_back"},
     "off": {"num_host_pages": 9, "kv_write_policy": "off"},
     "two adapters": {**TWO_ADAPTERS},
-    "two adapters, staged": {**TWO_ADAPTERS, "is_staged": True, "num_host_pages": 30},
-    "two adapters, read ahead": {
-        **TWO_ADAPTERS,
-        "reads_ahead": True,
-        "adapter_patience_ms": 3,
-        "adapter_time_slice_steps": 2,
-        "adapter_pause_ms": 5,
-        "num_host_pages": 9,
-    },
+    "two adapters, write_through": {**TWO_ADAPTERS, "num_host_pages": 30},
     "two adapters, short slices": {
         **TWO_ADAPTERS,
         "adapter_patience_ms": 3,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 
 from lora_serve.common.errors import AdapterNotFoundError, CapacityError, InternalError, InvalidArgumentError
-from lora_serve.testing.oracle_executor import Outcome
 
 from .core_driver import CoreDriver
 
@@ -30,15 +29,12 @@ def on_device(driver):
     return {info.name for info in driver.core.adapters() if info.tier == "device"}
 
 
-class SlowLoads:
-    """Loads end when the test says so."""
-
-    def __init__(self, driver):
-        self.outcomes = {}
-        driver.executor.load_outcome = lambda adapter_id: self.outcomes.get(adapter_id, Outcome.UNDER_WAY)
-
-    def end(self, *adapter_ids, outcome=Outcome.DONE):
-        self.outcomes.update(dict.fromkeys(adapter_ids, outcome))
+def lose(driver, *adapter_ids):
+    """Let these be on disk alone, where nobody reads them until `is_read` says so."""
+    driver.files.is_read = lambda adapter_id: False
+    for adapter_id in adapter_ids:
+        driver.files.lose(adapter_id)
+    driver.step()
 
 
 # --- Loads without room -----------------------------------------------------------------------------------
@@ -109,6 +105,7 @@ def test_unload_of_an_adapter_that_is_off_the_device(force):
 def test_adapter_memory_hears_of_each_request_and_in_every_step_who_is_next():
     driver = make_driver(1)
     load_all(driver, "a", "b", "c", "d")
+    lose(driver, 2, 3, 4)
     touched, lines, poll = [], [], driver.files.poll
 
     def note(line):
@@ -120,6 +117,7 @@ def test_adapter_memory_hears_of_each_request_and_in_every_step_who_is_next():
     driver.step()
     assert touched == [3, 2, 4, 2]
     assert lines == [([3], [3, 2, 4])]
+    driver.files.is_read = lambda adapter_id: True
     driver.run()
     driver.assert_complete(*requests)
     fronts = [front for front, _ in lines]
@@ -127,79 +125,6 @@ def test_adapter_memory_hears_of_each_request_and_in_every_step_who_is_next():
         fronts.index([adapter_id]) for adapter_id in (3, 2, 4)
     )
     assert lines[-1] == ([], [])
-
-
-# --- Loads that take their time ---------------------------------------------------------------------------
-
-
-def test_load_is_answered_when_it_is_reported_also_while_nothing_runs():
-    driver = make_driver()
-    loads = SlowLoads(driver)
-    load = driver.core.load_adapter("a", "/a")
-    driver.wait_for_reads()
-    driver.step(6)
-    assert not load.done()
-    assert states(driver) == {"a": "loading"}
-    assert on_device(driver) == set()
-    with pytest.raises(AdapterNotFoundError):
-        driver.add("a")
-    base = driver.add()
-    driver.step_until(lambda: base in driver.finish)
-    assert not load.done()
-    loads.end(1)
-    driver.step(2)
-    assert load.result(timeout=0).adapter_id == 1
-    request = driver.add("a")
-    driver.run()
-    driver.assert_complete(base, request)
-
-
-def test_requests_of_others_run_while_an_adapter_is_brought_in():
-    driver = make_driver(2)
-    load_all(driver, "a", "b", "c")
-    loads = SlowLoads(driver)
-    waiting = driver.add("c", max_tokens=3)
-    others = [driver.add(name, prompt=list(range(n, n + 5))) for n, name in enumerate(["a", None, "a", None])]
-    driver.step_until(lambda: set(others) <= set(driver.finish))
-    assert driver.outputs[waiting] == []
-    loads.end(3)
-    driver.run()
-    driver.assert_complete(waiting, *others)
-
-
-@pytest.mark.parametrize("while_idle", [True, False])
-def test_load_that_fails_late_fails_its_caller(while_idle):
-    driver = make_driver()
-    loads = SlowLoads(driver)
-    load = driver.core.load_adapter("a", "/a")
-    driver.wait_for_reads()
-    driver.step(3)
-    if not while_idle:
-        driver.add(max_tokens=30)
-        driver.step(3)
-    loads.end(1, outcome=Outcome.FAILED)
-    driver.step(3)
-    assert isinstance(load.exception(timeout=0), InternalError)
-    assert "'a' could not be brought to the device: adapter 1 is set up to fail" in str(load.exception())
-    loads.end(2)
-    assert driver.load("a", "/a").adapter_id == 2
-    driver.run()
-    driver.assert_nothing_left_of(1)
-
-
-def test_unload_while_it_is_brought_in_waits_for_the_load_to_end():
-    driver = make_driver()
-    loads = SlowLoads(driver)
-    load = driver.core.load_adapter("a", "/a")
-    driver.wait_for_reads()
-    driver.step(3)
-    unload = driver.core.unload_adapter("a")
-    assert load.done()
-    driver.step(5)
-    assert not unload.done()
-    loads.end(1)
-    driver.wait_for(unload)
-    driver.assert_nothing_left_of(1)
 
 
 # --- Loads that fail later --------------------------------------------------------------------------------
@@ -244,12 +169,11 @@ def test_load_of_new_content_is_not_answered_by_the_return_of_the_old():
     assert load.result().adapter_id == 3
 
 
-# --- Loads that take effect with their plan ---------------------------------------------------------------
+# --- Loads and reads --------------------------------------------------------------------------------------
 
 
-def test_staged_adapters_run_in_the_plan_that_loads_them_and_take_turns():
+def test_adapters_on_the_host_run_in_the_plan_that_loads_them_and_take_turns():
     driver = make_driver(1)
-    driver.files.is_staged = True
     load_all(driver, "a", "b")
     driver.run()
     num_steps = driver.core.num_steps
@@ -263,12 +187,35 @@ def test_staged_adapters_run_in_the_plan_that_loads_them_and_take_turns():
     assert driver.info("a")[0].total_loads > 1
 
 
+def test_requests_of_others_run_while_an_adapter_is_read_again():
+    driver = make_driver(2)
+    load_all(driver, "a", "b", "c")
+    lose(driver, 3)
+    waiting = driver.add("c", max_tokens=3)
+    others = [driver.add(name, prompt=list(range(n, n + 5))) for n, name in enumerate(["a", None, "a", None])]
+    driver.step_until(lambda: set(others) <= set(driver.finish))
+    assert driver.outputs[waiting] == []
+    assert driver.info("c")[0].tier == "disk"
+    driver.files.is_read = lambda adapter_id: True
+    driver.run()
+    driver.assert_complete(waiting, *others)
+
+
+def test_unload_of_an_adapter_whose_load_may_still_run_leaves_nothing():
+    driver = make_driver()
+    load = driver.core.load_adapter("a", "/a")
+    driver.wait_for_reads()
+    driver.step()
+    unload = driver.core.unload_adapter("a")
+    assert load.done()
+    driver.wait_for(unload)
+    driver.assert_nothing_left_of(1)
+
+
 def test_running_adapter_is_not_paused_for_one_that_is_still_being_read():
-    driver = make_driver(1, reads_ahead=True, adapter_patience_ms=0, adapter_time_slice_steps=1)
+    driver = make_driver(1, adapter_patience_ms=0, adapter_time_slice_steps=1)
     load_all(driver, "a", "b")
-    files = driver.files
-    files.is_read = lambda adapter_id: False
-    files.lose(2)
+    lose(driver, 2)
     runs = driver.add("a", max_tokens=20)
     driver.step(4)
     waits = driver.add("b", max_tokens=3)
@@ -279,7 +226,7 @@ def test_running_adapter_is_not_paused_for_one_that_is_still_being_read():
     assert len(driver.outputs[runs]) > 10
     assert not driver.outputs.get(waits)
 
-    files.is_read = lambda adapter_id: True
+    driver.files.is_read = lambda adapter_id: True
     driver.step(4)
     assert driver.core.stats().total_adapter_pauses == 1
     driver.run()
@@ -287,7 +234,7 @@ def test_running_adapter_is_not_paused_for_one_that_is_still_being_read():
 
 
 def test_paused_adapter_that_is_read_again_holds_nobody_back():
-    driver = make_driver(1, reads_ahead=True, adapter_patience_ms=0, adapter_time_slice_steps=1)
+    driver = make_driver(1, adapter_patience_ms=0, adapter_time_slice_steps=1)
     load_all(driver, "a", "b", "c")
     files = driver.files
     paused = driver.add("a", max_tokens=30)
@@ -306,9 +253,8 @@ def test_paused_adapter_that_is_read_again_holds_nobody_back():
     driver.assert_complete(paused, between, newcomer)
 
 
-def test_staged_load_that_fails_fails_the_rows_of_its_plan_and_of_the_next_alone():
+def test_load_that_fails_fails_the_rows_of_its_plan_and_of_the_next_alone():
     driver = make_driver(1)
-    driver.files.is_staged = True
     load_all(driver, "a", "b")
     driver.add("b", max_tokens=1)
     driver.run()

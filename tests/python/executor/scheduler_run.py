@@ -28,6 +28,7 @@ class SchedulerRun:
                 num_device_pages=executor.num_device_pages,
                 num_host_pages=executor.num_host_pages,
                 max_model_len=executor.max_model_len,
+                loads_staged_only=True,
                 **options,
             )
         )
@@ -84,17 +85,14 @@ class SchedulerRun:
         return self.report() if plan.is_empty else None
 
     def report(self) -> ExecutionResult | None:
-        """Report loads and copies that end now, without a plan; None when there are none."""
+        """Report copies that end now, without a plan; None when there are none."""
         result = self.executor.report()
         reports = {
-            "loaded_adapter_ids": result.loaded_adapter_ids,
-            "failed_adapter_ids": list(result.failed_adapter_ids),
             "completed_transfer_ids": result.completed_transfer_ids,
             "failed_transfer_ids": list(result.failed_transfer_ids),
         }
         if not any(reports.values()):
             return None
-        self.before_failed(list(result.failed_adapter_ids))
         self.scheduler.advance(ExecutionEvent(plan_id=result.plan_id, **reports))
         self.scheduler.check_invariants()
         return result

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -146,16 +145,6 @@ def _add(executor: Executor, adapter_id: int, path: Path) -> int:
         with read.result() as adapter:
             executor.lora.add(adapter_id, adapter)
             return adapter.num_bytes
-
-
-def _evict_from_host(executor: Executor) -> None:
-    """Take and give back all of the host memory for adapters; afterwards they are on disk only."""
-    pool = executor.lora._pool
-    _poll_until(executor, lambda: pool.snapshot().num_held_bytes == 0)
-    with ThreadPoolExecutor(1) as thread:
-        room = thread.submit(pool.reserve, pool.snapshot().num_bytes, lambda: False)
-        _poll_until(executor, room.done)
-        room.result().release()
 
 
 def test_the_last_layer_goes_on_with_rows_that_sample_unless_prompts_want_log_probabilities(
@@ -335,64 +324,6 @@ def test_adapter_on_the_host_serves_the_rows_of_the_plan_that_loads_it(model_pat
     assert (result.loaded_adapter_ids, result.failed_adapter_ids, result.row_errors) == ([1], {}, {})
     assert run.state.output_token_ids == reference.greedy(_prompt(6), 1, adapter)
     assert reference.greedy(_prompt(6), 1, adapter) != reference.greedy(_prompt(6), 1)
-
-
-@pytest.mark.parametrize("is_idle", [True, False])
-def test_load_from_disk_ends_with_a_later_plan_or_between_plans(model_path, reference, make_adapter, is_idle):
-    executor = _executor(model_path)
-    adapters = {1: make_adapter(1, 4, ("v_proj", "down_proj")), 2: make_adapter(2, 4, ("v_proj",))}
-    for adapter_id, path in adapters.items():
-        _add(executor, adapter_id, path)
-    _evict_from_host(executor)
-    make_random_adapter(adapters[2], model_path, rank=4, target_modules=("v_proj",), seed=99)
-    base = HandMadeRun(executor, _greedy(_prompt(6)), [0, 1, 2])
-    plan = dataclasses.replace(base.plan(6), loads=[(1, 2), (2, 1)])
-
-    first = run_plan(executor, plan, [base.state])
-    loaded, failed = [], {}
-
-    def have_ended() -> bool:
-        result = executor.report() if is_idle else run_plan(executor, PlanStandIn(plan_id=7))
-        loaded.extend(result.loaded_adapter_ids)
-        failed.update(result.failed_adapter_ids)
-        return len(loaded) + len(failed) == 2
-
-    assert (first.loaded_adapter_ids, first.failed_adapter_ids) == ([], {})
-    _poll_until(executor, have_ended)
-    assert (loaded, list(failed)) == ([1], [2])
-    assert str(adapters[2]) in failed[2]
-    assert "the folder was changed" in failed[2]
-    run = HandMadeRun(executor, _greedy(_prompt(6)), [3, 4, 5], row=1, slot=2)
-    run.finish([6], 3)
-    assert run.state.output_token_ids == reference.greedy(_prompt(6), 3, adapters[1])
-    assert base.state.output_token_ids == reference.greedy(_prompt(6), 1)
-    assert executor.report().loaded_adapter_ids == []
-
-
-def test_report_takes_no_load_from_a_plan_on_its_way(model_path, make_adapter, monkeypatch):
-    executor = _executor(model_path)
-    _add(executor, 1, make_adapter(1, 2, ("v_proj",)))
-    executor.lora.prepare_loads([1])
-    begun, reported, take_loads = threading.Event(), threading.Event(), executor.lora.take_loads
-
-    def take_late(slot_of):
-        executor.lora._pending.update(slot_of)  # So that whoever takes loads now would take this one.
-        if slot_of:
-            begun.set()
-            if threading.current_thread() is not threading.main_thread():  # Or the plan runs within submit.
-                reported.wait(TIMEOUT_S)
-        return take_loads(slot_of)
-
-    monkeypatch.setattr(executor.lora, "take_loads", take_late)
-    executor.submit(PlanStandIn(loads=[(1, 0)]), [])
-    assert begun.wait(TIMEOUT_S)
-    early = executor.report()
-    reported.set()
-    result = executor.collect()
-
-    assert early.loaded_adapter_ids == []
-    assert result.loaded_adapter_ids == [1]
-    assert executor.report().loaded_adapter_ids == []
 
 
 def test_drained_adapter_is_gone_before_its_slot_is_loaded(model_path, reference, make_adapter):

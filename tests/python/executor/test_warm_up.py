@@ -55,5 +55,5 @@ def test_executor_too_small_for_the_warm_up_is_left_alone(model_path):
     )
     executor = make_executor("cpu", config)
     warm_up(executor, config)
-    assert executor.report().loaded_adapter_ids == []
+    assert executor.lora.snapshot() == []
     executor.close()

@@ -167,7 +167,6 @@ class Memory:
         )
         self.news = HostNews()
         self.line = Line()
-        self.take: Callable[[LoadReports], None] | None = None
 
     @property
     def pool(self) -> HostPool:
@@ -186,13 +185,11 @@ class Memory:
         return path
 
     def read(self, path: Path) -> HostAdapter:
-        """Read as a loader thread does, while this thread polls, and takes loads where `take` wants them."""
+        """Read as a loader thread does, while this thread polls."""
         with ThreadPoolExecutor(1) as thread:
             read = thread.submit(self.manager.read, str(path))
             while not read.done():
                 self.poll()
-                if self.take is not None:  # The blocks of those that have arrived are held till then.
-                    self.take(self.manager.take_loads({}))
                 time.sleep(0.0005)
             return read.result()
 
@@ -223,19 +220,11 @@ class Memory:
             self.manager.evict(adapter_id)
         return self.manager.take_loads(loads or {})
 
-    def wait_for_loads(self, num: int = 1) -> LoadReports:
-        """Poll and take loads, as idle steps do, until so many have ended."""
-        reports = LoadReports()
-
-        def has_all() -> bool:
-            self.poll()
-            taken = self.manager.take_loads({})
-            reports.loaded.extend(taken.loaded)
-            reports.failed.update(taken.failed)
-            return len(reports.loaded) + len(reports.failed) >= num
-
-        wait_until(has_all)
-        return reports
+    def bring_to_host(self, *adapter_ids: int) -> None:
+        """Let these be in front of the line until each is on the host or could not be read."""
+        self.news = HostNews()
+        self.read_ahead(*adapter_ids)
+        wait_until(lambda: self.poll() and self.line.adapter_ids == [])
 
     def fill_host(self, num_bytes: int) -> None:
         """Take and give back room of so many bytes: what is in its way is evicted."""
@@ -269,11 +258,5 @@ class Memory:
         assert self.device.num_free_bytes == self.device.memory_bytes
         assert self.device.slots == {}
         assert_only_these_slots(self.device, self.targets, ())
-        holders = ("_awaited", "_staged", "_pending", "_copy_ms")
-        assert {name: getattr(self.manager, name) for name in holders} == {
-            "_awaited": set(),
-            "_staged": {},
-            "_pending": {},
-            "_copy_ms": {},
-        }
+        assert self.manager._staged == self.manager._copy_ms == {}
         assert self.manager._host._records == self.manager._host._reads == {}

@@ -44,8 +44,9 @@ def assert_all_free(pool: HostPool) -> None:
     assert (snapshot.num_free_bytes, snapshot.num_waiters) == (snapshot.num_bytes, 0)
 
 
-def read_again(reader: AdapterReader, adapter):
-    return reader.read_again(adapter.folder, adapter.layout, adapter.content_digest)
+def read_again(reader: AdapterReader, adapter, folder: AdapterFolder | None = None):
+    room, _ = reader._pool.try_reserve(adapter.num_bytes)
+    return reader.read_again(folder or adapter.folder, adapter.layout, adapter.content_digest, room)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -165,7 +166,7 @@ def test_content_is_the_same_when_it_is_read_again(pool, reader, tmp_path):
 
 @pytest.mark.parametrize("change", [{"seed": 2}, {"rank": 5}, {"alpha": 7}, {"layers": [1]}], ids=str)
 def test_folder_that_was_changed_is_refused_with_what_it_holds(pool, reader, tmp_path, change):
-    """Another layout is seen before room is taken for it; what differs in numbers only is read first."""
+    """Another layout is seen before it is read; what differs in numbers only is read first."""
     path = make_full_adapter(tmp_path / "a", rank=3)
     with reader.read(str(path)) as adapter:
         pass
@@ -192,7 +193,7 @@ def test_room_that_was_taken_before_is_read_into_or_given_back(pool, reader, tmp
     else:
         make_full_adapter(path, **{"rank": 3, **change})
     room, _ = pool.try_reserve(adapter.num_bytes)
-    again = (adapter.folder, adapter.layout, adapter.content_digest, lambda: False, room)
+    again = (adapter.folder, adapter.layout, adapter.content_digest, room)
     if change == {}:
         with reader.read_again(*again) as found:
             assert found.block is room
@@ -250,10 +251,10 @@ def test_folder_of_another_source_is_read_again_under_its_own_rules(pool, tmp_pa
         pass
     reader = make_reader(pool, sources=AdapterSources(allowed_roots=[str(tmp_path / "roots")]))
     held = AdapterFolder(str(path), AllowedRoots([str(path)]))
-    reader.read_again(held, adapter.layout, adapter.content_digest).release()
+    read_again(reader, adapter, held).release()
     outside = AdapterFolder(str(path), AllowedRoots([str(tmp_path / "roots")]))
     with pytest.raises(AdapterConflictError, match="allowed"):
-        reader.read_again(outside, adapter.layout, adapter.content_digest)
+        read_again(reader, adapter, outside)
     assert_all_free(pool)
     reader.close()
     open_reader.close()

@@ -53,11 +53,21 @@ class Host:
         wait_until(lambda: (self.poll(), condition())[1])
 
     def bring(self, *adapter_ids):
-        """Stage and wait until each has arrived or failed."""
-        self.news = HostNews()
-        for adapter_id in adapter_ids:
-            self.adapters.stage(adapter_id)
-        self.poll_until(lambda: len(self.news.arrived) + len(self.news.failed) == len(adapter_ids))
+        """Let these be the line until each has arrived or failed, and has left it."""
+        self.news, self.line = HostNews(), Line(*adapter_ids)
+
+        def all_are_done():
+            done = {*self.news.arrived, *self.news.failed}
+            self.line = Line(*(i for i in adapter_ids if i not in done))
+            return len(done) == len(adapter_ids)
+
+        self.poll_until(all_are_done)
+
+    def begin_read(self, adapter_id):
+        """Let this one be the line, and poll once; nobody is in line afterwards."""
+        self.line = Line(adapter_id)
+        self.poll()
+        self.line = Line()
 
     def on_host(self):
         return [i for i in self.adapters.snapshot() if self.adapters.is_on_host(i)]
@@ -120,8 +130,8 @@ def test_unknown_adapter_is_an_error_in_every_call(make_host):
     host.add(1)
     host.adapters.remove(1)
     for adapter_id in (1, 9):
-        calls = (host.adapters.remove, host.adapters.stage, host.adapters.touch, host.adapters.lease)
-        for call in (*calls, host.adapters.layout):
+        calls = (host.adapters.remove, host.adapters.touch, host.adapters.lease, host.adapters.layout)
+        for call in calls:
             with pytest.raises(AdapterNotFoundError, match=f"generation {adapter_id} was not added"):
                 call(adapter_id)
         assert not host.adapters.is_on_host(adapter_id)
@@ -177,11 +187,11 @@ def test_blocks_leave_only_in_poll_least_recently_used_first_and_never_while_lea
     lease.release()
 
 
-def test_use_by_stage_counts_as_one(make_host):
+def test_touch_counts_as_a_use(make_host):
     host = make_host(2)
     host.add(1)
     host.add(2)
-    host.adapters.stage(1)
+    host.adapters.touch(1)
     assert host.adapters.snapshot()[1].num_reads == 1
     block = []
     thread = threading.Thread(target=lambda: block.append(host.pool.reserve(host.size, lambda: False)))
@@ -203,8 +213,7 @@ def test_evicted_adapter_is_read_again_once_and_is_the_same(make_host):
     assert host.adapters.lease(1) is None
     assert not host.adapters.snapshot()[1].is_on_host
 
-    for _ in range(3):
-        host.adapters.stage(1)
+    host.begin_read(1)
     assert host.adapters.snapshot()[1].is_being_read
     assert not host.adapters.is_on_host(1)
     wait_until(lambda: host.num_news == 1)
@@ -258,7 +267,7 @@ def test_read_of_a_removed_adapter_that_ends_later_leaves_nothing(make_host, mon
         return adapter
 
     monkeypatch.setattr(host.reader, "read_again", late)
-    host.adapters.stage(1)
+    host.begin_read(1)
     assert has_read.wait(TIMEOUT_S)
     host.adapters.remove(1)
     make_full_adapter(path, rank=2, seed=7)
@@ -268,20 +277,6 @@ def test_read_of_a_removed_adapter_that_ends_later_leaves_nothing(make_host, mon
     assert host.poll() == HostNews()
     assert host.on_host() == [2]
     assert list(host.adapters.snapshot()) == [2]
-
-
-def test_read_of_a_removed_adapter_that_waits_for_room_ends(make_host):
-    host = make_host(1)
-    host.add(1)
-    host.evict_all()
-    host.add(2)
-    lease = host.adapters.lease(2)
-    host.adapters.stage(1)
-    wait_until(lambda: host.pool.snapshot().num_waiters == 1)
-    host.adapters.remove(1)
-    wait_until(lambda: host.pool.snapshot().num_waiters == 0)
-    lease.release()
-    assert host.on_host() == [2]
 
 
 def test_more_adapters_than_loaders_and_a_pool_for_one_arrive_one_after_the_other(make_host):
@@ -326,7 +321,7 @@ def hold_reads(monkeypatch):
 
         def late(folder, *arguments):
             begun.append(int(folder.path.rsplit("/", 1)[1]))
-            gate.wait(TIMEOUT_S)
+            gate.wait(2 * TIMEOUT_S)  # Longer than the test waits for what must begin beside it.
             return read_again(folder, *arguments)
 
         monkeypatch.setattr(host.reader, "read_again", late)
@@ -409,35 +404,42 @@ def test_nobody_behind_takes_the_room_that_the_first_waits_for(make_host):
         block.release()
 
 
-def test_read_that_a_plan_waits_for_takes_the_room_of_the_last_in_line(make_host):
+def test_new_adapter_takes_the_room_of_the_last_in_line(make_host):
     host = make_host(3)
-    for adapter_id in (1, 2, 3, 4):
-        if adapter_id == 2:
-            host.evict_all()
+    for adapter_id in (2, 3, 4):
         host.add(adapter_id)
     host.line = Line(2, 4, 3)  # 2 is the least recently used
-    host.adapters.stage(1)
-    host.poll_until(lambda: host.news.arrived)
-    assert (host.news.arrived, host.news.evicted) == ([1], [3])
+    path = make_full_adapter(host.tmp_path / "1", rank=2, seed=1)
+    results = []
+    thread = threading.Thread(target=lambda: results.append(host.reader.read(str(path))))
+    thread.start()
+    host.poll_until(lambda: results)
+    thread.join(TIMEOUT_S)
+    results[0].release()
+    assert host.news == HostNews(evicted=[3])
 
 
-def test_read_that_a_plan_waits_for_begins_beside_reads_ahead_that_do_not_end(make_host, hold_reads):
+def test_reads_begin_beside_those_of_removed_adapters_that_do_not_end(make_host, hold_reads):
     host = make_host(host_adapters.NUM_LOADERS + 1)
     ids = range(1, host_adapters.NUM_LOADERS + 2)
     for adapter_id in ids:
         host.add(adapter_id)
     host.evict_all()
     begun, gate = hold_reads(host)
-    host.line = Line(*ids[:-1])
+    host.line = Line(*ids)
     host.poll()
     wait_until(lambda: len(begun) == host_adapters.NUM_LOADERS)
-    host.adapters.stage(ids[-1])
+    host.poll()
+    assert not host.adapters.snapshot()[ids[-1]].is_being_read
+    for adapter_id in ids[:-1]:
+        host.adapters.remove(adapter_id)
+    host.poll()
     wait_until(lambda: ids[-1] in begun)
     gate.set()
 
 
 def test_read_ahead_that_never_began_gives_its_room_back_when_all_ends(make_host, hold_reads):
-    num_threads = host_adapters.NUM_LOADERS + host_adapters.NUM_WAITING_LOADERS
+    num_threads = host_adapters.NUM_LOADERS + host_adapters.NUM_SPARE_LOADERS
     host = make_host(num_threads + 2)
     ids = range(1, num_threads + 2)
     for adapter_id in ids:
@@ -498,20 +500,26 @@ def test_adapters_that_take_turns_are_read_once_a_turn_however_many_are_asked_fo
 # --- The end ------------------------------------------------------------------------------------------------
 
 
-def test_close_ends_reads_and_leaves_no_block_held(make_host):
+def test_close_ends_reads_and_leaves_no_block_held(make_host, monkeypatch):
     host = make_host(2)
     for adapter_id in (1, 2, 3):
         if adapter_id == 3:
             host.evict_all()
         host.add(adapter_id)
     host.evict_all()
-    host.adapters.stage(1)
+    gate, read_again = threading.Event(), host.reader.read_again
+
+    def read_second_late(folder, *arguments):
+        if folder.path.endswith("/2"):
+            gate.wait(TIMEOUT_S)
+        return read_again(folder, *arguments)
+
+    monkeypatch.setattr(host.reader, "read_again", read_second_late)
+    host.line = Line(1, 2)
+    host.poll()
     wait_until(lambda: host.num_news == 1)  # read, and not taken up
-    block = host.pool.reserve(host.size, lambda: False)
-    host.adapters.stage(2)
-    wait_until(lambda: host.pool.snapshot().num_waiters == 1)
     for _ in range(2):
         host.close()
-    wait_until(lambda: host.num_news >= 2)
-    block.release()
+    gate.set()
+    wait_until(lambda: host.num_news == 2)
     wait_until(lambda: host.pool.snapshot().num_free_bytes == 2 * host.size)

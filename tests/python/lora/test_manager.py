@@ -63,17 +63,19 @@ def test_adapter_on_the_host_is_usable_in_the_plan_that_loads_it(make_device_mem
 
 
 @on_devices
-def test_adapter_that_is_only_on_disk_ends_its_load_later_and_is_read_again(make_device_memory):
+def test_adapter_that_is_only_on_disk_is_read_again_before_a_plan_may_load_it(make_device_memory):
     memory = make_device_memory()
     memory.add(1)
     memory.add(2)
     memory.evict_from_host()
     assert not memory.manager.is_on_host(1)
+    with pytest.raises(InternalError, match="generation 1, which is not on the host"):
+        memory.manager.prepare_loads([1])
 
-    assert memory.plan({1: 0}) == loaded()
-    memory.assert_holds({})
+    memory.read_ahead(1)
     assert memory.residency(1).host.is_being_read
-    assert memory.wait_for_loads() == loaded(1)
+    wait_until(lambda: memory.poll() and memory.manager.is_on_host(1))
+    assert memory.plan({1: 0}) == loaded(1)
 
     memory.assert_holds({1: 0})
     assert memory.residency(1).host.num_reads == 2
@@ -82,7 +84,7 @@ def test_adapter_that_is_only_on_disk_ends_its_load_later_and_is_read_again(make
 
 
 @on_devices
-def test_changed_folder_fails_its_own_load_only(make_device_memory):
+def test_changed_folder_fails_its_own_read_only(make_device_memory):
     memory = make_device_memory()
     changed, _, gone = memory.add(1), memory.add(2), memory.add(3)
     memory.add(4)
@@ -90,16 +92,14 @@ def test_changed_folder_fails_its_own_load_only(make_device_memory):
     make_full_adapter(changed, rank=2, seed=99)
     shutil.rmtree(gone)
 
-    memory.plan({1: 0, 2: 1, 3: 2, 4: 3})
-    reports = memory.wait_for_loads(4)
+    memory.bring_to_host(1, 2, 3, 4)
 
-    assert sorted(reports.loaded) == [2, 4]
-    assert reports.failed.keys() == {1, 3}
-    assert str(changed) in reports.failed[1]
-    assert "the folder was changed" in reports.failed[1]
-    assert str(gone) in reports.failed[3]
-    assert memory.news.failed == {}, "the plan tells it"
-    assert memory.device.slots == {2: 1, 4: 3}
+    assert sorted(memory.news.arrived) == [2, 4]
+    assert memory.news.failed.keys() == {1, 3}
+    assert str(changed) in memory.news.failed[1]
+    assert "the folder was changed" in memory.news.failed[1]
+    assert str(gone) in memory.news.failed[3]
+    assert memory.plan({2: 1, 4: 3}) == loaded(2, 4)
     for adapter_id in (1, 3):
         memory.manager.remove(adapter_id)
     make_full_adapter(changed, rank=2, seed=1)
@@ -120,17 +120,6 @@ def test_load_finds_the_adapter_described_by_the_thread_that_read_it(make_memory
     memory.manager.evict(1)
     assert memory.plan({1: 1}) == loaded(1)
     memory.assert_holds({1: 1, 2: 0})
-
-
-def test_changed_folder_fails_a_read_ahead(make_memory):
-    memory = make_memory()
-    path = memory.add(1)
-    memory.evict_from_host()
-    make_full_adapter(path, rank=3, seed=1)
-    memory.read_ahead(1)
-    wait_until(lambda: memory.poll() and memory.news.failed)
-    assert "the folder was changed" in memory.news.failed[1]
-    assert memory.manager.take_loads({}) == loaded()
 
 
 def test_load_that_contradicts_what_is_there_fails_and_leaves_the_others_alone(make_memory):
@@ -186,17 +175,6 @@ def test_adapter_in_front_of_the_line_is_on_the_host_when_a_plan_loads_it(make_m
     memory.assert_holds({1: 0, 2: 1})
 
 
-def test_read_ahead_serves_the_plan_that_comes_before_its_end(make_memory):
-    memory = make_memory()
-    memory.add(1)
-    memory.evict_from_host()
-    memory.read_ahead(1)
-    assert memory.plan({1: 0}) == loaded()
-    assert memory.wait_for_loads() == loaded(1)
-    assert memory.residency(1).host.num_reads == 2
-    memory.assert_holds({1: 0})
-
-
 # --- Removed ------------------------------------------------------------------------------------------------
 
 
@@ -224,7 +202,6 @@ def test_read_of_a_removed_adapter_that_ends_later_installs_nothing(make_memory,
     wait_until(lambda: memory.poll() and memory.pool.snapshot().num_held_bytes == 0)
 
     assert (memory.news.arrived, memory.news.failed) == ([], {})
-    assert memory.manager.take_loads({}) == loaded()
     memory.assert_holds({2: 0})
     assert [block.adapter_id for block in memory.pool.snapshot().adapters] == [2]
 
@@ -246,10 +223,8 @@ def test_nothing_is_left_when_everything_is_removed(make_device_memory):
     memory.plan({1: 0, 2: 1, 3: 2})
     memory.plan({4: 0}, drained=[1, 99], evicted=[2])
     memory.evict_from_host()
-    memory.read_ahead(2)
-    wait_until(lambda: memory.poll() and memory.news.arrived)
+    memory.bring_to_host(2, 5, 6)
     memory.plan({5: 5, 6: 6})
-    memory.wait_for_loads(2)
     memory.plan(drained=[3, 4, 5, 6])
     for adapter_id in range(1, 7):
         memory.manager.remove(adapter_id)
@@ -323,9 +298,9 @@ def test_host_memory_for_one_adapter_lets_loads_go_one_after_the_other(make_devi
     slots = {adapter_id: 10 + adapter_id for adapter_id in range(1, 8)}
     for adapter_id in slots:
         memory.add(adapter_id)
-    assert memory.plan(slots) == loaded(7)
-    reports = memory.wait_for_loads(6)
-    assert (sorted(reports.loaded), reports.failed) == ([1, 2, 3, 4, 5, 6], {})
+    for adapter_id, slot in slots.items():
+        memory.bring_to_host(adapter_id)
+        assert memory.plan({adapter_id: slot}) == loaded(adapter_id)
     memory.assert_holds(slots)
 
 
@@ -353,14 +328,16 @@ def test_caller_is_woken_when_room_is_wanted_and_when_a_read_has_ended(make_memo
     memory = make_two_tier(make_memory, tmp_path, num_host=1)
     memory.add(1)
     memory.add(2)
-    wakes = []  # For each: whether the read had ended.
-    reads = memory.manager._host._reads
-    memory.manager.set_wake(lambda: wakes.append(1 in reads and reads[1].future.done()))
-    assert wakes == []
-    memory.manager.prepare_loads([1])
-    wait_until(lambda: wakes == [False])  # room is wanted
-    assert memory.manager.poll().evicted == [2]
-    wait_until(lambda: wakes[-1])
+    wakes = []
+    memory.manager.set_wake(lambda: wakes.append("wake"))
+    with ThreadPoolExecutor(1) as thread:
+        read = thread.submit(memory.manager.read, str(tmp_path / "1"))
+        wait_until(lambda: wakes == ["wake"])  # room is wanted
+        assert memory.manager.poll().evicted == [2]
+        read.result(TIMEOUT_S).release()
+    wakes.clear()
+    memory.read_ahead(1)
+    wait_until(lambda: wakes)
     assert memory.manager.poll().arrived == [1]
 
 
@@ -468,37 +445,28 @@ def test_random_life_ends_as_it_began(make_device_memory, tmp_path, seed):
     rng = random.Random(seed)
     memory = make_two_tier(make_device_memory, tmp_path, num_device=5, num_host=4)
     manager = memory.manager
-    added, slots, charged, loading, next_id = set(), {}, {}, {}, 1
-
-    def take(reports):
-        assert reports.failed == {}
-        for adapter_id in reports.loaded:
-            slots[adapter_id] = loading.pop(adapter_id)
-
-    memory.take = take
+    added, slots, charged, next_id = set(), {}, {}, 1
 
     def run_plan():
-        wanted = [i for i in added if i not in slots and i not in loading]
+        wanted = [i for i in sorted(added) if i not in slots and manager.is_on_host(i)]
         loads, evicted = {}, []
         for adapter_id in rng.sample(wanted, min(len(wanted), rng.randint(0, 3))):
             size = charged[adapter_id]
-            held = sum(charged[i] for i in [*slots, *loading] if i not in evicted)
+            held = sum(charged[i] for i in [*slots, *loads] if i not in evicted)
             while held + size > manager.memory_bytes and set(slots) - set(evicted):
                 victim = rng.choice(sorted(set(slots) - set(evicted)))
                 evicted.append(victim)
                 held -= charged[victim]
             if held + size > manager.memory_bytes:
                 break
-            taken = {*loading.values(), *(slot for i, slot in slots.items() if i not in evicted)}
-            loads[adapter_id] = loading[adapter_id] = min(set(range(20)) - taken)
+            taken = {*loads.values(), *(slot for i, slot in slots.items() if i not in evicted)}
+            loads[adapter_id] = min(set(range(20)) - taken)
         for adapter_id in evicted:
             del slots[adapter_id]
-        at_once = {i for i in loads if manager.is_on_host(i)}
-        reports = memory.plan(loads, evicted)
-        assert at_once <= set(reports.loaded)
-        take(reports)
+        assert memory.plan(loads, evicted) == loaded(*loads)
+        slots.update(loads)
 
-    for step in range(150):
+    for step in range(250):
         action = rng.random()
         if action < 0.15 and len(added) < 9:
             memory.add(next_id, rank=rng.choice([1, 2, 3]), target_modules=rng.sample(ALL_MODULES, 5))
@@ -506,10 +474,10 @@ def test_random_life_ends_as_it_began(make_device_memory, tmp_path, seed):
             with memory.read(tmp_path / str(next_id)) as adapter:
                 charged[next_id] = manager.charged_bytes(adapter)
             next_id += 1
-        elif action < 0.25 and added - set(loading):
-            victim = rng.choice(sorted(added - set(loading)))
+        elif action < 0.25 and added:
+            victim = rng.choice(sorted(added))
             if slots.pop(victim, None) is not None:
-                take(memory.plan(drained=[victim]))
+                memory.plan(drained=[victim])
             manager.remove(victim)
             added.discard(victim)
             memory.line = Line()
@@ -518,15 +486,11 @@ def test_random_life_ends_as_it_began(make_device_memory, tmp_path, seed):
             manager.touch(rng.choice(sorted(added)))
         elif action < 0.7:
             memory.poll()
-            take(manager.take_loads({}))
         else:
             memory.poll()
             run_plan()
         if step % 5 == 0:
             memory.assert_holds(slots)
-    while loading:
-        memory.poll()
-        take(manager.take_loads({}))
     memory.assert_holds(slots)
     memory.plan(drained=list(slots))
     memory.line = Line()
@@ -545,7 +509,8 @@ def test_close_frees_what_plans_and_reads_held_and_twice_is_nothing(make_device_
     for adapter_id in (1, 2, 3, 4):
         memory.add(adapter_id)
     memory.plan({4: 0})
-    memory.manager.prepare_loads([3, 2])  # on the host, or on disk only
+    memory.manager.prepare_loads([3])
+    memory.read_ahead(1)
     with ThreadPoolExecutor(1) as thread:
         blocks = [memory.pool.reserve(1, lambda: False)] if memory.pool.snapshot().num_free_bytes else []
         memory.manager.close()
@@ -562,10 +527,10 @@ def test_close_ends_reads_that_wait_for_room(make_memory, tmp_path):
     memory = make_two_tier(make_memory, tmp_path, num_host=1)
     memory.add(1)
     memory.add(2)
-    memory.manager.prepare_loads([2, 1])
+    memory.manager.prepare_loads([2])
     with ThreadPoolExecutor(1) as thread:
         read = thread.submit(memory.manager.read, str(tmp_path / "1"))
-        wait_until(lambda: memory.pool.snapshot().num_waiters == 2)
+        wait_until(lambda: memory.pool.snapshot().num_waiters == 1)
         memory.manager.close()
         with pytest.raises(LoadCancelledError):
             read.result(TIMEOUT_S)
@@ -577,14 +542,14 @@ def test_close_frees_the_host_also_where_the_device_cannot_be_waited_for(make_me
     memory = make_two_tier(make_memory, tmp_path, num_host=1)
     memory.add(1)
     memory.add(2)
-    memory.manager.prepare_loads([2, 1])
+    memory.manager.prepare_loads([2])
 
     def fail():
         raise RuntimeError("CUDA error: unspecified launch failure")
 
     with ThreadPoolExecutor(1) as thread, monkeypatch.context() as patch:
         read = thread.submit(memory.manager.read, str(tmp_path / "1"))
-        wait_until(lambda: memory.pool.snapshot().num_waiters == 2)
+        wait_until(lambda: memory.pool.snapshot().num_waiters == 1)
         patch.setattr(memory.manager._device, "close", fail)
         with pytest.raises(RuntimeError, match="launch failure"):
             memory.manager.close()

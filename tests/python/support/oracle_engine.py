@@ -10,7 +10,7 @@ from lora_serve.common.config import EngineConfig
 from lora_serve.common.errors import InvalidArgumentError
 from lora_serve.engine.grammar_compiler import GrammarCompiler
 from lora_serve.testing.oracle_adapters import OracleAdapterStore
-from lora_serve.testing.oracle_executor import OracleExecutor, OracleOptions, Outcome
+from lora_serve.testing.oracle_executor import OracleExecutor, OracleOptions
 from support.tiny_checkpoint import VOCAB_SIZE
 
 
@@ -41,11 +41,11 @@ class ForgetfulOracle(OracleExecutor):
         super().__init__(options)
         self.lora = OracleAdapterStore(memory_bytes=options.adapter_memory_bytes)
         self.num_loads = Counter()
-        self.load_outcome = self.end_load
+        self.load_fails = self.is_back
 
-    def end_load(self, adapter_id):
+    def is_back(self, adapter_id):
         self.num_loads[adapter_id] += 1
-        return Outcome.DONE if self.num_loads[adapter_id] == 1 else Outcome.FAILED
+        return self.num_loads[adapter_id] > 1
 
 
 def _options(config: EngineConfig, **more) -> OracleOptions:

@@ -8,9 +8,11 @@ from executor.plans import PlanStandIn
 from executor.run_plan import run_plan
 from executor.scheduler_run import SchedulerRun
 from executor.states import make_state
+from lora.memory_setup import Line
 from lora_serve.common.errors import AdapterNotFoundError, InternalError
+from lora_serve.lora.host_adapters import HostNews
 from lora_serve.testing.oracle_adapters import OracleAdapterStore
-from lora_serve.testing.oracle_executor import OracleExecutor, OracleOptions, Outcome
+from lora_serve.testing.oracle_executor import OracleExecutor, OracleOptions
 from lora_serve.testing.oracle_tokens import oracle_tokens
 
 VOCAB = 1000
@@ -71,7 +73,8 @@ def test_hand_made_run_gives_the_tokens_of_the_request_alone(chunks, adapter_id)
 
 
 def test_loads_and_drains_move_adapters_between_slots():
-    oracle = _oracle(failing_adapter_ids={6})
+    oracle = _oracle()
+    oracle.load_fails = {6}.__contains__
     oracle.lora.add(5, oracle.lora.read("some/path"))
 
     loaded = run_plan(oracle, PlanStandIn(loads=[(5, 0), (6, 1)]))
@@ -155,15 +158,6 @@ def test_two_rows_that_write_one_entry_are_reported():
         run_plan(_oracle(), merged)
 
 
-def test_row_that_uses_an_adapter_before_its_load_has_ended_is_reported():
-    oracle = _oracle()
-    oracle.load_outcome = lambda adapter_id: Outcome.UNDER_WAY
-    begun = run_plan(oracle, PlanStandIn(loads=[(5, 0)]))
-    with pytest.raises(InternalError, match="slot 0, which holds no adapter"):
-        HandMadeRun(oracle, _state([1]), [0], slot=0).step(1)
-    assert begun.loaded_adapter_ids == []
-
-
 def test_row_that_uses_an_adapter_that_was_evicted_is_reported():
     oracle = _oracle()
     run_plan(oracle, PlanStandIn(loads=[(5, 0)]))
@@ -176,38 +170,29 @@ def test_row_that_uses_an_adapter_that_was_evicted_is_reported():
 @pytest.mark.parametrize(
     ("plan", "message"),
     [
-        ({"loads": [(2, 0)]}, "slot 0, which is taken"),
+        ({"loads": [(3, 0)]}, "slot 0, which is taken"),
         ({"loads": [(1, 3)]}, "generation 1 is loaded to slot 3 but has 0"),
         ({"loads": [(3, 2)]}, "to 3072 bytes but it holds 2048"),
         ({"evicted": [3]}, "generation 3 is evicted but is in no slot"),
-        ({"evicted": [2]}, "generation 2 is evicted but is in no slot"),
-        ({"drained": [2]}, "drained while its load is under way"),
     ],
 )
 def test_plan_that_moves_adapters_wrongly_is_reported(plan, message):
     oracle = _oracle(adapter_memory_bytes=2048)
     for adapter_id in (1, 2, 3):
         oracle.lora.add(adapter_id, oracle.lora.read("some/path"))
-    oracle.load_outcome = lambda adapter_id: Outcome.DONE if adapter_id == 1 else Outcome.UNDER_WAY
     run_plan(oracle, PlanStandIn(loads=[(1, 0), (2, 1)]))
     with pytest.raises(InternalError, match=message):
         run_plan(oracle, PlanStandIn(**plan))
 
 
-def test_loads_end_when_the_test_says_so_with_a_plan_or_without():
+def test_row_of_an_adapter_whose_load_has_failed_runs_and_fails():
     oracle = _oracle()
-    outcomes = dict.fromkeys((5, 6, 7), Outcome.UNDER_WAY)
-    oracle.load_outcome = outcomes.__getitem__
-    begun = run_plan(oracle, PlanStandIn(loads=[(7, 0), (5, 1), (6, 2)]))
-    outcomes[6] = Outcome.DONE
-    first = oracle.report()
-    outcomes.update({5: Outcome.FAILED, 7: Outcome.DONE})
-    second = run_plan(oracle, PlanStandIn(loads=[]))
-
-    assert (begun.loaded_adapter_ids, begun.failed_adapter_ids) == ([], {})
-    assert (first.plan_id, first.loaded_adapter_ids) == (-1, [6])
-    assert (second.loaded_adapter_ids, list(second.failed_adapter_ids)) == ([7], [5])
-    assert oracle.report().loaded_adapter_ids == []
+    oracle.load_fails = {5}.__contains__
+    result = run_plan(oracle, PlanStandIn(loads=[(5, 0), (6, 1)]))
+    assert (result.loaded_adapter_ids, list(result.failed_adapter_ids)) == ([6], [5])
+    row = HandMadeRun(oracle, _state([1]), [0], slot=0).step(1)
+    assert "could not be brought to the device" in row.row_errors[0]
+    run_plan(oracle, PlanStandIn(evicted=[5]))  # Made before that was known.
 
 
 # --- Plans on their way -----------------------------------------------------------------------------------
@@ -244,7 +229,7 @@ def test_adapter_that_comes_after_a_drained_one_reads_none_of_its_pages():
     run = SchedulerRun(oracle, page_size=4, max_num_seqs=8, max_num_batched_tokens=64, max_loras=1)
     prompt = _prompt(20)
     for adapter_id in (1, 2, 3):
-        run.scheduler.open_adapter(adapter_id=adapter_id, digest_seed=1, size_bytes=1)
+        run.scheduler.open_adapter(adapter_id=adapter_id, digest_seed=1, size_bytes=1, is_staged=True)
         run.add(10 * adapter_id, _state(prompt), 8, adapter_id)
         run.finish()
         run.add(10 * adapter_id + 1, _state(prompt), 8, adapter_id)
@@ -284,23 +269,33 @@ def test_adapter_store_refuses_unknown_and_repeated_generations():
 def test_adapter_store_refuses_moves_that_do_not_fit_where_an_adapter_is():
     store = OracleAdapterStore()
     store.add(1, store.read("a"))
-    store.begin_load(1, 4)
-    assert (store.adapter_in(4), store.loads_under_way, store.num_device_bytes) == (None, [1], 1024)
+    store.load(1, 4)
+    assert (store.adapter_in(4), store.num_device_bytes) == (1, 1024)
+    assert [(entry.adapter_id, entry.adapter_slot) for entry in store.snapshot()] == [(1, 4)]
     for action in (
-        lambda: store.begin_load(1, 5),
-        lambda: store.begin_load(2, 4),
-        lambda: store.evict(1),
+        lambda: store.load(1, 5),
+        lambda: store.load(2, 4),
+        lambda: store.evict(2),
         lambda: store.remove(1),
     ):
         with pytest.raises(InternalError):
             action()
-    store.end_load(1, failed=False)
-    assert [(entry.adapter_id, entry.adapter_slot) for entry in store.snapshot()] == [(1, 4)]
-    for action in (lambda: store.begin_load(1, 5), lambda: store.begin_load(2, 4), lambda: store.evict(2)):
-        with pytest.raises(InternalError):
-            action()
     store.evict(1)
     assert (store.adapter_in(4), store.num_device_bytes, 1 in store) == (None, 0, True)
-    store.begin_load(1, 0)
-    store.end_load(1, failed=True)
-    assert (store.adapter_in(0), store.loads_under_way) == (None, [])
+
+
+def test_adapter_store_reads_again_what_was_lost_before_a_plan_may_load_it():
+    store, line = OracleAdapterStore(), Line(1, 2)
+    store.is_read = {1}.__contains__
+    for adapter_id in (1, 2, 3):
+        store.add(adapter_id, store.read("a"))
+        store.lose(adapter_id)
+    assert store.poll(Line(1)) == HostNews(arrived=[1], evicted=[1, 2, 3])
+    assert store.poll(line) == HostNews()
+    assert [store.is_on_host(adapter_id) for adapter_id in (1, 2, 3)] == [True, False, False]
+    store.prepare_loads([1])
+    with pytest.raises(InternalError, match=r"generations \[2\], which are not on the host"):
+        store.prepare_loads([1, 2])
+    store.is_read = {2}.__contains__
+    assert store.poll(line) == HostNews(arrived=[2])
+    store.prepare_loads([2])

@@ -25,7 +25,7 @@ MAX_MODEL_LEN = 48
 
 @dataclass(frozen=True)
 class Machine:
-    """What a run is made on. Slowness and failures are probabilities, per copy or load and step."""
+    """What a run is made on. Slowness, losses and failures are probabilities, per step."""
 
     num_pages: int
     chunk: int
@@ -36,9 +36,10 @@ class Machine:
     failures: float = 0.0
     adapter_memory_bytes: int = 0
     """Adapters have 1 to 3 bytes; 0 = no limit."""
-    load_slowness: float = 0.0
     load_failures: float = 0.0
-    is_staged: bool = False
+    losses: float = 0.0
+    """An adapter leaves the host."""
+    read_slowness: float = 0.0
     adapter_time_slice_steps: int = 0
     scheduling_policy: str = "fair"
     max_queued_requests: int = 0
@@ -60,6 +61,8 @@ class RandomRun:
     live_adapters: list[int] = field(default_factory=list)
     drained: set[int] = field(default_factory=set)
     failed: set[int] = field(default_factory=set)
+    may_be_lost: list[int] = field(default_factory=list)
+    """Live adapters; a plan was made since they were opened, as in the engine before the next poll."""
     seen: Counter[str] = field(default_factory=Counter)
     num_steps: int = 0
 
@@ -77,9 +80,9 @@ class RandomRun:
                 adapter_memory_bytes=machine.adapter_memory_bytes,
             )
         )
-        oracle.lora.is_staged = machine.is_staged
-        oracle.copy_outcome = lambda _: self.outcome(machine.slowness, machine.failures)
-        oracle.load_outcome = lambda _: self.outcome(machine.load_slowness, machine.load_failures)
+        oracle.copy_outcome = lambda _: self.end_copy()
+        oracle.load_fails = lambda _: self.rng.random() < machine.load_failures
+        oracle.lora.is_read = lambda _: self.end_read()
         self.run = SchedulerRun(
             oracle,
             max_in_flight=2 if self.overlap else 1,
@@ -100,10 +103,15 @@ class RandomRun:
         self.shared = [[self.rng.randrange(VOCAB) for _ in range(40)] for _ in range(3)]
         self.next_adapter = 1
 
-    def outcome(self, slowness: float, failures: float) -> Outcome:
-        if self.rng.random() < slowness:
+    def end_copy(self) -> Outcome:
+        if self.rng.random() < self.machine.slowness:
             return Outcome.UNDER_WAY
-        return Outcome.FAILED if self.rng.random() < failures else Outcome.DONE
+        return Outcome.FAILED if self.rng.random() < self.machine.failures else Outcome.DONE
+
+    def end_read(self) -> bool:
+        is_read = self.rng.random() >= self.machine.read_slowness
+        self.seen["read again"] += is_read
+        return is_read
 
     # --- Operations ---------------------------------------------------------------------------------------
 
@@ -118,7 +126,7 @@ class RandomRun:
                 size_bytes=num_bytes,
                 weight=self.rng.choice([0.5, 1.0, 4.0]),
                 is_pinned=self.rng.random() < 0.1,
-                is_staged=self.machine.is_staged,
+                is_staged=True,
             )
         except CapacityError:
             self.seen["refused adapter"] += 1
@@ -167,6 +175,8 @@ class RandomRun:
                 self.abort(request_id)
 
     def step(self) -> None:
+        if self.may_be_lost and self.rng.random() < self.machine.losses:
+            self.run.executor.lora.lose(self.rng.choice(self.may_be_lost))
         result = self.run.step()
         self.num_steps += 1
         for adapter_id in result.failed_adapter_ids if result else ():
@@ -176,6 +186,7 @@ class RandomRun:
         stats = self.run.scheduler.stats()
         accounted = stats.num_free_pages + stats.num_tree_pages + stats.num_private_pages
         assert accounted == stats.num_device_pages
+        self.may_be_lost = list(self.live_adapters)
         used_host_pages = sum(adapter.num_host_pages for adapter in stats.adapters)
         assert stats.num_free_host_pages + used_host_pages == self.machine.num_host_pages
 
@@ -307,7 +318,6 @@ EVERYTHING = Machine(
     slowness=0.3,
     failures=0.05,
     adapter_memory_bytes=5,
-    load_slowness=0.5,
     load_failures=0.2,
     max_queued_requests=15,
     max_queued_tokens=200,
@@ -317,17 +327,18 @@ EVERYTHING = Machine(
 
 
 @overlap_or_not
-@pytest.mark.parametrize("is_staged", [False, True], ids=["unstaged", "staged"])
+@pytest.mark.parametrize("losses", [0.0, 0.3], ids=["all on the host", "losses"])
 @pytest.mark.parametrize("adapter_time_slice_steps", [0, 3])
 @pytest.mark.parametrize("policy", ["fair", "fcfs", "lpm"])
 def test_random_requests_with_everything_that_can_happen_to_them(
-    policy, adapter_time_slice_steps, is_staged, overlap
+    policy, adapter_time_slice_steps, losses, overlap
 ):
     machine = replace(
         EVERYTHING,
         scheduling_policy=policy,
         adapter_time_slice_steps=adapter_time_slice_steps,
-        is_staged=is_staged,
+        losses=losses,
+        read_slowness=0.5,
     )
     met: Counter[str] = Counter()
     for seed in range(3):
@@ -346,3 +357,4 @@ def test_random_requests_with_everything_that_can_happen_to_them(
         "refused request",
     ):
         assert met[name] > 3, (name, met)
+    assert (met["read again"] > 3) == (losses > 0)

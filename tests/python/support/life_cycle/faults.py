@@ -21,7 +21,7 @@ def reload_keeps_the_kv_namespace() -> None:
 
     def swap(self: Any, load: Any, adapter: Any) -> None:
         old, store = self._registry.find(load.name), self._store
-        if old is None or old.adapter_id not in store._device or old.adapter_id in store._awaited:
+        if old is None or old.adapter_id not in store._device:
             open_generation(self, load, adapter)
             return
         if store._host.layout(old.adapter_id) != adapter.layout:
@@ -109,7 +109,9 @@ def unload_does_not_wait() -> None:
 def read_again_without_a_look_at_the_digest() -> None:
     """What is read again may be other content than what was loaded."""
     AdapterReader.read_again = (  # type: ignore[method-assign]
-        lambda self, folder, layout, content_digest, *rest: self._read(folder, None, {}, *rest)
+        lambda self, folder, layout, content_digest, room, is_cancelled: self._read(
+            folder, None, {}, is_cancelled, lambda *_: room
+        )
     )
 
 

@@ -62,8 +62,6 @@ def _memory(core: EngineCore) -> dict[str, Any]:
         "host records": sorted(manager._host._records),
         "reads under way": sorted(manager._host._reads),
         "staged": sorted(manager._staged),
-        "awaited": sorted(manager._awaited),
-        "pending": sorted(manager._pending),
         "requests": stats.num_running_requests + stats.num_waiting_requests,
         "page transfers": stats.num_transfers,
         "pages": stats.num_device_pages - stats.num_free_pages - stats.num_tree_pages,
