@@ -50,7 +50,7 @@ _MORE_S = 60.0
 _MUST_BE_ZERO = (
     *("num_waiting_requests", "num_running_requests", "num_preempted_requests"),
     *("num_queued_requests", "num_queued_tokens", "num_private_pages", "num_transfers"),
-    *("num_adapters", "num_resident_adapters", "num_loading_adapters", "num_adapter_bytes"),
+    *("num_adapters", "num_resident_adapters", "num_adapters_being_read", "num_adapter_bytes"),
     *("num_adapters_in_line", "num_paused_adapters"),
 )
 _MUST_HAVE_HAPPENED = (

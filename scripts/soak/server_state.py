@@ -24,7 +24,7 @@ In two minutes at 50 answers a second, 8 MiB are a leak of 1.4 KiB an answer."""
 _MUST_BE_ZERO = (
     *("num_waiting_requests", "num_running_requests", "num_preempted_requests"),
     *("num_queued_requests", "num_queued_tokens", "num_private_pages", "num_transfers"),
-    *("num_adapters_in_line", "num_paused_adapters", "num_loading_adapters"),
+    *("num_adapters_in_line", "num_paused_adapters", "num_adapters_being_read"),
 )
 _BAD_LEVELS = (" ERROR ", " CRITICAL ")
 _BAD_BEGINNINGS = ("Traceback", "Fatal Python error")

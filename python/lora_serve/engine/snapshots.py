@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 _ENGINES_OWN = {
     "num_adapters",
+    "num_adapters_being_read",
     "total_steps",
     "loop_p50_us",
     "loop_p99_us",
@@ -152,6 +153,7 @@ def make_stats(
     return EngineStats(
         **counted,
         num_adapters=len(stats.adapters) - 1,  # The base model is the first.
+        num_adapters_being_read=store.num_reads_under_way,
         total_steps=loop.num_steps,
         loop_p50_us=times.p50_us,
         loop_p99_us=times.p99_us,

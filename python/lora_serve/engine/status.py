@@ -119,8 +119,10 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
         Copies between the tiers that are under way.
     num_adapters : int
         Generations that exist, draining ones included.
-    num_resident_adapters, num_loading_adapters, num_adapter_bytes : int
-        Generations on the device, those on their way there, and the bytes of both.
+    num_resident_adapters, num_adapter_bytes : int
+        Generations on the device, and their bytes.
+    num_adapters_being_read : int
+        Generations that are being read from disk again, because requests wait for them.
     num_adapters_in_line, num_paused_adapters : int
         Generations with waiting requests that are neither, and those whose started requests are left out of
         the steps for a while.
@@ -172,8 +174,8 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     num_transfers: int
     num_adapters: int
     num_resident_adapters: int
-    num_loading_adapters: int
     num_adapter_bytes: int
+    num_adapters_being_read: int
     num_adapters_in_line: int
     num_paused_adapters: int
     total_steps: int

@@ -27,6 +27,11 @@ class AdapterStore(Protocol):
         ...
 
     @property
+    def num_reads_under_way(self) -> int:
+        """How many adapters are being read again, because `poll` was told that their turn is near."""
+        ...
+
+    @property
     def num_load_waits(self) -> int:
         """How often the caller may have had to wait for a thread that reads adapters, since the start."""
         ...

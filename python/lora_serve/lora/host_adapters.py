@@ -172,6 +172,11 @@ class HostAdapters:
         """Whether the adapter was added and not removed."""
         return adapter_id in self._records
 
+    @property
+    def num_reads_under_way(self) -> int:
+        """How many adapters are being read again."""
+        return len(self._reads)
+
     def is_on_host(self, adapter_id: int) -> bool:
         """Whether its block is in the pool, where it stays at least until the next :meth:`poll`."""
         return self._pool.contains(adapter_id)

@@ -175,6 +175,11 @@ class LoRAManager:
         return self._device.memory_bytes
 
     @property
+    def num_reads_under_way(self) -> int:
+        """How many adapters are being read again."""
+        return self._host.num_reads_under_way
+
+    @property
     def num_load_waits(self) -> int:
         """How often the step loop may have had to wait for a thread that reads adapters."""
         return self._pool.num_lock_waits

@@ -65,9 +65,15 @@ class OracleAdapterStore:
         self._adapters: dict[int, HostAdapter] = {}
         self._on_host: set[int] = set()
         self._lost: set[int] = set()
+        self._num_being_read = 0
         self._slots: dict[int, int] = {}
 
     # --- As the engine uses it ----------------------------------------------------------------------------
+
+    @property
+    def num_reads_under_way(self) -> int:
+        """Those that the last `poll` was told to read, and whose reads had not ended."""
+        return self._num_being_read
 
     @property
     def num_load_waits(self) -> int:
@@ -109,6 +115,7 @@ class OracleAdapterStore:
         missing = [i for i in line.adapters_to_stage() if i in self._adapters and i not in self._on_host]
         news.arrived += [adapter_id for adapter_id in missing if self.is_read(adapter_id)]
         self._on_host.update(news.arrived)
+        self._num_being_read = len(missing) - len(news.arrived)
         return news
 
     def prepare_loads(self, adapter_ids: Iterable[int]) -> None:

@@ -182,7 +182,7 @@ def test_every_token_is_that_of_a_run_alone_and_nothing_is_left_behind(seed, mac
     driver.run()
     stats = driver.core.stats()
     assert stats.num_transfers == 0
-    assert (stats.num_resident_adapters, stats.num_loading_adapters, stats.num_adapter_bytes) == (0, 0, 0)
+    assert (stats.num_resident_adapters, stats.num_adapters_being_read, stats.num_adapter_bytes) == (0, 0, 0)
     assert stats.total_rejected_requests == life.num_refused
     assert stats.total_expired_requests == reasons.count("QueueTimeoutError")
     base = driver.core._scheduler.stats().adapters[0]

@@ -117,6 +117,7 @@ def test_adapter_memory_hears_of_each_request_and_in_every_step_who_is_next():
     driver.step()
     assert touched == [3, 2, 4, 2]
     assert lines == [([3], [3, 2, 4])]
+    assert driver.core.stats().num_adapters_being_read == 1
     driver.files.is_read = lambda adapter_id: True
     driver.run()
     driver.assert_complete(*requests)
@@ -125,6 +126,7 @@ def test_adapter_memory_hears_of_each_request_and_in_every_step_who_is_next():
         fronts.index([adapter_id]) for adapter_id in (3, 2, 4)
     )
     assert lines[-1] == ([], [])
+    assert driver.core.stats().num_adapters_being_read == 0
 
 
 # --- Loads that fail later --------------------------------------------------------------------------------

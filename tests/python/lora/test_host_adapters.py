@@ -343,6 +343,7 @@ def test_front_of_the_line_is_read_ahead_as_many_at_once_as_there_are_loaders(ma
     host.poll()
     host.poll()
     assert [i for i, state in host.adapters.snapshot().items() if state.is_being_read] == [1, 2, 7, 9]
+    assert host.adapters.num_reads_under_way == 4
     wait_until(lambda: len(begun) == host_adapters.NUM_LOADERS)
     gate.set()
     host.poll_until(lambda: len(host.news.arrived) == 6)
@@ -378,6 +379,7 @@ def test_adapter_is_never_evicted_for_one_whose_turn_comes_later(make_host):
         host.poll()
     assert (host.on_host(), host.news) == ([3, 4], HostNews())
     assert not any(state.is_being_read for state in host.adapters.snapshot().values())
+    assert host.adapters.num_reads_under_way == 0
 
     host.line = Line(3, 1, 4, 2)
     host.poll_until(lambda: host.news.arrived)

@@ -165,6 +165,7 @@ def test_adapter_in_front_of_the_line_is_on_the_host_when_a_plan_loads_it(make_m
     memory.read_ahead(2)
     memory.poll()
     assert [entry.host.is_being_read for entry in memory.manager.snapshot()] == [False, True]
+    assert memory.manager.num_reads_under_way == 1
     gate.set()
     wait_until(lambda: memory.poll() and memory.news.arrived)
     assert [(entry.tier, entry.host.num_reads) for entry in memory.manager.snapshot()] == [

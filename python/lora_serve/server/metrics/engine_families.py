@@ -18,7 +18,7 @@ _OWN_GAUGES = (
     ("preempted_requests", "num_preempted_requests", "Requests that run again when there is room."),
     ("queued_tokens", "num_queued_tokens", "Prompt tokens of requests that have not begun to run."),
     ("kv_transfers", "num_transfers", "Copies of KV pages between the tiers under way."),
-    ("loading_adapters", "num_loading_adapters", "Adapters on their way to the device."),
+    ("adapters_being_read", "num_adapters_being_read", "Adapters that are being read from disk again."),
     ("adapters_in_line", "num_adapters_in_line", "Adapters whose requests wait for a load."),
     ("paused_adapters", "num_paused_adapters", "Adapters whose requests are left out of the steps."),
 )
