@@ -252,7 +252,6 @@ def choose_groups_block(metadata: LoRAMetadata) -> int:
     return min(largest, FEW_TOKENS) if metadata.num_tokens <= FEW_TOKENS else largest
 
 
-@cache
 def choose_num_tile_programs(num_tokens: int, num_groups: int, block_t: int, programs_per_tile: int) -> int:
     """How many programs share the tile numbers: one each, unless that is more than a GPU can use."""
     num_tiles = num_tokens // block_t + num_groups
