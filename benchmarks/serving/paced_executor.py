@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from lora_serve.executor.adapter_steps import AdapterSteps
 from lora_serve.executor.executor import NO_PLAN, ExecutionResult
 from lora_serve.executor.plan_worker import PlanWorker
 from lora_serve.executor.sampling_state import SamplingState
@@ -81,6 +82,7 @@ class PacedExecutor:
         self._step_s = step_ms / 1e3
         self._calls_per_step, self._changed_by_calls = calls_per_step, torch.zeros(4)
         self._ended_at = 0.0
+        self._adapters = AdapterSteps(self.lora)
         self._worker = PlanWorker(self._run_plan)
 
     def submit(self, plan: ExecutionPlan, states: Sequence[SamplingState]) -> None:
@@ -107,12 +109,7 @@ class PacedExecutor:
         self.lora.close()
 
     def _run_plan(self, plan: ExecutionPlan, states: Sequence[SamplingState]) -> ExecutionResult:
-        for adapter_id in plan.drained_adapter_ids.tolist():
-            self.lora.free(adapter_id)
-        for adapter_id in plan.evicted_adapter_ids.tolist():
-            self.lora.evict(adapter_id)
-        slots = zip(plan.load_adapter_ids.tolist(), plan.load_adapter_slots.tolist(), strict=True)
-        loads = self.lora.take_loads(dict(slots))
+        loads = self._adapters.begin(plan)
         token_ids = np.where(plan.samples_token, 1, -1).astype(np.int32)
         positions = (plan.num_computed_tokens + plan.num_scheduled_tokens).tolist()
         for row in np.flatnonzero(plan.samples_token).tolist():

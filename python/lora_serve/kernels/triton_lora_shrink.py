@@ -221,7 +221,9 @@ def triton_lora_shrink(
 
     Notes
     -----
-    One launch on the current stream; nothing is allocated and nothing read on the host.
+    One launch on the current stream; nothing is allocated and nothing read on the host. Up to 128 rows it may
+    begin while the kernel before still runs: what has written metadata or tables must lie further back, in
+    front of a kernel that is not launched early, or of the graph's launch.
     """
     _check(v, x, arena, table, metadata)
     num_parts, num_slices, num_tokens, max_rank = v.shape

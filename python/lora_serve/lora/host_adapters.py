@@ -44,9 +44,10 @@ class _Read:
     is_cancelled: threading.Event
 
     def drop(self) -> None:
-        """Let it end soon, and free what it gives."""
+        """Let it end soon, at once if it has not begun, and free what it gives."""
         self.is_cancelled.set()
-        self.future.add_done_callback(release_unwanted)
+        if not self.future.cancel():
+            self.future.add_done_callback(release_unwanted)
 
 
 class HostResidency(NamedTuple):

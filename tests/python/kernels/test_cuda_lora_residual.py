@@ -60,8 +60,11 @@ def test_in_a_graph_the_adapters_start_first_and_the_product_runs_beside_them(mo
         note_calls(monkeypatch, events, module, name)
     case, weight = make_step(FEW_TOKENS + 1, torch.float32)
 
-    linear_into(case, case.y.clone(), case.x, weight)
+    bias = signed("cpu", torch.float32, 48, seed=4)
 
+    y = linear_into(case, case.y.clone(), case.x, weight, bias)
+
+    torch.testing.assert_close(y, torch.nn.functional.linear(case.x, weight, bias))
     adapters, product = ("main", "aside") if is_early else ("aside", "main")
     assert events == [
         "aside waits for main",
@@ -130,7 +133,9 @@ def delta_of(case: LoRACase, token: int) -> Tensor:
     return case.x[token].double() @ module.a.double().t() @ module.b.double() * module.scaling
 
 
-def linear_into(case: LoRACase, residual: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+def linear_into(
+    case: LoRACase, residual: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None
+) -> Tensor:
     """`cuda_lora.linear_into` with the case's adapters, on the device of x."""
     arena, tables = tables_on_device(case.table, x.device.type)
     tables.max_rank = case.max_rank
@@ -143,4 +148,4 @@ def linear_into(case: LoRACase, residual: Tensor, x: Tensor, weight: Tensor) -> 
         output_slices=(48,),
     )
     metadata = build_lora_metadata(case.mapping, MAX_LORAS, device=x.device)
-    return cuda_lora.linear_into(residual, x, weight, None, table, metadata)
+    return cuda_lora.linear_into(residual, x, weight, bias, table, metadata)

@@ -355,6 +355,24 @@ def test_front_of_the_line_is_read_ahead_as_many_at_once_as_there_are_loaders(ma
     assert len(begun) == 6, "who is there is not read again"
 
 
+def test_removed_adapter_whose_read_has_not_begun_holds_no_room(make_host, hold_reads):
+    num_threads = host_adapters.NUM_LOADERS + host_adapters.NUM_SPARE_LOADERS
+    adapter_ids = range(1, num_threads + host_adapters.NUM_LOADERS + 1)
+    host = make_host(len(adapter_ids))
+    for adapter_id in adapter_ids:
+        host.add(adapter_id)
+    host.evict_all()
+    begun, _ = hold_reads(host)
+    for first in adapter_ids[:: host_adapters.NUM_LOADERS]:
+        removed = range(first, first + host_adapters.NUM_LOADERS)
+        host.line = Line(*removed)
+        host.poll()
+        wait_until(lambda removed=removed: len(begun) == min(removed[-1], num_threads))
+        for adapter_id in removed:
+            host.adapters.remove(adapter_id)
+    assert host.pool.snapshot().num_held_bytes == num_threads * host.size
+
+
 def test_read_ahead_takes_the_room_of_those_nobody_waits_for_least_recently_used_first(make_host):
     host = make_host(4)
     for adapter_id in range(1, 8):
