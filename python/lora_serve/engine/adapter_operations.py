@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,7 @@ from lora_serve.engine.adapter_log import AdapterLog
 from lora_serve.engine.load_queues import LoadQueues, PendingLoad
 from lora_serve.engine.messages import LoadAdapterResult, UnloadAdapterResult
 from lora_serve.lora.adapter_reader import FolderChange
+from lora_serve.lora.loader_threads import LoaderThreads
 from lora_serve.lora.registry import AdapterContent, check_adapter_name
 
 if TYPE_CHECKING:
@@ -30,8 +31,11 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-NUM_READER_THREADS = 2
-"""Adapters read at once: one large adapter does not hold up all others, and disks gain little from more."""
+NUM_READERS = 2
+"""Adapters read at once: one large adapter does not hold up all others, and disks gain little from more.
+
+Those whose files do not come do not count; see `LoaderThreads`.
+"""
 
 
 @dataclass
@@ -99,7 +103,7 @@ class AdapterOperations:
         self._abort_requests = abort_requests
         self._on_read_done = on_read_done
         self._on_retired = on_retired
-        self._readers = ThreadPoolExecutor(NUM_READER_THREADS, thread_name_prefix="lora-serve-reader")
+        self._readers = LoaderThreads(NUM_READERS, "lora-serve-reader")
         self._loads = LoadQueues()
         self._unloads: list[_Unload] = []
 
@@ -232,7 +236,7 @@ class AdapterOperations:
         """Fail every caller and end the reader threads (a read that runs is not waited for)."""
         loads, unloads = self._loads.clear(), self._unloads
         self._unloads = []
-        self._readers.shutdown(wait=False, cancel_futures=True)
+        self._readers.close()
         for load in loads:
             load.drop_read()
             load.answer(error)

@@ -6,7 +6,7 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -16,12 +16,11 @@ from lora_serve.lora.adapter_reader import AdapterReader, HostAdapter, describe_
 from lora_serve.lora.eviction_order import AdapterLine, EvictionOrder, NobodyWaits
 from lora_serve.lora.host_block import HostBlock
 from lora_serve.lora.host_pool import HostPool
+from lora_serve.lora.loader_threads import LoaderThreads
 from lora_serve.lora.sources import AdapterFolder
 
 NUM_LOADERS = 4
-"""Adapters that are read at once."""
-NUM_SPARE_LOADERS = 4
-"""Threads beside those, while reads of adapters that were removed have not ended."""
+"""Adapters that are read at once, but for those whose files do not come; see `LoaderThreads`."""
 
 
 @dataclass
@@ -44,10 +43,9 @@ class _Read:
     is_cancelled: threading.Event
 
     def drop(self) -> None:
-        """Let it end soon, at once if it has not begun, and free what it gives."""
+        """Let it end soon, and free what it gives."""
         self.is_cancelled.set()
-        if not self.future.cancel():
-            self.future.add_done_callback(release_unwanted)
+        self.future.add_done_callback(release_unwanted)
 
 
 class HostResidency(NamedTuple):
@@ -129,9 +127,7 @@ class HostAdapters:
         self._reader = reader
         self._pool = pool
         self._on_news = on_news
-        self._loaders = ThreadPoolExecutor(
-            NUM_LOADERS + NUM_SPARE_LOADERS, thread_name_prefix="lora-serve-loader"
-        )
+        self._loaders = LoaderThreads(NUM_LOADERS, "lora-serve-loader")
         self._records: dict[int, _Record] = {}
         self._reads: dict[int, _Read] = {}
 
@@ -257,7 +253,7 @@ class HostAdapters:
             is_done = adapter_id in self._reads or self._pool.contains(adapter_id)
             if is_done or adapter_id in news.failed or adapter_id not in self._records:
                 continue
-            if len(self._reads) >= NUM_LOADERS:
+            if not self._loaders.has_room():
                 break
             num_bytes = self._records[adapter_id].layout.num_bytes
             room, victims = self._pool.try_reserve(num_bytes)
@@ -283,17 +279,11 @@ class HostAdapters:
             is_cancelled.is_set,
         )
         self._reads[adapter_id] = _Read(future, is_cancelled)
-
-        def on_end(read: Future[HostAdapter]) -> None:
-            if read.cancelled():
-                room.release()  # It never began.
-            self._on_news()
-
-        future.add_done_callback(on_end)
+        future.add_done_callback(lambda _: self._on_news())
 
     def close(self) -> None:
         """End the loader threads; pool and reader are closed by their owner. Twice changes nothing."""
-        self._loaders.shutdown(wait=False, cancel_futures=True)
+        self._loaders.close()
         for read in self._reads.values():
             read.drop()
         self._reads.clear()

@@ -10,6 +10,8 @@ from lora_serve.common.errors import (
     InternalError,
     InvalidArgumentError,
 )
+from lora_serve.engine.adapter_operations import NUM_READERS
+from lora_serve.lora import loader_threads
 from lora_serve.lora.adapter_reader import FolderChange
 
 from .core_driver import CoreDriver
@@ -73,6 +75,18 @@ def test_steps_go_on_while_an_adapter_is_read(driver):
     driver.files.release("/slow")
     driver.wait_for(load)
     assert load.result().adapter_id == 2
+
+
+def test_loads_whose_files_do_not_come_hold_up_no_other_load(driver, monkeypatch):
+    monkeypatch.setattr(loader_threads, "SLOW_CALL_S", 0.05)
+    paths = [f"/hangs{number}" for number in range(3 * NUM_READERS)]
+    for path in paths:
+        driver.files.hold(path)
+        driver.core.load_adapter(path[1:], path)
+    assert driver.load("a", "/a").adapter_id == 1
+    assert driver.files.num_reads == len(paths) + 1
+    for path in paths:
+        driver.files.release(path)
 
 
 def test_same_content_changes_nothing_and_keeps_the_cache(driver):
