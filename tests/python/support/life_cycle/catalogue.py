@@ -99,7 +99,9 @@ class Name:
 
     def live_labels(self, begin: float, end: float) -> frozenset[str]:
         """What `live` has held at some moment of a time that is over."""
-        followed = zip(self.writes, [*self.writes[1:], (FOREVER, FOREVER, None)], strict=True)
+        with self.lock:  # A write that somebody has seen is noted before it is over.
+            writes = list(self.writes)
+        followed = zip(writes, [*writes[1:], (FOREVER, FOREVER, None)], strict=True)
         return frozenset(
             write[2].label for write, following in followed if write[0] < end and begin < following[1]
         )
