@@ -124,8 +124,8 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     num_adapters_being_read : int
         Generations that are being read from disk again, because requests wait for them.
     num_adapters_in_line, num_paused_adapters : int
-        Generations with waiting requests that are neither, and those whose started requests are left out of
-        the steps for a while.
+        Generations with waiting requests that are not on the device, and those whose started requests are
+        left out of the steps for a while.
     total_steps : int
         Plans made since the start.
     loop_p50_us, loop_p99_us, loop_max_us : int

@@ -35,7 +35,7 @@ def linear(
     Notes
     -----
     The shrink comes before the base product, and the two run side by side: for few rows by early launches,
-    for more of them in a CUDA graph on a second stream. A prefill fills the device with either of them.
+    for more of them in a CUDA graph on two streams. A prefill fills the device with either of them.
     """
     v = make_shrunk(x, table.num_slices, table.tables.max_rank)
     shrink = partial(triton_lora_shrink, v, x, table.arena, table, metadata)

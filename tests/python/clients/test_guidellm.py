@@ -39,6 +39,8 @@ def test_every_request_of_a_load_run_is_answered_in_full(
             *("--output", f"kind=json,path={out}"),
             # Each of its processes takes seconds to start.
             GUIDELLM__MAX_WORKER_PROCESSES="1",
+            # It leaves out of its report what comes this many seconds late: too short on a busy machine.
+            GUIDELLM__MP_POLL_INTERVAL="2",
         )
         [benchmark] = json.loads(out.read_text())["benchmarks"]
         return benchmark
@@ -48,11 +50,10 @@ def test_every_request_of_a_load_run_is_answered_in_full(
 
     for benchmark in benchmarks:
         made = benchmark["scheduler_metrics"]["requests_made"]
-        # On a busy machine it makes fewer than it was told to, and counts those alone.
-        assert 0 < made["successful"] == made["total"] <= NUM_REQUESTS, made
-        assert len(benchmark["requests"]["successful"]) == made["successful"]
+        assert (made["successful"], made["errored"], made["total"]) == (NUM_REQUESTS, 0, NUM_REQUESTS)
+        assert len(benchmark["requests"]["successful"]) == NUM_REQUESTS
         for request in benchmark["requests"]["successful"]:
             assert request["output_metrics"]["text_tokens"] == OUTPUT_TOKENS
             assert request["input_metrics"]["text_tokens"] >= PROMPT_TOKENS
     # guidellm may ask for more than it counts, to see that the server is there.
-    assert num_finished() - num_before >= len(benchmarks[1]["requests"]["successful"])
+    assert num_finished() - num_before >= NUM_REQUESTS

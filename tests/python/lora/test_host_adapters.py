@@ -314,6 +314,7 @@ def test_time_of_the_last_lease_is_told(make_host, monkeypatch):
 @pytest.fixture
 def hold_reads(monkeypatch):
     """Lets reads of a host begin and not end; gives the folders that they began with, and what ends them."""
+    monkeypatch.setattr(loader_threads, "SLOW_CALL_S", 1e9)  # None is given up, however slow the machine is.
     gates = []
 
     def hold(host):
@@ -431,7 +432,6 @@ def test_reads_that_hang_hold_up_nobody_else(make_host, hold_reads, monkeypatch)
     host.line = Line(*ids)
     host.poll()
     wait_until(lambda: len(begun) == host_adapters.NUM_LOADERS)
-    monkeypatch.setattr(loader_threads, "SLOW_CALL_S", 1e9)
     host.poll()
     assert not host.adapters.snapshot()[ids[-1]].is_being_read
     monkeypatch.setattr(loader_threads, "SLOW_CALL_S", 0.0)
