@@ -134,6 +134,33 @@ _EXPAND_MANY = (
     (128, 128, 8, True),
 )
 _EXPAND = {128: _EXPAND_128, 512: _EXPAND_512}
+
+# block_t, block_n, n_tiles, num_stages
+_EXPAND_RUNS_512 = (
+    (16, 128, 4, 3),
+    (16, 128, 8, 3),
+    (32, 64, 2, 2),
+    (32, 64, 4, 3),
+    (32, 64, 8, 3),
+    (32, 128, 2, 2),
+    (32, 128, 4, 2),
+    (32, 128, 4, 3),
+    (64, 64, 4, 2),
+    (64, 64, 4, 3),
+)
+_EXPAND_RUNS_MANY = (
+    (32, 128, 4, 2),
+    (32, 128, 4, 3),
+    (32, 128, 8, 3),
+    (32, 256, 4, 3),
+    (64, 64, 4, 3),
+    (64, 64, 8, 3),
+    (64, 64, 16, 3),
+    (64, 64, 16, 4),
+    (64, 128, 4, 3),
+    (64, 128, 8, 3),
+)
+_EXPAND_RUNS = {1: (), 8: (), 32: (), 128: (), 512: _EXPAND_RUNS_512}
 _FEW_TOKENS = 32
 
 
@@ -160,12 +187,18 @@ def shrink_candidates(
     return list(dict.fromkeys(found))
 
 
-def expand_candidates(tokens: int, out_features: int, max_rank: int) -> list[ExpandTiles]:
+def expand_candidates(tokens: int, out_features: int, max_rank: int, element_size: int) -> list[ExpandTiles]:
     """What to try for a class of T; the default comes first."""
     wanted = _EXPAND_FEW if tokens <= _FEW_TOKENS else _EXPAND.get(tokens, _EXPAND_MANY)
     block_r = min(_power_of_2(max_rank), 256)
-    found = [default_expand_tiles(tokens, out_features, max_rank)]
+    found = [default_expand_tiles(tokens, out_features, max_rank, element_size)]
     found += [ExpandTiles(t, n, block_r, warps, first) for t, n, warps, first in wanted]
+    if element_size == 2 and max_rank <= block_r:
+        found += [
+            ExpandTiles(t, n, block_r, num_warps=4, n_tiles=n_tiles, num_stages=num_stages)
+            for t, n, n_tiles, num_stages in _EXPAND_RUNS.get(tokens, _EXPAND_RUNS_MANY)
+            if (block_r + t) * n * element_size * num_stages <= _MOST_SHARED_BYTES
+        ]
     return list(dict.fromkeys(found))
 
 

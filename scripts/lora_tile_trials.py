@@ -31,6 +31,11 @@ MOST_PREFILL_CALLS = 24
 REPETITIONS = 7
 
 
+def element_size_here() -> int:
+    """Bytes of a weight that is measured: fp32 in the interpreter."""
+    return 2 if torch.cuda.is_available() else 4
+
+
 @dataclass(frozen=True)
 class Compilation:
     """A kernel to be compiled: all that it depends on; the number of tokens only as few or many."""
@@ -59,8 +64,8 @@ class Task:
         in_features, widths = self.shape
         return shrink_candidates(self.max_tokens, len(widths), in_features, self.max_rank, element_size)
 
-    def expands(self) -> list[ExpandTiles]:
-        return expand_candidates(self.max_tokens, sum(self.shape[1]), self.max_rank)
+    def expands(self, element_size: int) -> list[ExpandTiles]:
+        return expand_candidates(self.max_tokens, sum(self.shape[1]), self.max_rank, element_size)
 
     def points(self) -> list[tuple[int, int]]:
         """Tokens and adapters."""
@@ -71,7 +76,7 @@ class Task:
         for shrink in shrinks:
             yield self.compilation(shrink.num_parts, shrink.tiles)
         for num_parts in sorted({shrink.num_parts for shrink in shrinks}):
-            for expand in self.expands():
+            for expand in self.expands(element_size):
                 yield self.compilation(num_parts, expand)
 
     def compilation(self, num_parts: int, tiles: ShrinkTiles | ExpandTiles) -> Compilation:

@@ -92,7 +92,10 @@ FAULTS = (
         EXPAND, "                acc += y.to(tl.float32)\n", "                acc += 0.0\n", OF_EXPAND
     ),
     KernelFault(EXPAND, "column + WIDTHS[s - 1]", "column + WIDTHS[s]", OF_EXPAND),
-    KernelFault(EXPAND, "n_tile * 0 + OFFSET_START", "n_tile * 0", OF_EXPAND),
+    KernelFault(EXPAND, "run * 0 + OFFSET_START", "run * 0", OF_EXPAND),
+    KernelFault(EXPAND, "tl.constexpr = N_TILES * BLOCK_N", "tl.constexpr = BLOCK_N", OF_TILES),
+    KernelFault(EXPAND, "(WIDTHS[s - 1] + RUN - 1) // RUN", "WIDTHS[s - 1] // RUN", OF_TILES),
+    KernelFault(EXPAND, "run * RUN + n_tile * BLOCK_N", "run * RUN + n_tile", OF_TILES),
     KernelFault(EXPAND, "is_n = n < width", "is_n = n < width + 1", OF_EXPAND),
     KernelFault(EXPAND, "(NUM_SLICES * MAX_RANK)", "MAX_RANK", OF_EXPAND),
     KernelFault(EXPAND, "tl.static_range(1, NUM_PARTS)", "tl.static_range(1, NUM_PARTS - 1)", OF_EXPAND),

@@ -41,7 +41,16 @@ from lora_serve.kernels.reference import ReferenceResult
 from lora_serve.kernels.triton_lora_tiles import token_class, trial_tiles
 from lora_serve.kernels.tuned_lora_tiles import ExpandTiles, TunedShrink
 from lora_serve.kernels.tuned_tables import TUNING_FOLDER, read_table
-from lora_tile_trials import Compilation, Point, Shape, Task, count_wrong, trial_of, try_once
+from lora_tile_trials import (
+    Compilation,
+    Point,
+    Shape,
+    Task,
+    count_wrong,
+    element_size_here,
+    trial_of,
+    try_once,
+)
 
 MODELS: dict[str, list[Shape]] = {
     "qwen3-8b": [(4096, (4096, 1024, 1024)), (4096, (4096,)), (4096, (12288, 12288)), (12288, (4096,))],
@@ -81,16 +90,15 @@ class Tuner:
 
     def run(self, task: Task, part_cost_us: float) -> Choice:
         """Raises `OutOfTimeError`."""
-        element_size = 2 if torch.cuda.is_available() else 4
+        element_size = element_size_here()
         for wanted in task.compilations(element_size):
             self._wait_for(wanted)
         points = [Point(task, *point) for point in task.points()]
         shrinks: Times = {shrink: [] for shrink in task.shrinks(element_size)}
         for point in points:
             self._time_point(shrinks, partial(self._shrink_us, task, point))
-        expands: Times = {
-            (parts, tiles): [] for parts in useful_parts(shrinks, part_cost_us) for tiles in task.expands()
-        }
+        all_parts, all_tiles = useful_parts(shrinks, part_cost_us), task.expands(element_size)
+        expands: Times = {(parts, tiles): [] for parts in all_parts for tiles in all_tiles}
         for point in points:
             exact = {parts: point.exact_expand(parts) for parts, _ in expands}
             self._time_point(expands, partial(self._expand_us, task, point, exact))
@@ -201,7 +209,7 @@ def choose(task: Task, shrinks: Times, expands: Times, part_cost_us: float) -> C
         return max(ratios) / 2 + sum(ratios) / len(ratios) / 2
 
     shrink, tiles, _ = min(pairs, key=lambda pair: loss(pair[2]))
-    first_shrink, first_expand = next(iter(shrinks)), task.expands()[0]
+    first_shrink, first_expand = next(iter(shrinks)), task.expands(element_size_here())[0]
     default = expands.get((first_shrink.num_parts, first_expand), [])
     default_us = [a + b for a, b in zip(shrinks[first_shrink], default, strict=False)]
     return Choice(task, shrink, tiles, shrinks[shrink], expands[shrink.num_parts, tiles], default_us)
@@ -337,7 +345,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not has_gpu and not options.smallest:
         sys.exit("this needs a GPU; --smallest runs in Triton's interpreter")
     tasks = tasks_of(options)
-    element_size = 2 if has_gpu else 4
+    element_size = element_size_here()
     table = TableFile(options.out, torch.cuda.get_device_name() if has_gpu else "interpreter")
     table.write()
     wanted = dict.fromkeys(wanted for task in tasks for wanted in task.compilations(element_size))

@@ -36,7 +36,7 @@ from math import gcd
 
 from torch import Tensor
 
-from lora_serve.kernels._triton import begin_early, ceil_div, early_launch, jit, next_power_of_2, tl
+from lora_serve.kernels._triton import ceil_div, early_launch, jit, next_power_of_2, tl
 from lora_serve.kernels.lora_delta import FEW_TOKENS, LoRADelta
 from lora_serve.kernels.rotary_store import check_queries, check_rotary_store, rotate_planes
 from lora_serve.kernels.triton_lora_expand import add_product, check_expand, expand_tile, load_whole_v
@@ -74,7 +74,7 @@ class LoRARotaryStoreLaunch:
 def choose_rotary_store_launch(
     tokens: int, head_dim: int, max_rank: int, element_size: int
 ) -> LoRARotaryStoreLaunch:
-    """Launch for a class of T, and any rank up to `max_rank`: a first choice, not yet measured."""
+    """Launch for a class of T, and any rank up to `max_rank`: what was best on an H100."""
     block_r = max(next_power_of_2(max_rank), 16)
     if element_size > 2:  # No tensor cores, twice the memory: small tiles.
         return LoRARotaryStoreLaunch(16, min(block_r, 32), heads=1, num_warps=4, num_stages=1)
@@ -82,10 +82,11 @@ def choose_rotary_store_launch(
     if tokens <= _DECODE_TOKENS:
         heads = 1 if tokens <= FEW_TOKENS or block_r > 32 else 2
         return LoRARotaryStoreLaunch(16, block_r, heads=heads, num_warps=4, num_stages=1)
-    if head_dim > 128 and block_r > 64:  # Two stages would not fit a GPU with 99 KB of shared memory.
-        return LoRARotaryStoreLaunch(64, block_r, heads=4, num_warps=8, num_stages=1)
-    registers = 128 if head_dim <= 128 and block_r <= 64 else None
-    return LoRARotaryStoreLaunch(64, block_r, heads=4, num_warps=8, num_stages=2, max_registers=registers)
+    if head_dim <= 128 and block_r <= 64:
+        return LoRARotaryStoreLaunch(64, block_r, heads=4, num_warps=4, num_stages=3)
+    # More stages would not fit a GPU with 99 KB of shared memory.
+    num_stages = 1 if head_dim > 128 and block_r > 64 else 2
+    return LoRARotaryStoreLaunch(64, block_r, heads=4, num_warps=8, num_stages=num_stages)
 
 
 @jit
@@ -175,7 +176,8 @@ def _lora_rotary_store_kernel(
     i = tl.arange(0, HALF_BLOCK)
     v_slice = num_tokens.to(tl.int64) * MAX_RANK
 
-    begin_early(EARLY)
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
     w1 = None
     w2 = None
     if q_weight is not None:
@@ -200,8 +202,6 @@ def _lora_rotary_store_kernel(
                 # At rank 0 nothing of v and B is read, and no angle for values. Masks, not branches: loads
                 # inside of one would not be under way together with others.
                 is_v = index < tl.where(rank > 0, count, 0)
-                v_rows = v_ptr + slice_index * v_slice + rows[:, None] * MAX_RANK
-                v = load_whole_v(v_rows, 3 * v_slice, is_v, rank, MAX_RANK, NUM_PARTS, BLOCK_R)
                 is_turned = index < tl.where(slice_index < 2, count, 0)
                 position = tl.load(positions + rows, mask=is_turned, other=0)
                 cos_row = cos_sin + position[:, None] * D + i[None, :]
@@ -220,6 +220,10 @@ def _lora_rotary_store_kernel(
                         to_rows = _find_in_pages(v_pages, kv_slot, v_page_stride, G, HKV * D)
                 from_rows = qkv + rows[:, None] * qkv_stride + column
                 b_block = arena_ptr + tl.multiple_of(b_start, B_ALIGNMENT)
+                v_rows = v_ptr + slice_index * v_slice + rows[:, None] * MAX_RANK
+                if EARLY:  # Groups, tables, angles and pages' slots are older than the kernel before.
+                    tl.extra.cuda.gdc_wait()
+                v = load_whole_v(v_rows, 3 * v_slice, is_v, rank, MAX_RANK, NUM_PARTS, BLOCK_R)
                 for head in tl.range(0, HEADS, num_stages=NUM_STAGES):
                     n = first_n + head
                     is_i = i < tl.where(n < num_heads, HALF, 0)
@@ -240,6 +244,9 @@ def _lora_rotary_store_kernel(
                     mask = is_stored[:, None] & is_i[None, :]
                     tl.store(to_rows + at, tl.where(slice_index < 2, turned1, first), mask=mask)
                     tl.store(to_rows + at + HALF, tl.where(slice_index < 2, turned2, second), mask=mask)
+    # Also where there is nothing to do: the next kernel takes this one's end for the end of all before.
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
 
 
 def lora_norm_rotary_store(

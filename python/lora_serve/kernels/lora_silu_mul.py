@@ -22,7 +22,8 @@ multiple of 16 bytes.
 
 Grid: (tiles of features, programs that share the tiles of tokens), see `triton_lora_tiles`; tokens without an
 adapter are a group like others. Neighbouring programs take the same tokens: gate_up is read once and in
-order, while v and B come from the L2 cache.
+order, while v and B come from the L2 cache. Where kernels are launched early, a program finds its rows and
+its B before it waits; groups and tables must be older than all kernels that are launched early.
 
 Source: an expand in front of the operation that reads its result, as epilogues of matrix products have it;
 the activation is `silu_mul`'s.
@@ -35,7 +36,7 @@ from functools import cache
 
 from torch import Tensor
 
-from lora_serve.kernels._triton import begin_early, ceil_div, early_launch, jit, next_power_of_2, tl
+from lora_serve.kernels._triton import ceil_div, early_launch, jit, next_power_of_2, tl
 from lora_serve.kernels.lora_delta import LoRADelta
 from lora_serve.kernels.silu_mul import check_silu_mul, silu_times
 from lora_serve.kernels.triton_lora_expand import add_product, check_expand, expand_tile, load_whole_v
@@ -72,7 +73,7 @@ class LoRASiluMulLaunch:
 
 @cache
 def choose_silu_mul_launch(tokens: int, max_rank: int, element_size: int) -> LoRASiluMulLaunch:
-    """Launch for a class of T, and any rank up to `max_rank`: a first choice, not yet measured."""
+    """Launch for a class of T, and any rank up to `max_rank`: what was best on an H100."""
     block_r = max(next_power_of_2(max_rank), 16)
     if element_size > 2:  # No tensor cores, twice the memory: small tiles.
         return LoRASiluMulLaunch(16, 64, min(block_r, 32), n_tiles=1, num_warps=4, num_stages=1)
@@ -80,8 +81,11 @@ def choose_silu_mul_launch(tokens: int, max_rank: int, element_size: int) -> LoR
     if tokens <= _DECODE_TOKENS:
         n_tiles = 4 if block_r > 32 else 8
         return LoRASiluMulLaunch(16, 64, block_r, n_tiles=n_tiles, num_warps=4, num_stages=2)
-    registers = 168 if block_r <= 64 else None
-    return LoRASiluMulLaunch(64, 64, block_r, n_tiles=4, num_warps=4, num_stages=2, max_registers=registers)
+    if block_r <= 32:
+        return LoRASiluMulLaunch(32, 64, block_r, n_tiles=8, num_warps=4, num_stages=3)
+    if block_r <= 64:
+        return LoRASiluMulLaunch(64, 32, block_r, n_tiles=8, num_warps=4, num_stages=3)
+    return LoRASiluMulLaunch(64, 64, block_r, n_tiles=4, num_warps=4, num_stages=2)
 
 
 @jit
@@ -127,7 +131,8 @@ def _lora_silu_mul_kernel(
 ) -> None:
     first_n = tl.program_id(0) * (N_TILES * BLOCK_N)
     v_slice = num_tokens.to(tl.int64) * MAX_RANK
-    begin_early(EARLY)
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
     first_tile, end = load_groups(counts_ptr, starts_ptr, slots_ptr, num_groups, GROUPS_BLOCK, BLOCK_T, True)
     for tile in tl.range(tl.program_id(1), end, tl.num_programs(1), num_stages=1):
         group = find_group(first_tile, tile, GROUPS_BLOCK)
@@ -144,6 +149,11 @@ def _lora_silu_mul_kernel(
                 rows = tl.load(order_ptr + start + index, mask=is_row, other=0).to(tl.int64)
                 in_rows = gate_up + rows[:, None] * gate_up_stride
                 out_rows = out + rows[:, None] * out_stride
+                b_offset = b_offset_ptr + table_row * b_offset_stride_l
+                b0 = arena_ptr + tl.multiple_of(tl.load(b_offset), B_ALIGNMENT)
+                b1 = arena_ptr + tl.multiple_of(tl.load(b_offset + b_offset_stride_s), B_ALIGNMENT)
+                if EARLY:
+                    tl.extra.cuda.gdc_wait()
                 if slot < 0:
                     for n_tile in range(N_TILES):
                         i = first_n + n_tile * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -151,9 +161,6 @@ def _lora_silu_mul_kernel(
                         gate, up = _load_gate_up(in_rows + i[None, :], mask, I)
                         tl.store(out_rows + i[None, :], silu_times(gate, up), mask=mask)
                 else:
-                    b_offset = b_offset_ptr + table_row * b_offset_stride_l
-                    b0 = arena_ptr + tl.multiple_of(tl.load(b_offset), B_ALIGNMENT)
-                    b1 = arena_ptr + tl.multiple_of(tl.load(b_offset + b_offset_stride_s), B_ALIGNMENT)
                     v_part = 2 * v_slice
                     v0_rows = v_ptr + rows[:, None] * MAX_RANK
                     v1_rows = v0_rows + v_slice
@@ -180,6 +187,9 @@ def _lora_silu_mul_kernel(
                         )
                         gate, up = add_product(gate, product0, rank0), add_product(up, product1, rank1)
                         tl.store(out_rows + i[None, :], silu_times(gate, up), mask=mask)
+    # Also where there is nothing to do: the next kernel takes this one's end for the end of all before.
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
 
 
 def lora_silu_mul(

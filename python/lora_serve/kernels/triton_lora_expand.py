@@ -22,8 +22,10 @@ tensor cores multiply exactly; with fp16, whose range is too small for that, fp3
 Layouts: y [T, O] of any strides; v [P, S, T, R] contiguous; B [R, O_s] in the arena, at a multiple of 16
 bytes.
 
-Grid: (tiles of output features of all slices, programs that share the tiles of tokens), see
-`triton_lora_tiles`. The whole rank is one block where it fits.
+Grid: (runs of tiles of output features of all slices, programs that share the tiles of tokens), see
+`triton_lora_tiles`. The whole rank is one block where it fits. A program that has several tiles of features
+reads v once, and copies the next tiles of y and B to shared memory while it multiplies: in a prefill the
+memory never waits for a program that is still finding its rows.
 
 Source: Punica's and vLLM's SGMV expand over packed slices (Chen et al., 2023). Different here: it adds up the
 shrink's parts itself; B is [R, O] at its own rank; empty slots poison their rows.
@@ -37,7 +39,6 @@ import torch
 from torch import Tensor
 
 from lora_serve.kernels._triton import ceil_div, early_launch, jit, tl
-from lora_serve.kernels.lora_delta import FEW_TOKENS
 from lora_serve.kernels.lora_metadata import LoRAMetadata
 from lora_serve.kernels.triton_lora_tiles import (
     NOT_SPECIALIZED,
@@ -54,6 +55,11 @@ from lora_serve.kernels.triton_lora_tiles import (
     num_groups_of,
     token_class,
 )
+
+_MOST_CACHED_TOKENS = 2048
+"""A bound of the classes of T. With more, y would push B and v out of the L2 cache, and itself before it is
+read again.
+"""
 
 
 @jit
@@ -188,29 +194,31 @@ def _lora_expand_kernel(
     MAX_RANK: tl.constexpr,
     ADD_INPUTS: tl.constexpr,
     LOADS_Y_FIRST: tl.constexpr,
+    Y_EVICTION: tl.constexpr,
     SPLIT_V: tl.constexpr,
     GROUPS_BLOCK: tl.constexpr,
     B_ALIGNMENT: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    N_TILES: tl.constexpr,
+    NUM_STAGES: tl.constexpr,
     EARLY: tl.constexpr,
 ) -> None:
+    RUN: tl.constexpr = N_TILES * BLOCK_N
     if EARLY:
         tl.extra.cuda.gdc_launch_dependents()
-    # Which slice, and which of its columns: all slices' tiles are numbered one after the other.
-    n_tile = tl.program_id(0)
-    slice_index, width, column = n_tile * 0, n_tile * 0 + WIDTHS[0], n_tile * 0 + OFFSET_START
+    # Which slice, and which of its columns: all slices' runs of tiles are numbered one after the other.
+    run = tl.program_id(0)
+    slice_index, width, column = run * 0, run * 0 + WIDTHS[0], run * 0 + OFFSET_START
     for s in tl.static_range(1, NUM_SLICES):
-        previous = (WIDTHS[s - 1] + BLOCK_N - 1) // BLOCK_N
-        is_later = (slice_index == s - 1) & (n_tile >= previous)
-        n_tile = tl.where(is_later, n_tile - previous, n_tile)
+        previous = (WIDTHS[s - 1] + RUN - 1) // RUN
+        is_later = (slice_index == s - 1) & (run >= previous)
+        run = tl.where(is_later, run - previous, run)
         slice_index = tl.where(is_later, s, slice_index)
         width = tl.where(is_later, WIDTHS[s], width)
         column = tl.where(is_later, column + WIDTHS[s - 1], column)
     width, column = tl.multiple_of(width, WIDTH_ALIGNMENT), tl.multiple_of(column, WIDTH_ALIGNMENT)
-    n = n_tile * BLOCK_N + tl.arange(0, BLOCK_N)
-    is_n = n < width
     v_part = num_tokens.to(tl.int64) * (NUM_SLICES * MAX_RANK)
 
     first_tile, end = load_groups(counts_ptr, starts_ptr, slots_ptr, num_groups, GROUPS_BLOCK, BLOCK_T, False)
@@ -228,43 +236,34 @@ def _lora_expand_kernel(
                 index = first_index + tl.arange(0, BLOCK_T)
                 is_row = index < count
                 rows = tl.load(order_ptr + start + index, mask=is_row, other=0).to(tl.int64)
-                y_ptrs = y_ptr + rows[:, None] * y_stride_t + (column + n)[None, :].to(tl.int64) * y_stride_o
-                mask = is_row[:, None] & is_n[None, :]
-                acc = tl.zeros((BLOCK_T, BLOCK_N), dtype=tl.float32)
+                y_rows = y_ptr + rows[:, None] * y_stride_t
+                b_block = arena_ptr + tl.multiple_of(b_start, B_ALIGNMENT)
+                v_rows = v_ptr + (slice_index.to(tl.int64) * num_tokens + rows)[:, None] * MAX_RANK
+                is_v = index < tl.where(rank > 0, count, 0)
                 if EARLY:  # Groups and tables are older than the kernel before; y and v may be its own.
                     tl.extra.cuda.gdc_wait()
-                if LOADS_Y_FIRST:
-                    y = tl.load(y_ptrs, mask=mask, other=0.0)
-                if rank > 0:
-                    b_columns = arena_ptr + tl.multiple_of(b_start, B_ALIGNMENT) + n[None, :]
-                    v_rows = v_ptr + (slice_index.to(tl.int64) * num_tokens + rows)[:, None] * MAX_RANK
-                    v = load_whole_v(v_rows, v_part, is_row, rank, MAX_RANK, NUM_PARTS, BLOCK_R)
+                v = load_whole_v(v_rows, v_part, is_v, rank, MAX_RANK, NUM_PARTS, BLOCK_R)
+                # No branch on the rank in the loop, so that the loads of the next tiles may be under way.
+                for n_tile in tl.range(0, N_TILES, num_stages=NUM_STAGES):
+                    n = run * RUN + n_tile * BLOCK_N + tl.arange(0, BLOCK_N)
+                    is_n = n < width
+                    y_ptrs = y_rows + (column + n)[None, :].to(tl.int64) * y_stride_o
+                    mask = is_row[:, None] & is_n[None, :]
+                    if LOADS_Y_FIRST:
+                        y = tl.load(y_ptrs, mask=mask, other=0.0, eviction_policy=Y_EVICTION)
                     acc = expand_tile(
-                        v,
-                        v_rows,
-                        v_part,
-                        b_columns,
-                        is_row,
-                        is_n,
-                        rank,
-                        width,
-                        y_ptr.dtype.element_ty,
-                        MAX_RANK,
-                        NUM_PARTS,
-                        SPLIT_V,
-                        BLOCK_T,
-                        BLOCK_N,
-                        BLOCK_R,
+                        *(v, v_rows, v_part, b_block + n[None, :], is_v, is_n, rank, width),
+                        *(y_ptr.dtype.element_ty, MAX_RANK, NUM_PARTS, SPLIT_V),
+                        *(BLOCK_T, BLOCK_N, BLOCK_R),
                     )
-                if ADD_INPUTS:
-                    if not LOADS_Y_FIRST:
-                        y = tl.load(y_ptrs, mask=mask, other=0.0)
-                    acc += y.to(tl.float32)
-                acc = tl.where(rank < 0, float("nan"), acc)
-                tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=mask)
-    if (
-        EARLY
-    ):  # Also where there is nothing to do: the next kernel takes this one's end for the end of all before.
+                    if ADD_INPUTS:
+                        if not LOADS_Y_FIRST:
+                            y = tl.load(y_ptrs, mask=mask, other=0.0, eviction_policy=Y_EVICTION)
+                        acc += y.to(tl.float32)
+                    acc = tl.where(rank < 0, float("nan"), acc)
+                    tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=mask, eviction_policy=Y_EVICTION)
+    # Also where there is nothing to do: the next kernel takes this one's end for the end of all before.
+    if EARLY:
         tl.extra.cuda.gdc_wait()
 
 
@@ -314,10 +313,10 @@ def triton_lora_expand(
         return
     layer = (sum(output_slices), max_rank, num_slices, num_parts, arena.element_size())
     tiles = choose_expand_tiles(token_class(num_tokens), *layer)
-    num_n_tiles = sum(ceil_div(width, tiles.block_n) for width in output_slices)
+    num_runs = sum(ceil_div(width, tiles.n_tiles * tiles.block_n) for width in output_slices)
     num_groups = num_groups_of(metadata)
-    programs = choose_num_tile_programs(num_tokens, num_groups, tiles.block_t, num_n_tiles)
-    _lora_expand_kernel[(num_n_tiles, programs)](
+    programs = choose_num_tile_programs(num_tokens, num_groups, tiles.block_t, num_runs)
+    _lora_expand_kernel[(num_runs, programs)](
         *(y, v, arena, table.b_offset, table.lora_rank),
         metadata.token_indices_sorted_by_lora_ids,
         metadata.num_tokens_per_lora,
@@ -333,16 +332,18 @@ def triton_lora_expand(
         MAX_RANK=max_rank,
         ADD_INPUTS=add_inputs,
         LOADS_Y_FIRST=add_inputs and tiles.loads_y_first,
+        Y_EVICTION="evict_first" if num_tokens > _MOST_CACHED_TOKENS else "",
         SPLIT_V=y.dtype == torch.float32 and arena.dtype == torch.bfloat16,
         GROUPS_BLOCK=choose_groups_block(metadata),
         B_ALIGNMENT=16 // arena.element_size(),
         BLOCK_T=tiles.block_t,
         BLOCK_N=tiles.block_n,
         BLOCK_R=tiles.block_r,
+        N_TILES=tiles.n_tiles,
+        NUM_STAGES=tiles.num_stages,
         num_warps=tiles.num_warps,
         num_stages=2,
-        # Behind a product of the vendor's library an early launch costs more than it saves.
-        **(early_launch(y) if num_tokens <= FEW_TOKENS else {"EARLY": False}),
+        **early_launch(y),
     )
 
 

@@ -170,12 +170,15 @@ def default_num_parts(tokens: int, num_slices: int, in_features: int, max_rank: 
     return num_parts
 
 
-def default_expand_tiles(tokens: int, out_features: int, max_rank: int) -> ExpandTiles:
+def default_expand_tiles(tokens: int, out_features: int, max_rank: int, element_size: int) -> ExpandTiles:
     """Tiles of the expand where none were measured."""
     if tokens <= _DECODE_TOKENS:
         block_t = 16 if tokens <= 128 else 32
         block_n = 64 if tokens <= FEW_TOKENS and out_features <= 8192 else 128
         return ExpandTiles(block_t, _block(out_features, block_n), _block(max_rank, 128), num_warps=4)
+    if element_size == 2 and max_rank <= 128:
+        n_tiles = min(8, ceil_div(out_features, 64))
+        return ExpandTiles(64, 64, _block(max_rank, 128), num_warps=4, n_tiles=n_tiles, num_stages=3)
     return ExpandTiles(64, _block(out_features, 128), _block(max_rank, 64), num_warps=4)
 
 
@@ -218,7 +221,8 @@ def choose_expand_tiles(
     if _trial.expand is not None:
         return _trial.expand
     layer = (num_slices, out_features, max_rank, num_parts, element_size)
-    return tuned_expand(current_gpu(), tokens, *layer) or default_expand_tiles(tokens, out_features, max_rank)
+    tuned = tuned_expand(current_gpu(), tokens, *layer)
+    return tuned or default_expand_tiles(tokens, out_features, max_rank, element_size)
 
 
 @contextmanager

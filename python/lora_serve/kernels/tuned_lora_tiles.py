@@ -40,6 +40,7 @@ class ExpandTiles:
     """Launch parameters of the expand: tokens, output features and columns of rank of one tile (>= 16).
 
     With `loads_y_first` the tile of y is on its way while v and B are multiplied. It takes registers.
+    A program does `n_tiles` tiles of features one after the other and copies `num_stages - 1` of them ahead.
     """
 
     block_t: int
@@ -47,6 +48,8 @@ class ExpandTiles:
     block_r: int
     num_warps: int
     loads_y_first: bool = False
+    n_tiles: int = 1
+    num_stages: int = 1
 
 
 @dataclass(frozen=True)
@@ -155,7 +158,8 @@ def _expand_rows(gpu: str | None) -> dict[_Key, dict[int, ExpandTiles]]:
         loads_y_first = row["tiles"]["loads_y_first"]
         if not isinstance(loads_y_first, bool):
             raise ValueError(f"loads_y_first is {loads_y_first!r}, expected true or false")
-        tiles = ExpandTiles(loads_y_first=loads_y_first, **_numbers(row, "block_n"))
+        runs = {name: int_of(row["tiles"], name) for name in ("n_tiles", "num_stages")}
+        tiles = ExpandTiles(loads_y_first=loads_y_first, **runs, **_numbers(row, "block_n"))
         return tuple(int_of(row, name) for name in names), int_of(row, "max_rank"), tiles
 
     return _by_key(read_tuned_rows(gpu, "lora_expand", read_row))

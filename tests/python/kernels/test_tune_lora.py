@@ -64,7 +64,7 @@ def test_smallest_run_writes_a_table_that_is_read(tuner, tmp_path, monkeypatch):
 def test_every_candidate_of_the_smallest_layer_is_right(tuner):
     task = tuner.Task(tuner.MODELS["smallest"][0], 8, (5,), (2,))
     point = tuner.Point(task, 5, 2)
-    shrinks, expands = {s: [] for s in task.shrinks(4)}, {(3, t): [] for t in task.expands()}
+    shrinks, expands = {s: [] for s in task.shrinks(4)}, {(3, t): [] for t in task.expands(4)}
     run = tuner.Tuner(math.inf, None)
     exact = {3: point.exact_expand(3)}
     assert all(run._shrink_us(task, point, shrink) < math.inf for shrink in shrinks)

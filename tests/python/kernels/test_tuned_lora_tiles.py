@@ -59,10 +59,11 @@ EXPAND = {
     "max_rank": 64,
     "element_size": 2,
     "max_tokens": 32,
-    "tiles": {"block_t": 32, "block_n": 256, "block_r": 64, "num_warps": 2, "loads_y_first": True},
+    "tiles": {"block_t": 32, "block_n": 256, "block_r": 64, "num_warps": 2, "loads_y_first": True}
+    | {"n_tiles": 2, "num_stages": 3},
 }
 TUNED_SHRINK = ShrinkTiles(16, 64, 256, num_warps=8, num_stages=1, block_t_many=128)
-TUNED_EXPAND = ExpandTiles(32, 256, 64, num_warps=2, loads_y_first=True)
+TUNED_EXPAND = ExpandTiles(32, 256, 64, num_warps=2, loads_y_first=True, n_tiles=2, num_stages=3)
 
 
 @pytest.fixture
@@ -98,7 +99,7 @@ def defaults(tokens: int, num_slices: int, in_features: int, out_features: int, 
     return (
         default_num_parts(tokens, num_slices, in_features, rank),
         default_shrink_tiles(tokens, in_features, rank, size),
-        default_expand_tiles(tokens, out_features, rank),
+        default_expand_tiles(tokens, out_features, rank, size),
     )
 
 
@@ -133,7 +134,7 @@ def test_unknown_gpu_and_none_are_left_to_the_heuristic(write_table, current):
 def test_expand_of_another_number_of_parts_is_left_to_the_heuristic(write_table):
     write_table(table_of())
     assert choose_expand_tiles(32, 6144, 64, 3, 16) == TUNED_EXPAND
-    assert choose_expand_tiles(32, 6144, 64, 3, 8) == default_expand_tiles(32, 6144, 64)
+    assert choose_expand_tiles(32, 6144, 64, 3, 8) == default_expand_tiles(32, 6144, 64, 2)
 
 
 def test_rank_between_two_takes_the_row_above_with_its_block_cut(write_table):
@@ -178,6 +179,10 @@ DAMAGED = [
     (table_of([SHRINK | {"tiles": SHRINK["tiles"] | {"block_r": 8}}]), "block_r is 8, .* at least 16"),
     (table_of([{k: v for k, v in SHRINK.items() if k != "max_tokens"}]), "lora_shrink has no 'max_tokens'"),
     (table_of(expands=[EXPAND | {"tiles": EXPAND["tiles"] | {"loads_y_first": 1}}]), "loads_y_first is 1"),
+    (
+        table_of(expands=[EXPAND | {"tiles": EXPAND["tiles"] | {"n_tiles": 0}}]),
+        "n_tiles is 0, expected an integer",
+    ),
     (table_of(expands=[EXPAND, EXPAND | {"tiles": None}]), "row 1 of lora_expand: "),
 ]
 
@@ -227,6 +232,9 @@ TRIALS = {
     "large_tiles": TrialTiles(2, ShrinkTiles(128, 64, 64, 8, 4), ExpandTiles(128, 128, 64, 8, True)),
     "many_rows": TrialTiles(2, ShrinkTiles(16, 16, 32, 4, 3, block_t_many=32), ExpandTiles(16, 64, 64, 4)),
     "blocks_of_rank": TrialTiles(3, ShrinkTiles(32, 16, 16, 4, 3), ExpandTiles(32, 32, 16, 2)),
+    "runs": TrialTiles(1, ShrinkTiles(64, 64, 64, 4, 3), ExpandTiles(32, 16, 64, 4, n_tiles=2, num_stages=3)),
+    "long_runs": TrialTiles(2, ShrinkTiles(16, 64, 64, 4, 2), ExpandTiles(64, 64, 64, 4, False, 8, 3)),
+    "runs_of_blocks": TrialTiles(2, ShrinkTiles(16, 16, 64, 4, 2), ExpandTiles(16, 16, 16, 4, True, 3, 2)),
 }
 
 
