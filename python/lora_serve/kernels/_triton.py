@@ -31,9 +31,11 @@ __all__ = [
     "early_launch",
     "jit",
     "launches_early",
+    "let_next_begin",
     "next_power_of_2",
     "set_early_launches",
     "tl",
+    "wait_for_previous",
 ]
 
 MOST_EARLY_ROWS = 128
@@ -74,14 +76,31 @@ def next_power_of_2(number: int) -> int:
 
 
 @jit
-def begin_early(EARLY: tl.constexpr) -> None:
-    """Let the next kernel start, and wait for the one before; ahead of everything that another kernel writes.
-
-    A kernel that is launched early must wait: the next one takes its end for the end of all before it.
-    """
+def let_next_begin(EARLY: tl.constexpr) -> None:
+    """Let the next kernel of the stream start while this one runs, if it is launched early, too."""
     if EARLY:
         tl.extra.cuda.gdc_launch_dependents()
+
+
+@jit
+def wait_for_previous(EARLY: tl.constexpr) -> None:
+    """Wait until the kernel before has ended, and with it all before that.
+
+    Every program of a kernel that is launched early must wait at least once, also one that has nothing to do:
+    the next kernel takes its end for the end of all before it. Ahead of the wait a program may read what was
+    complete before the last kernel that was not launched early began: groups and tables, positions, weights
+    of the base model. The kernel just before says nothing, as it may itself have begun early. It writes
+    nothing ahead of the wait.
+    """
+    if EARLY:
         tl.extra.cuda.gdc_wait()
+
+
+@jit
+def begin_early(EARLY: tl.constexpr) -> None:
+    """Let the next kernel start, and wait for the one before; ahead of all that another kernel writes."""
+    let_next_begin(EARLY)
+    wait_for_previous(EARLY)
 
 
 @jit
@@ -91,9 +110,8 @@ def begin_after_wait(EARLY: tl.constexpr) -> None:
     So the next one, which begins while this one runs, may read without waiting whatever was written before
     this one: all of it is complete when this wait is over.
     """
-    if EARLY:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+    wait_for_previous(EARLY)
+    let_next_begin(EARLY)
 
 
 def set_early_launches(is_early: bool) -> None:
@@ -111,7 +129,7 @@ def launches_early(x: torch.Tensor) -> bool:
 
 
 def early_launch(x: torch.Tensor) -> dict[str, Any]:
-    """Give the arguments of a launch for `begin_early` or `begin_after_wait`."""
+    """Give the arguments of a launch of a kernel that calls `wait_for_previous`, here or by `begin_early`."""
     return {"EARLY": True, "launch_pdl": True} if launches_early(x) else {"EARLY": False}
 
 

@@ -22,7 +22,9 @@ bytes.
 
 Grid: (blocks of heads of one kind, programs that share the tiles of tokens), see `triton_lora_tiles`; tokens
 without an adapter are a group like others. A head is a tile of two halves, each a product of its own, so that
-the rotation needs no exchange between them; the heads of a program share v, cosines and sines.
+the rotation needs no exchange between them; the heads of a program share v, cosines and sines. Where
+kernels are launched early, a program finds its rows, their angles and pages, and its B before it waits, see
+`wait_for_previous`.
 
 Source: an expand in front of the operation that reads its result, as epilogues of matrix products have it;
 the rest is `rotary_store`'s.
@@ -36,7 +38,15 @@ from math import gcd
 
 from torch import Tensor
 
-from lora_serve.kernels._triton import ceil_div, early_launch, jit, next_power_of_2, tl
+from lora_serve.kernels._triton import (
+    ceil_div,
+    early_launch,
+    jit,
+    let_next_begin,
+    next_power_of_2,
+    tl,
+    wait_for_previous,
+)
 from lora_serve.kernels.lora_delta import FEW_TOKENS, LoRADelta
 from lora_serve.kernels.rotary_store import check_queries, check_rotary_store, rotate_planes
 from lora_serve.kernels.triton_lora_expand import add_product, check_expand, expand_tile, load_whole_v
@@ -51,7 +61,8 @@ from lora_serve.kernels.triton_lora_tiles import (
     token_class,
 )
 
-_DECODE_TOKENS = 128
+_DECODE_TOKENS, _MIXED_TOKENS = 128, 512
+"""Bounds of classes of T: decodes alone, and decodes beside a piece of a prefill."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +70,6 @@ class LoRARotaryStoreLaunch:
     """Launch parameters: tokens and columns of rank of one tile (powers of two, >= 16).
 
     A program does `heads` heads one after the other and copies `num_stages - 1` of them ahead.
-    `max_registers` of a thread decides how many programs share a multiprocessor; None = as compiled.
     """
 
     block_t: int
@@ -67,14 +77,16 @@ class LoRARotaryStoreLaunch:
     heads: int
     num_warps: int
     num_stages: int
-    max_registers: int | None = None
 
 
 @cache
 def choose_rotary_store_launch(
     tokens: int, head_dim: int, max_rank: int, element_size: int
 ) -> LoRARotaryStoreLaunch:
-    """Launch for a class of T, and any rank up to `max_rank`: what was best on an H100."""
+    """Launch for a class of T, and any rank up to `max_rank`.
+
+    Heads of 128 in 16 bits and ranks up to 64 were measured, on an H100.
+    """
     block_r = max(next_power_of_2(max_rank), 16)
     if element_size > 2:  # No tensor cores, twice the memory: small tiles.
         return LoRARotaryStoreLaunch(16, min(block_r, 32), heads=1, num_warps=4, num_stages=1)
@@ -83,6 +95,8 @@ def choose_rotary_store_launch(
         heads = 1 if tokens <= FEW_TOKENS or block_r > 32 else 2
         return LoRARotaryStoreLaunch(16, block_r, heads=heads, num_warps=4, num_stages=1)
     if head_dim <= 128 and block_r <= 64:
+        if tokens <= _MIXED_TOKENS:
+            return LoRARotaryStoreLaunch(32, block_r, heads=2, num_warps=4, num_stages=2)
         return LoRARotaryStoreLaunch(64, block_r, heads=4, num_warps=4, num_stages=3)
     # More stages would not fit a GPU with 99 KB of shared memory.
     num_stages = 1 if head_dim > 128 and block_r > 64 else 2
@@ -176,8 +190,7 @@ def _lora_rotary_store_kernel(
     i = tl.arange(0, HALF_BLOCK)
     v_slice = num_tokens.to(tl.int64) * MAX_RANK
 
-    if EARLY:
-        tl.extra.cuda.gdc_launch_dependents()
+    let_next_begin(EARLY)
     w1 = None
     w2 = None
     if q_weight is not None:
@@ -221,8 +234,7 @@ def _lora_rotary_store_kernel(
                 from_rows = qkv + rows[:, None] * qkv_stride + column
                 b_block = arena_ptr + tl.multiple_of(b_start, B_ALIGNMENT)
                 v_rows = v_ptr + slice_index * v_slice + rows[:, None] * MAX_RANK
-                if EARLY:  # Groups, tables, angles and pages' slots are older than the kernel before.
-                    tl.extra.cuda.gdc_wait()
+                wait_for_previous(EARLY)  # It may have written qkv and v.
                 v = load_whole_v(v_rows, 3 * v_slice, is_v, rank, MAX_RANK, NUM_PARTS, BLOCK_R)
                 for head in tl.range(0, HEADS, num_stages=NUM_STAGES):
                     n = first_n + head
@@ -244,9 +256,7 @@ def _lora_rotary_store_kernel(
                     mask = is_stored[:, None] & is_i[None, :]
                     tl.store(to_rows + at, tl.where(slice_index < 2, turned1, first), mask=mask)
                     tl.store(to_rows + at + HALF, tl.where(slice_index < 2, turned2, second), mask=mask)
-    # Also where there is nothing to do: the next kernel takes this one's end for the end of all before.
-    if EARLY:
-        tl.extra.cuda.gdc_wait()
+    wait_for_previous(EARLY)
 
 
 def lora_norm_rotary_store(
@@ -290,7 +300,8 @@ def lora_norm_rotary_store(
 
     Notes
     -----
-    One launch on the current stream. Rows whose slot holds no adapter become NaN, in the pages too.
+    One launch on the current stream. Rows whose slot holds no adapter become NaN, in the pages too. Up to 128
+    rows it may begin while the kernels before still run; see `wait_for_previous` for what must be complete.
     """
     num_tokens, _, num_kv_heads, head_dim, num_heads = check_rotary_store(
         qkv, positions, cos_sin, slot_mapping, k_pages, v_pages, q_weight, k_weight
@@ -363,6 +374,6 @@ def _launch(
         HEADS=launch.heads,
         NUM_STAGES=launch.num_stages,
         num_warps=launch.num_warps,
-        maxnreg=launch.max_registers,
+        num_stages=2,
         **early_launch(qkv),
     )

@@ -38,7 +38,7 @@ from math import gcd
 import torch
 from torch import Tensor
 
-from lora_serve.kernels._triton import ceil_div, early_launch, jit, tl
+from lora_serve.kernels._triton import ceil_div, early_launch, jit, let_next_begin, tl, wait_for_previous
 from lora_serve.kernels.lora_metadata import LoRAMetadata
 from lora_serve.kernels.triton_lora_tiles import (
     NOT_SPECIALIZED,
@@ -206,8 +206,7 @@ def _lora_expand_kernel(
     EARLY: tl.constexpr,
 ) -> None:
     RUN: tl.constexpr = N_TILES * BLOCK_N
-    if EARLY:
-        tl.extra.cuda.gdc_launch_dependents()
+    let_next_begin(EARLY)
     # Which slice, and which of its columns: all slices' runs of tiles are numbered one after the other.
     run = tl.program_id(0)
     slice_index, width, column = run * 0, run * 0 + WIDTHS[0], run * 0 + OFFSET_START
@@ -240,8 +239,7 @@ def _lora_expand_kernel(
                 b_block = arena_ptr + tl.multiple_of(b_start, B_ALIGNMENT)
                 v_rows = v_ptr + (slice_index.to(tl.int64) * num_tokens + rows)[:, None] * MAX_RANK
                 is_v = index < tl.where(rank > 0, count, 0)
-                if EARLY:  # Groups and tables are older than the kernel before; y and v may be its own.
-                    tl.extra.cuda.gdc_wait()
+                wait_for_previous(EARLY)  # It may have written y and v.
                 v = load_whole_v(v_rows, v_part, is_v, rank, MAX_RANK, NUM_PARTS, BLOCK_R)
                 # No branch on the rank in the loop, so that the loads of the next tiles may be under way.
                 for n_tile in tl.range(0, N_TILES, num_stages=NUM_STAGES):
@@ -262,9 +260,7 @@ def _lora_expand_kernel(
                         acc += y.to(tl.float32)
                     acc = tl.where(rank < 0, float("nan"), acc)
                     tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=mask, eviction_policy=Y_EVICTION)
-    # Also where there is nothing to do: the next kernel takes this one's end for the end of all before.
-    if EARLY:
-        tl.extra.cuda.gdc_wait()
+    wait_for_previous(EARLY)
 
 
 def triton_lora_expand(
@@ -305,7 +301,8 @@ def triton_lora_expand(
 
     Notes
     -----
-    One launch on the current stream, no allocation. Rows whose slot holds no adapter become NaN.
+    One launch on the current stream, no allocation. Rows whose slot holds no adapter become NaN. Up to 128
+    rows it may begin while the kernels before still run; see `wait_for_previous` for what must be complete.
     """
     check_expand(y, v, arena, table, metadata, (output_slices, offset_start))
     num_parts, num_slices, num_tokens, max_rank = v.shape
@@ -340,7 +337,8 @@ def triton_lora_expand(
         BLOCK_N=tiles.block_n,
         BLOCK_R=tiles.block_r,
         N_TILES=tiles.n_tiles,
-        NUM_STAGES=tiles.num_stages,
+        # Of fp32, tiles that are copied ahead do not fit a GPU with 99 KB of shared memory.
+        NUM_STAGES=tiles.num_stages if y.element_size() == 2 else 1,
         num_warps=tiles.num_warps,
         num_stages=2,
         **early_launch(y),

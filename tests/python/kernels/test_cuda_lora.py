@@ -23,6 +23,7 @@ from lora_serve.kernels import (
 )
 from lora_serve.kernels.lora_builder import install_weights
 from lora_serve.kernels.lora_delta import FEW_TOKENS
+from lora_serve.kernels.lora_rotary_store import lora_norm_rotary_store
 from lora_serve.kernels.lora_silu_mul import lora_silu_mul
 from lora_serve.kernels.lora_weights import LoRASliceWeights
 from lora_serve.kernels.rms_norm import add_rms_norm, rms_norm
@@ -40,13 +41,16 @@ NUM_TOKENS = [1, 3, 16, FEW_TOKENS, FEW_TOKENS + 1, 100, 700]
 class Layers:
     """Gated layers after each other: each reads what the one before has written, with adapters in all."""
 
-    def __init__(self, dtype: torch.dtype, num_adapters: int) -> None:
+    def __init__(
+        self, dtype: torch.dtype, num_adapters: int, output_slices: tuple[int, ...] = (SIZE, SIZE)
+    ) -> None:
         self.weights = [
-            signed("cuda", dtype, 2 * SIZE, SIZE, seed=layer, scale=SIZE**-0.5) for layer in range(NUM_LAYERS)
+            signed("cuda", dtype, sum(output_slices), SIZE, seed=layer, scale=SIZE**-0.5)
+            for layer in range(NUM_LAYERS)
         ]
         self.norm = torch.ones(SIZE, dtype=dtype, device="cuda")
         self.wide_norm = torch.ones(2 * SIZE, dtype=dtype, device="cuda")
-        self.tables = [LoRALayerTable((SIZE, SIZE), SIZE) for _ in range(NUM_LAYERS)]
+        self.tables = [LoRALayerTable(output_slices, SIZE) for _ in range(NUM_LAYERS)]
         self._install(dtype, num_adapters)
 
     def _install(self, dtype: torch.dtype, num_adapters: int) -> None:
@@ -55,8 +59,11 @@ class Layers:
             for slot in range(num_adapters):
                 rank = (64, 8, 33)[slot % 3]
                 a = signed("cpu", dtype, rank, SIZE, seed=100 * layer + slot, scale=SIZE**-0.5)
-                b = signed("cpu", dtype, rank, SIZE, seed=1000 + 100 * layer + slot, scale=rank**-0.5)
-                installed[slot] = (LoRASliceWeights(a, b, 0.5), LoRASliceWeights(a, b, -1.5))
+                seed, scale = 1000 + 100 * layer + slot, rank**-0.5
+                installed[slot] = tuple(
+                    LoRASliceWeights(a, signed("cpu", dtype, rank, width, seed=seed, scale=scale), scaling)
+                    for width, scaling in zip(table.output_slices, (0.5, -1.5, 2.0), strict=False)
+                )
             install_weights({table: installed})
             arena, tables = tables_on_device(table, "cuda")
             tables.max_rank = 64
@@ -160,3 +167,65 @@ def test_one_graph_serves_every_mix_of_adapters(num_tokens, delta_goes):
             getattr(metadata, name).copy_(getattr(other, name))
         graph.replay()
         assert has_same_bits(y, layers.run(x, other, delta_goes))
+
+
+class Attentions:
+    """Projections to queries, keys and values after each other: the next one reads the queries."""
+
+    HEADS, KV_HEADS, HEAD_DIM, PAGES, PAGE_SIZE = 16, 4, 128, 12, 16
+
+    def __init__(self, dtype: torch.dtype, num_tokens: int) -> None:
+        heads, kv_heads, dim = self.HEADS, self.KV_HEADS, self.HEAD_DIM
+        self._layers = Layers(dtype, 5, (heads * dim, kv_heads * dim, kv_heads * dim))
+        self._metadata = steps_of(num_tokens, 5)
+        self._head_norm = torch.ones(dim, dtype=dtype, device="cuda")
+        self._cos_sin = signed("cuda", torch.float32, 4096, dim, seed=5)
+        self.x = torch.zeros(num_tokens, SIZE, dtype=dtype, device="cuda")
+        self.positions, self.slot_mapping = torch.zeros(2, num_tokens, dtype=torch.int64, device="cuda")
+        shape = (NUM_LAYERS, 2, self.PAGES, self.PAGE_SIZE, kv_heads, dim)
+        self.pages = torch.zeros(shape, dtype=dtype, device="cuda")
+
+    def prepare(self, seed: int) -> None:
+        """Another step: the last things that are written ahead of it."""
+        num_tokens, generator = len(self.x), torch.Generator().manual_seed(seed)
+        places = torch.randperm(self.PAGES * self.PAGE_SIZE, generator=generator)[:num_tokens]
+        values = signed("cuda", self.x.dtype, num_tokens, SIZE, seed=seed)
+        positions = torch.randint(0, 4096, (num_tokens,), generator=generator).cuda()
+        self.pages.zero_()
+        self.x.copy_(values)
+        self.slot_mapping.copy_(places.cuda())
+        self.positions.copy_(positions)
+
+    def run(self) -> Tensor:
+        x = self.x
+        for weight, table, pages in zip(self._layers.weights, self._layers.tables, self.pages, strict=True):
+            qkv, delta = cuda_lora.linear(x, weight, None, table, self._metadata)
+            places = (self.positions, self._cos_sin, self.slot_mapping, *pages)
+            query = lora_norm_rotary_store(qkv, delta, *places, self._head_norm, self._head_norm, 1e-6)
+            x = rms_norm(query.reshape(len(x), SIZE), self._layers.norm, 1e-6)
+        return x
+
+
+@pytest.mark.parametrize("num_tokens", [FEW_TOKENS + 1, 128])
+def test_rotary_kernels_that_begin_early_see_the_step_that_was_prepared_last(num_tokens):
+    attentions, seeds = Attentions(torch.bfloat16, num_tokens), (7, 8)
+    _triton.set_early_launches(False)
+    expected = []
+    for seed in seeds:
+        attentions.prepare(seed)
+        expected.append((attentions.run().clone(), attentions.pages.clone()))
+    _triton.set_early_launches(True)
+    assert not any(map(has_same_bits, *expected))
+
+    with torch.cuda.stream(torch.cuda.Stream()):
+        attentions.run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        x = attentions.run()
+    for _ in range(25):
+        for seed, (result, pages) in zip(seeds, expected, strict=True):
+            attentions.prepare(seed)
+            graph.replay()
+            assert has_same_bits(x, result)
+            assert has_same_bits(attentions.pages, pages)

@@ -27,7 +27,7 @@ from lora_serve.kernels.device_tables import DeviceTables
 from lora_serve.kernels.lora_builder import install_weights
 from lora_serve.kernels.reference import lora_expand_reference
 from lora_serve.kernels.triton_lora_embedding import triton_lora_lookup
-from lora_serve.kernels.triton_lora_expand import triton_lora_expand
+from lora_serve.kernels.triton_lora_expand import _MOST_CACHED_TOKENS, triton_lora_expand
 from lora_serve.kernels.triton_lora_linear import (
     lora_scratch_elements,
     triton_add_lora_embedding,
@@ -134,7 +134,7 @@ def test_warm_up_compiles_what_any_step_uses():
             choose_num_parts(limit, 3, 4096, 64),
         )
 
-    assert _triton.MOST_EARLY_ROWS in TOKEN_CLASSES
+    assert {_triton.MOST_EARLY_ROWS, _MOST_CACHED_TOKENS} <= set(TOKEN_CLASSES)
     for largest in (1, 7, 200, 3000):
         warm = {variant(tokens) for tokens in warm_up_token_counts(largest)}
         assert {variant(tokens) for tokens in range(1, largest + 1)} <= warm
