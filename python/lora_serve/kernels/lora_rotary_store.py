@@ -98,8 +98,10 @@ def choose_rotary_store_launch(
         if tokens <= _MIXED_TOKENS:
             return LoRARotaryStoreLaunch(32, block_r, heads=2, num_warps=4, num_stages=2)
         return LoRARotaryStoreLaunch(64, block_r, heads=4, num_warps=4, num_stages=3)
-    # More stages would not fit a GPU with 99 KB of shared memory.
+    # More stages, or larger blocks, would not fit a GPU with 99 KB of shared memory.
     num_stages = 1 if head_dim > 128 and block_r > 64 else 2
+    if head_dim > 128 and max_rank > 128:
+        block_r = 64
     return LoRARotaryStoreLaunch(64, block_r, heads=4, num_warps=8, num_stages=num_stages)
 
 
