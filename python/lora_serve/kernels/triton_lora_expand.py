@@ -254,11 +254,13 @@ def _lora_expand_kernel(
                         *(y_ptr.dtype.element_ty, MAX_RANK, NUM_PARTS, SPLIT_V),
                         *(BLOCK_T, BLOCK_N, BLOCK_R),
                     )
+                    # Ahead of y: of a sum right behind a product the compiler makes a product that begins
+                    # with y, and in fp32 all of it would be rounded at the size of y.
+                    acc = tl.where(rank < 0, float("nan"), acc)
                     if ADD_INPUTS:
                         if not LOADS_Y_FIRST:
                             y = tl.load(y_ptrs, mask=mask, other=0.0, eviction_policy=Y_EVICTION)
                         acc += y.to(tl.float32)
-                    acc = tl.where(rank < 0, float("nan"), acc)
                     tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=mask, eviction_policy=Y_EVICTION)
     wait_for_previous(EARLY)
 
