@@ -252,12 +252,7 @@ def lora_silu_mul(
     num_n_tiles, num_groups = ceil_div(size, launch.n_tiles * launch.block_n), num_groups_of(metadata)
     programs = choose_num_tile_programs(num_tokens, num_groups, launch.block_t, num_n_tiles)
     _lora_silu_mul_kernel[(num_n_tiles, programs)](
-        gate_up,
-        out,
-        v,
-        table.arena,
-        table.b_offset,
-        table.lora_rank,
+        *(gate_up, out, v, table.arena, table.b_offset, table.lora_rank),
         metadata.token_indices_sorted_by_lora_ids,
         metadata.num_tokens_per_lora,
         metadata.lora_token_start_loc,
