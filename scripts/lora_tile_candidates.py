@@ -160,7 +160,6 @@ _EXPAND_RUNS_MANY = (
     (64, 128, 4, 3),
     (64, 128, 8, 3),
 )
-_EXPAND_RUNS = {1: (), 8: (), 32: (), 128: (), 512: _EXPAND_RUNS_512}
 _FEW_TOKENS = 32
 
 
@@ -193,10 +192,10 @@ def expand_candidates(tokens: int, out_features: int, max_rank: int, element_siz
     block_r = min(_power_of_2(max_rank), 256)
     found = [default_expand_tiles(tokens, out_features, max_rank, element_size)]
     found += [ExpandTiles(t, n, block_r, warps, first) for t, n, warps, first in wanted]
-    if element_size == 2 and max_rank <= block_r:
+    if tokens > 128 and element_size == 2 and max_rank <= block_r:
         found += [
             ExpandTiles(t, n, block_r, num_warps=4, n_tiles=n_tiles, num_stages=num_stages)
-            for t, n, n_tiles, num_stages in _EXPAND_RUNS.get(tokens, _EXPAND_RUNS_MANY)
+            for t, n, n_tiles, num_stages in (_EXPAND_RUNS_512 if tokens == 512 else _EXPAND_RUNS_MANY)
             if (block_r + t) * n * element_size * num_stages <= _MOST_SHARED_BYTES
         ]
     return list(dict.fromkeys(found))

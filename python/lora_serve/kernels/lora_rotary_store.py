@@ -51,6 +51,8 @@ from lora_serve.kernels.lora_delta import FEW_TOKENS, LoRADelta
 from lora_serve.kernels.rotary_store import check_queries, check_rotary_store, rotate_planes
 from lora_serve.kernels.triton_lora_expand import add_product, check_expand, expand_tile, load_whole_v
 from lora_serve.kernels.triton_lora_tiles import (
+    DECODE_TOKENS,
+    MIXED_TOKENS,
     NOT_SPECIALIZED,
     choose_groups_block,
     choose_num_tile_programs,
@@ -60,9 +62,6 @@ from lora_serve.kernels.triton_lora_tiles import (
     num_groups_of,
     token_class,
 )
-
-_DECODE_TOKENS, _MIXED_TOKENS = 128, 512
-"""Bounds of classes of T: decodes alone, and decodes beside a piece of a prefill."""
 
 
 @dataclass(frozen=True)
@@ -91,11 +90,11 @@ def choose_rotary_store_launch(
     if element_size > 2:  # No tensor cores, twice the memory: small tiles.
         return LoRARotaryStoreLaunch(16, min(block_r, 32), heads=1, num_warps=4, num_stages=1)
     block_r = min(block_r, 128)
-    if tokens <= _DECODE_TOKENS:
+    if tokens <= DECODE_TOKENS:
         heads = 1 if tokens <= FEW_TOKENS or block_r > 32 else 2
         return LoRARotaryStoreLaunch(16, block_r, heads=heads, num_warps=4, num_stages=1)
     if head_dim <= 128 and block_r <= 64:
-        if tokens <= _MIXED_TOKENS:
+        if tokens <= MIXED_TOKENS:
             return LoRARotaryStoreLaunch(32, block_r, heads=2, num_warps=4, num_stages=2)
         return LoRARotaryStoreLaunch(64, block_r, heads=4, num_warps=4, num_stages=3)
     # More stages, or larger blocks, would not fit a GPU with 99 KB of shared memory.

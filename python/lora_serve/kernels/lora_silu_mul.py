@@ -49,6 +49,8 @@ from lora_serve.kernels.lora_delta import LoRADelta
 from lora_serve.kernels.silu_mul import check_silu_mul, silu_times
 from lora_serve.kernels.triton_lora_expand import add_product, check_expand, expand_tile, load_whole_v
 from lora_serve.kernels.triton_lora_tiles import (
+    DECODE_TOKENS,
+    MIXED_TOKENS,
     NOT_SPECIALIZED,
     choose_groups_block,
     choose_num_tile_programs,
@@ -58,9 +60,6 @@ from lora_serve.kernels.triton_lora_tiles import (
     num_groups_of,
     token_class,
 )
-
-_DECODE_TOKENS, _MIXED_TOKENS = 128, 512
-"""Bounds of classes of T: decodes alone, and decodes beside a piece of a prefill."""
 
 
 @dataclass(frozen=True)
@@ -88,10 +87,10 @@ def choose_silu_mul_launch(tokens: int, max_rank: int, element_size: int) -> LoR
     if element_size > 2:  # No tensor cores, twice the memory: small tiles.
         return LoRASiluMulLaunch(16, 64, min(block_r, 32), n_tiles=1, num_warps=4, num_stages=1)
     block_r = min(block_r, 128)
-    if tokens <= _DECODE_TOKENS:
+    if tokens <= DECODE_TOKENS:
         n_tiles = 4 if block_r > 32 else 8
         return LoRASiluMulLaunch(16, 64, block_r, n_tiles=n_tiles, num_warps=4, num_stages=2)
-    if tokens <= _MIXED_TOKENS and block_r <= 64:
+    if tokens <= MIXED_TOKENS and block_r <= 64:
         return LoRASiluMulLaunch(32, 64, block_r, n_tiles=4, num_warps=4, num_stages=2)
     if block_r <= 32:
         return LoRASiluMulLaunch(32, 64, block_r, n_tiles=8, num_warps=4, num_stages=3)

@@ -19,8 +19,8 @@ Grid: (P x S x blocks of rank, programs that share the tiles of tokens), see `tr
 multiplies a tile of x with a block of rows of A; blocks at or above the adapter's rank end at once. An
 adapter with many of a decode step's rows gets larger tiles and so fewer programs: each keeps a multiprocessor
 from the base product that runs beside it. Where kernels are launched early, a program finds its rows and its
-A before it waits for x, and the next kernel may begin when x is complete: see `begin_after_wait`. Groups and
-tables must be older than all kernels that are launched early.
+A before it waits for x, see `wait_for_previous`, and the next kernel may begin when x is complete: see
+`begin_after_wait`.
 
 Source: Punica's and vLLM's SGMV shrink (Chen et al., 2023), split along the input features. Different here:
 weights through offsets into one arena at each adapter's own rank, no atomics, no zero-fill.

@@ -43,6 +43,8 @@ from lora_serve.kernels.tuned_lora_tiles import (
 from lora_serve.kernels.tuned_tables import current_gpu
 
 __all__ = [
+    "DECODE_TOKENS",
+    "MIXED_TOKENS",
     "NOT_SPECIALIZED",
     "TOKEN_CLASSES",
     "ExpandTiles",
@@ -70,7 +72,7 @@ __all__ = [
 ]
 
 TOKEN_CLASSES = (1, 8, 32, 128, 512, 2048, 1 << 30)
-"""Largest T of each class. Up to 512 tokens a step is taken for decodes: few rows of each adapter."""
+"""Largest T of each class."""
 
 # Views of a plan's block and of the tables start anywhere, and sizes differ from step to step: a kernel that
 # is compiled for their alignment or value would be compiled again and again while it serves.
@@ -90,7 +92,8 @@ NOT_SPECIALIZED = (
     "num_slots",
 )
 
-_DECODE_TOKENS = 512
+DECODE_TOKENS, MIXED_TOKENS = 128, 512
+"""Bounds of classes of T: decodes alone, and decodes beside a piece of a prefill."""
 _TARGET_PROGRAMS = 1024
 """Programs wanted on a large GPU; where there would be more, each takes several tiles of tokens."""
 
@@ -138,14 +141,14 @@ def _block(size: int, largest: int) -> int:
 
 def default_shrink_tiles(tokens: int, in_features: int, max_rank: int, element_size: int) -> ShrinkTiles:
     """Tiles of the shrink where none were measured."""
-    if tokens == 1 or (FEW_TOKENS < tokens <= _DECODE_TOKENS and max_rank <= 32):
+    if tokens == 1 or (FEW_TOKENS < tokens <= MIXED_TOKENS and max_rank <= 32):
         block_r = 16 if max_rank <= 64 else _block(max_rank // 4, 64)
         block_k = _block(in_features, 8192 // block_r // element_size)
         return ShrinkTiles(16 if tokens <= 128 else 32, block_r, block_k, num_warps=4, num_stages=3)
     if tokens <= FEW_TOKENS:
         # It runs beside the base product: programs so few that all find room at once, each of the whole rank.
         return ShrinkTiles(16, _block(max_rank, 64), _block(in_features, 256 // element_size), 4, 4)
-    if tokens <= _DECODE_TOKENS:
+    if tokens <= MIXED_TOKENS:
         block_t, block_k = 16 if tokens <= 128 else 32, _block(in_features, 256 // element_size)
         many = 128 if element_size == 2 and block_k > SMALLEST_BLOCK else 0
         return ShrinkTiles(block_t, _block(max_rank, 64), block_k, 4, num_stages=4, block_t_many=many)
@@ -159,7 +162,7 @@ def default_num_parts(tokens: int, num_slices: int, in_features: int, max_rank: 
         return 1
     tiles = default_shrink_tiles(tokens, in_features, max_rank, 2)
     programs = ceil_div(tokens, tiles.block_t) * num_slices * ceil_div(max_rank, tiles.block_r)
-    most, wanted = (8 if max_rank <= 32 else 4, 256) if tokens <= _DECODE_TOKENS else (4, 128)
+    most, wanted = (8 if max_rank <= 32 else 4, 256) if tokens <= MIXED_TOKENS else (4, 128)
     if tokens == 1:
         most = 16
     elif tokens <= FEW_TOKENS:
@@ -172,7 +175,7 @@ def default_num_parts(tokens: int, num_slices: int, in_features: int, max_rank: 
 
 def default_expand_tiles(tokens: int, out_features: int, max_rank: int, element_size: int) -> ExpandTiles:
     """Tiles of the expand where none were measured."""
-    if tokens <= _DECODE_TOKENS:
+    if tokens <= MIXED_TOKENS:
         block_t = 16 if tokens <= 128 else 32
         block_n = 64 if tokens <= FEW_TOKENS and out_features <= 8192 else 128
         return ExpandTiles(block_t, _block(out_features, block_n), _block(max_rank, 128), num_warps=4)
