@@ -90,12 +90,13 @@ def choose_rotary_store_launch(
     if element_size > 2:  # No tensor cores, twice the memory: small tiles.
         return LoRARotaryStoreLaunch(16, min(block_r, 32), heads=1, num_warps=4, num_stages=1)
     block_r = min(block_r, 128)
+    is_small = block_r <= (64 if tokens > DECODE_TOKENS else 32)
+    if FEW_TOKENS < tokens <= MIXED_TOKENS and head_dim <= 128 and is_small:
+        return LoRARotaryStoreLaunch(16, block_r, heads=4, num_warps=4, num_stages=3)
     if tokens <= DECODE_TOKENS:
         heads = 1 if tokens <= FEW_TOKENS or block_r > 32 else 2
         return LoRARotaryStoreLaunch(16, block_r, heads=heads, num_warps=4, num_stages=1)
     if head_dim <= 128 and block_r <= 64:
-        if tokens <= MIXED_TOKENS:
-            return LoRARotaryStoreLaunch(32, block_r, heads=2, num_warps=4, num_stages=2)
         return LoRARotaryStoreLaunch(64, block_r, heads=4, num_warps=4, num_stages=3)
     # More stages, or larger blocks, would not fit a GPU with 99 KB of shared memory.
     num_stages = 1 if head_dim > 128 and block_r > 64 else 2

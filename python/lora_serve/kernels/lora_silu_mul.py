@@ -87,11 +87,10 @@ def choose_silu_mul_launch(tokens: int, max_rank: int, element_size: int) -> LoR
     if element_size > 2:  # No tensor cores, twice the memory: small tiles.
         return LoRASiluMulLaunch(16, 64, min(block_r, 32), n_tiles=1, num_warps=4, num_stages=1)
     block_r = min(block_r, 128)
+    if tokens <= MIXED_TOKENS and block_r <= (64 if tokens > DECODE_TOKENS else 32):
+        return LoRASiluMulLaunch(16, 64, block_r, n_tiles=8, num_warps=4, num_stages=3)
     if tokens <= DECODE_TOKENS:
-        n_tiles = 4 if block_r > 32 else 8
-        return LoRASiluMulLaunch(16, 64, block_r, n_tiles=n_tiles, num_warps=4, num_stages=2)
-    if tokens <= MIXED_TOKENS and block_r <= 64:
-        return LoRASiluMulLaunch(32, 64, block_r, n_tiles=4, num_warps=4, num_stages=2)
+        return LoRASiluMulLaunch(16, 64, block_r, n_tiles=4, num_warps=4, num_stages=2)
     if block_r <= 32:
         return LoRASiluMulLaunch(32, 64, block_r, n_tiles=8, num_warps=4, num_stages=3)
     if block_r <= 64:
