@@ -32,8 +32,6 @@ the rest is `rotary_store`'s.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cache
 from math import gcd
 
 from torch import Tensor
@@ -47,62 +45,21 @@ from lora_serve.kernels._triton import (
     tl,
     wait_for_previous,
 )
-from lora_serve.kernels.lora_delta import FEW_TOKENS, LoRADelta
+from lora_serve.kernels.lora_delta import LoRADelta
 from lora_serve.kernels.rotary_store import check_queries, check_rotary_store, rotate_planes
 from lora_serve.kernels.triton_lora_expand import add_product, check_expand, expand_tile, load_whole_v
 from lora_serve.kernels.triton_lora_tiles import (
-    DECODE_TOKENS,
-    MIXED_TOKENS,
     NOT_SPECIALIZED,
     choose_groups_block,
     choose_num_tile_programs,
+    choose_rotary_store_launch,
     find_group,
     load_groups,
     load_slot,
     num_groups_of,
     token_class,
 )
-
-
-@dataclass(frozen=True)
-class LoRARotaryStoreLaunch:
-    """Launch parameters: tokens and columns of rank of one tile (powers of two, >= 16).
-
-    A program does `heads` heads one after the other and copies `num_stages - 1` of them ahead.
-    """
-
-    block_t: int
-    block_r: int
-    heads: int
-    num_warps: int
-    num_stages: int
-
-
-@cache
-def choose_rotary_store_launch(
-    tokens: int, head_dim: int, max_rank: int, element_size: int
-) -> LoRARotaryStoreLaunch:
-    """Launch for a class of T, and any rank up to `max_rank`.
-
-    Heads of 128 in 16 bits and ranks up to 64 were measured, on an H100.
-    """
-    block_r = max(next_power_of_2(max_rank), 16)
-    if element_size > 2:  # No tensor cores, twice the memory: small tiles.
-        return LoRARotaryStoreLaunch(16, min(block_r, 32), heads=1, num_warps=4, num_stages=1)
-    block_r = min(block_r, 128)
-    is_small = block_r <= (64 if tokens > DECODE_TOKENS else 32)
-    if FEW_TOKENS < tokens <= MIXED_TOKENS and head_dim <= 128 and is_small:
-        return LoRARotaryStoreLaunch(16, block_r, heads=4, num_warps=4, num_stages=3)
-    if tokens <= DECODE_TOKENS:
-        heads = 1 if tokens <= FEW_TOKENS or block_r > 32 else 2
-        return LoRARotaryStoreLaunch(16, block_r, heads=heads, num_warps=4, num_stages=1)
-    if head_dim <= 128 and block_r <= 64:
-        return LoRARotaryStoreLaunch(64, block_r, heads=4, num_warps=4, num_stages=3)
-    # More stages, or larger blocks, would not fit a GPU with 99 KB of shared memory.
-    num_stages = 1 if head_dim > 128 and block_r > 64 else 2
-    if head_dim > 128 and max_rank > 128:
-        block_r = 64
-    return LoRARotaryStoreLaunch(64, block_r, heads=4, num_warps=8, num_stages=num_stages)
+from lora_serve.kernels.tuned_lora_tiles import LoRARotaryStoreLaunch
 
 
 @jit

@@ -31,9 +31,6 @@ the activation is `silu_mul`'s.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cache
-
 from torch import Tensor
 
 from lora_serve.kernels._triton import (
@@ -41,7 +38,6 @@ from lora_serve.kernels._triton import (
     early_launch,
     jit,
     let_next_begin,
-    next_power_of_2,
     tl,
     wait_for_previous,
 )
@@ -49,53 +45,17 @@ from lora_serve.kernels.lora_delta import LoRADelta
 from lora_serve.kernels.silu_mul import check_silu_mul, silu_times
 from lora_serve.kernels.triton_lora_expand import add_product, check_expand, expand_tile, load_whole_v
 from lora_serve.kernels.triton_lora_tiles import (
-    DECODE_TOKENS,
-    MIXED_TOKENS,
     NOT_SPECIALIZED,
     choose_groups_block,
     choose_num_tile_programs,
+    choose_silu_mul_launch,
     find_group,
     load_groups,
     load_slot,
     num_groups_of,
     token_class,
 )
-
-
-@dataclass(frozen=True)
-class LoRASiluMulLaunch:
-    """Launch parameters: tokens, features and columns of rank of one tile (powers of two, >= 16).
-
-    A program does `n_tiles` tiles of features one after the other and copies `num_stages - 1` of them ahead.
-    """
-
-    block_t: int
-    block_n: int
-    block_r: int
-    n_tiles: int
-    num_warps: int
-    num_stages: int
-
-
-@cache
-def choose_silu_mul_launch(tokens: int, max_rank: int, element_size: int) -> LoRASiluMulLaunch:
-    """Launch for a class of T, and any rank up to `max_rank`.
-
-    16 bits and ranks up to 64 were measured, on an H100.
-    """
-    block_r = max(next_power_of_2(max_rank), 16)
-    if element_size > 2:  # No tensor cores, twice the memory: small tiles.
-        return LoRASiluMulLaunch(16, 64, min(block_r, 32), n_tiles=1, num_warps=4, num_stages=1)
-    block_r = min(block_r, 128)
-    if tokens <= MIXED_TOKENS and block_r <= (64 if tokens > DECODE_TOKENS else 32):
-        return LoRASiluMulLaunch(16, 64, block_r, n_tiles=8, num_warps=4, num_stages=3)
-    if tokens <= DECODE_TOKENS:
-        return LoRASiluMulLaunch(16, 64, block_r, n_tiles=4, num_warps=4, num_stages=2)
-    if block_r <= 32:
-        return LoRASiluMulLaunch(32, 64, block_r, n_tiles=8, num_warps=4, num_stages=3)
-    if block_r <= 64:
-        return LoRASiluMulLaunch(64, 32, block_r, n_tiles=8, num_warps=4, num_stages=3)
-    return LoRASiluMulLaunch(64, 64, block_r, n_tiles=4, num_warps=4, num_stages=2)
+from lora_serve.kernels.tuned_lora_tiles import LoRASiluMulLaunch
 
 
 @jit

@@ -35,10 +35,14 @@ from lora_serve.kernels.lora_metadata import LoRAMetadata
 from lora_serve.kernels.tuned_lora_tiles import (
     SMALLEST_BLOCK,
     ExpandTiles,
+    LoRARotaryStoreLaunch,
+    LoRASiluMulLaunch,
     ShrinkTiles,
     clear_tuned_tiles,
     tuned_expand,
+    tuned_rotary_store,
     tuned_shrink,
+    tuned_silu_mul,
 )
 from lora_serve.kernels.tuned_tables import current_gpu
 
@@ -57,7 +61,9 @@ __all__ = [
     "choose_groups_block",
     "choose_num_parts",
     "choose_num_tile_programs",
+    "choose_rotary_store_launch",
     "choose_shrink_tiles",
+    "choose_silu_mul_launch",
     "clear_choices",
     "default_expand_tiles",
     "default_num_parts",
@@ -185,6 +191,41 @@ def default_expand_tiles(tokens: int, out_features: int, max_rank: int, element_
     return ExpandTiles(64, _block(out_features, 128), _block(max_rank, 64), num_warps=4)
 
 
+def default_silu_mul_launch(tokens: int, max_rank: int, element_size: int) -> LoRASiluMulLaunch:
+    """Launch of `lora_silu_mul` where none was measured."""
+    block_r = max(next_power_of_2(max_rank), SMALLEST_BLOCK)
+    if element_size > 2:  # No tensor cores, twice the memory: small tiles.
+        return LoRASiluMulLaunch(16, 64, min(block_r, 32), n_tiles=1, num_warps=4, num_stages=1)
+    block_r = min(block_r, 128)
+    if tokens <= DECODE_TOKENS:
+        return LoRASiluMulLaunch(16, 64, block_r, n_tiles=4, num_warps=4, num_stages=2)
+    if block_r <= 64:
+        block_t, block_n = (16, 64) if tokens <= MIXED_TOKENS else (64, 32)
+        return LoRASiluMulLaunch(block_t, block_n, block_r, n_tiles=8, num_warps=4, num_stages=3)
+    return LoRASiluMulLaunch(64, 64, block_r, n_tiles=4, num_warps=4, num_stages=2)
+
+
+def default_rotary_store_launch(
+    tokens: int, head_dim: int, max_rank: int, element_size: int
+) -> LoRARotaryStoreLaunch:
+    """Launch of `lora_norm_rotary_store` where none was measured."""
+    block_r = max(next_power_of_2(max_rank), SMALLEST_BLOCK)
+    if element_size > 2:  # No tensor cores, twice the memory: small tiles.
+        return LoRARotaryStoreLaunch(16, min(block_r, 32), heads=1, num_warps=4, num_stages=1)
+    block_r = min(block_r, 128)
+    if tokens <= DECODE_TOKENS:
+        heads = 1 if tokens <= FEW_TOKENS or block_r > 32 else 2
+        return LoRARotaryStoreLaunch(16, block_r, heads=heads, num_warps=4, num_stages=1)
+    if head_dim <= 128 and block_r <= 64:
+        block_t = 16 if tokens <= MIXED_TOKENS else 64
+        return LoRARotaryStoreLaunch(block_t, block_r, heads=4, num_warps=4, num_stages=3)
+    # More stages, or larger blocks, would not fit a GPU with 99 KB of shared memory.
+    num_stages = 1 if head_dim > 128 and block_r > 64 else 2
+    if head_dim > 128 and max_rank > 128:
+        block_r = 64
+    return LoRARotaryStoreLaunch(64, block_r, heads=4, num_warps=8, num_stages=num_stages)
+
+
 @cache
 def choose_shrink_tiles(
     tokens: int, in_features: int, max_rank: int, element_size: int, num_slices: int = 1
@@ -228,6 +269,22 @@ def choose_expand_tiles(
     return tuned or default_expand_tiles(tokens, out_features, max_rank, element_size)
 
 
+@cache
+def choose_silu_mul_launch(tokens: int, max_rank: int, element_size: int) -> LoRASiluMulLaunch:
+    """Launch of `lora_silu_mul` for a class of T, and any rank up to `max_rank`."""
+    tuned = tuned_silu_mul(current_gpu(), tokens, max_rank, element_size)
+    return tuned or default_silu_mul_launch(tokens, max_rank, element_size)
+
+
+@cache
+def choose_rotary_store_launch(
+    tokens: int, head_dim: int, max_rank: int, element_size: int
+) -> LoRARotaryStoreLaunch:
+    """Launch of `lora_norm_rotary_store` for a class of T, and any rank up to `max_rank`."""
+    tuned = tuned_rotary_store(current_gpu(), tokens, head_dim, max_rank, element_size)
+    return tuned or default_rotary_store_launch(tokens, head_dim, max_rank, element_size)
+
+
 @contextmanager
 def trial_tiles(trial: TrialTiles) -> Iterator[None]:
     """Choose these for every layer and step, in all threads; for tuners and tests."""
@@ -243,7 +300,13 @@ def trial_tiles(trial: TrialTiles) -> Iterator[None]:
 
 def clear_choices() -> None:
     """Choose anew, from tables that are read anew; for tuners and tests."""
-    for choose in (choose_shrink_tiles, choose_num_parts, choose_expand_tiles):
+    for choose in (
+        choose_shrink_tiles,
+        choose_num_parts,
+        choose_expand_tiles,
+        choose_silu_mul_launch,
+        choose_rotary_store_launch,
+    ):
         choose.cache_clear()
     clear_tuned_tiles()
 

@@ -1,14 +1,15 @@
 """The launch parameters of the LoRA kernels that were measured on this GPU; see `tuned_tables`.
 
 Rows of "lora_shrink" are found by input features and number of slices, those of "lora_expand" by output
-features of all slices, number of slices and number of parts of v; both by class of T, element size and
-largest rank. All must be equal but the rank: the row of the nearest one at or above is taken, its block of
-rank cut to what the rank needs. What has no row is left to the heuristic in `triton_lora_tiles`.
+features of all slices, number of slices and number of parts of v, those of "lora_rotary_store" by the size of
+a head; these and "lora_silu_mul" by class of T, element size and largest rank. All must be equal but the
+rank: the row of the nearest one at or above is taken, its block of rank cut to what the rank needs. What has
+no row is left to the heuristic in `triton_lora_tiles`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, TypeVar
@@ -50,6 +51,35 @@ class ExpandTiles:
     loads_y_first: bool = False
     n_tiles: int = 1
     num_stages: int = 1
+
+
+@dataclass(frozen=True)
+class LoRASiluMulLaunch:
+    """Launch parameters: tokens, features and columns of rank of one tile (powers of two, >= 16).
+
+    A program does `n_tiles` tiles of features one after the other and copies `num_stages - 1` of them ahead.
+    """
+
+    block_t: int
+    block_n: int
+    block_r: int
+    n_tiles: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class LoRARotaryStoreLaunch:
+    """Launch parameters: tokens and columns of rank of one tile (powers of two, >= 16).
+
+    A program does `heads` heads one after the other and copies `num_stages - 1` of them ahead.
+    """
+
+    block_t: int
+    block_r: int
+    heads: int
+    num_warps: int
+    num_stages: int
 
 
 @dataclass(frozen=True)
@@ -132,8 +162,24 @@ def tuned_expand(
     return None if tiles is None else replace(tiles, block_r=_cut(tiles.block_r, max_rank))
 
 
+def tuned_silu_mul(
+    gpu: str | None, tokens: int, max_rank: int, element_size: int
+) -> LoRASiluMulLaunch | None:
+    """Give what was measured for `lora_silu_mul`; parameters and errors are those of `tuned_shrink`."""
+    launch = _at_or_above(_silu_mul_rows(gpu).get((tokens, element_size), {}), max_rank)
+    return None if launch is None else replace(launch, block_r=_cut(launch.block_r, max_rank))
+
+
+def tuned_rotary_store(
+    gpu: str | None, tokens: int, head_dim: int, max_rank: int, element_size: int
+) -> LoRARotaryStoreLaunch | None:
+    """Give what was measured for `lora_norm_rotary_store` and heads of `head_dim`; see `tuned_silu_mul`."""
+    launch = _at_or_above(_rotary_store_rows(gpu).get((tokens, head_dim, element_size), {}), max_rank)
+    return None if launch is None else replace(launch, block_r=_cut(launch.block_r, max_rank))
+
+
 _Key = tuple[int, ...]
-_Found = TypeVar("_Found", TunedShrink, ExpandTiles)
+_Found = TypeVar("_Found", TunedShrink, ExpandTiles, LoRASiluMulLaunch, LoRARotaryStoreLaunch)
 
 
 @cache
@@ -141,11 +187,9 @@ def _shrink_rows(gpu: str | None) -> dict[_Key, dict[int, TunedShrink]]:
     names = ("max_tokens", "num_slices", "in_features", "element_size")
 
     def read_row(row: Mapping[str, Any]) -> tuple[_Key, int, TunedShrink]:
-        numbers = _numbers(row, "block_k")
-        numbers |= {"num_stages": int_of(row["tiles"], "num_stages")}
-        tiles = ShrinkTiles(**numbers, block_t_many=int_of(row["tiles"], "block_t_many", at_least=0))
-        found = TunedShrink(int_of(row, "num_parts"), tiles)
-        return tuple(int_of(row, name) for name in names), int_of(row, "max_rank"), found
+        many = int_of(row["tiles"], "block_t_many", at_least=0)
+        tiles = ShrinkTiles(**_numbers(row, ["block_k"], ["num_stages"]), block_t_many=many)
+        return _key(row, names), int_of(row, "max_rank"), TunedShrink(int_of(row, "num_parts"), tiles)
 
     return _by_key(read_tuned_rows(gpu, "lora_shrink", read_row))
 
@@ -158,20 +202,42 @@ def _expand_rows(gpu: str | None) -> dict[_Key, dict[int, ExpandTiles]]:
         loads_y_first = row["tiles"]["loads_y_first"]
         if not isinstance(loads_y_first, bool):
             raise ValueError(f"loads_y_first is {loads_y_first!r}, expected true or false")
-        runs = {name: int_of(row["tiles"], name) for name in ("n_tiles", "num_stages")}
-        tiles = ExpandTiles(loads_y_first=loads_y_first, **runs, **_numbers(row, "block_n"))
-        return tuple(int_of(row, name) for name in names), int_of(row, "max_rank"), tiles
+        numbers = _numbers(row, ["block_n"], ["n_tiles", "num_stages"])
+        return _key(row, names), int_of(row, "max_rank"), ExpandTiles(loads_y_first=loads_y_first, **numbers)
 
     return _by_key(read_tuned_rows(gpu, "lora_expand", read_row))
 
 
-def _numbers(row: Mapping[str, Any], block_of_features: str) -> dict[str, int]:
-    """What both kinds of tiles have."""
+@cache
+def _silu_mul_rows(gpu: str | None) -> dict[_Key, dict[int, LoRASiluMulLaunch]]:
+    def read_row(row: Mapping[str, Any]) -> tuple[_Key, int, LoRASiluMulLaunch]:
+        launch = LoRASiluMulLaunch(**_numbers(row, ["block_n"], ["n_tiles", "num_stages"]))
+        return _key(row, ("max_tokens", "element_size")), int_of(row, "max_rank"), launch
+
+    return _by_key(read_tuned_rows(gpu, "lora_silu_mul", read_row))
+
+
+@cache
+def _rotary_store_rows(gpu: str | None) -> dict[_Key, dict[int, LoRARotaryStoreLaunch]]:
+    def read_row(row: Mapping[str, Any]) -> tuple[_Key, int, LoRARotaryStoreLaunch]:
+        launch = LoRARotaryStoreLaunch(**_numbers(row, [], ["heads", "num_stages"]))
+        return _key(row, ("max_tokens", "head_dim", "element_size")), int_of(row, "max_rank"), launch
+
+    return _by_key(read_tuned_rows(gpu, "lora_rotary_store", read_row))
+
+
+def _key(row: Mapping[str, Any], names: Sequence[str]) -> _Key:
+    return tuple(int_of(row, name) for name in names)
+
+
+def _numbers(row: Mapping[str, Any], blocks: Sequence[str], counts: Sequence[str]) -> dict[str, int]:
+    """What all tiles have, and more blocks (powers of two) and counts."""
     tiles = row["tiles"]
     if not isinstance(tiles, dict):
         raise ValueError(f"tiles is {tiles!r}, expected a table")
-    blocks = ("block_t", "block_r", block_of_features)
-    numbers = {name: int_of(tiles, name, is_power_of_2=True, at_least=SMALLEST_BLOCK) for name in blocks}
+    all_blocks = ("block_t", "block_r", *blocks)
+    numbers = {name: int_of(tiles, name, is_power_of_2=True, at_least=SMALLEST_BLOCK) for name in all_blocks}
+    numbers |= {name: int_of(tiles, name) for name in counts}
     return numbers | {"num_warps": int_of(tiles, "num_warps", is_power_of_2=True)}
 
 
@@ -195,5 +261,5 @@ def _cut(block_r: int, max_rank: int) -> int:
 
 def clear_tuned_tiles() -> None:
     """Forget what was read; for tests and tuners that change the tables."""
-    _shrink_rows.cache_clear()
-    _expand_rows.cache_clear()
+    for read in (_shrink_rows, _expand_rows, _silu_mul_rows, _rotary_store_rows):
+        read.cache_clear()

@@ -27,17 +27,14 @@ from kernels.lora_delta_cases import (
 from kernels.triton_lora_cases import MIXED, MIXED_RANKS, NAN, assert_same_on_cpu
 from lora_serve.kernels import LoRADelta
 from lora_serve.kernels import lora_rotary_store as lora_rotary_store_module
-from lora_serve.kernels.lora_rotary_store import (
-    LoRARotaryStoreLaunch,
-    choose_rotary_store_launch,
-    lora_norm_rotary_store,
-)
+from lora_serve.kernels.lora_rotary_store import lora_norm_rotary_store
 from lora_serve.kernels.reference import ReferenceResult
 from lora_serve.kernels.reference_lora_elementwise import lora_norm_rotary_reference
 from lora_serve.kernels.rotary_store import norm_rotary_store
 from lora_serve.kernels.triton_lora_expand import triton_lora_expand
 from lora_serve.kernels.triton_lora_linear import warm_up_token_counts
-from lora_serve.kernels.triton_lora_tiles import token_class
+from lora_serve.kernels.triton_lora_tiles import choose_rotary_store_launch, token_class
+from lora_serve.kernels.tuned_lora_tiles import LoRARotaryStoreLaunch
 
 EPS = 1e-6
 PAGE_SIZE = 4

@@ -23,12 +23,13 @@ from kernels.lora_delta_cases import (
 )
 from kernels.triton_lora_cases import MIXED, NAN, assert_same_on_cpu
 from lora_serve.kernels import lora_silu_mul as lora_silu_mul_module
-from lora_serve.kernels.lora_silu_mul import LoRASiluMulLaunch, choose_silu_mul_launch, lora_silu_mul
+from lora_serve.kernels.lora_silu_mul import lora_silu_mul
 from lora_serve.kernels.reference_lora_elementwise import lora_silu_mul_reference
 from lora_serve.kernels.silu_mul import silu_mul
 from lora_serve.kernels.triton_lora_expand import triton_lora_expand
 from lora_serve.kernels.triton_lora_linear import warm_up_token_counts
-from lora_serve.kernels.triton_lora_tiles import token_class
+from lora_serve.kernels.triton_lora_tiles import choose_silu_mul_launch, token_class
+from lora_serve.kernels.tuned_lora_tiles import LoRASiluMulLaunch
 
 # NumPy, which the interpreter computes with, warns where exp gives infinity. A GPU does not.
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -24,15 +25,24 @@ from lora_serve.kernels.triton_lora_tiles import (
     TrialTiles,
     choose_expand_tiles,
     choose_num_parts,
+    choose_rotary_store_launch,
     choose_shrink_tiles,
+    choose_silu_mul_launch,
     clear_choices,
     default_expand_tiles,
     default_num_parts,
+    default_rotary_store_launch,
     default_shrink_tiles,
+    default_silu_mul_launch,
     token_class,
     trial_tiles,
 )
-from lora_serve.kernels.tuned_lora_tiles import ExpandTiles, ShrinkTiles
+from lora_serve.kernels.tuned_lora_tiles import (
+    ExpandTiles,
+    LoRARotaryStoreLaunch,
+    LoRASiluMulLaunch,
+    ShrinkTiles,
+)
 from lora_serve.kernels.tuned_tables import TUNING_FOLDER, read_table, read_tuned_rows
 
 SHRINK = {
@@ -62,8 +72,23 @@ EXPAND = {
     "tiles": {"block_t": 32, "block_n": 256, "block_r": 64, "num_warps": 2, "loads_y_first": True}
     | {"n_tiles": 2, "num_stages": 3},
 }
+SILU_MUL = {
+    "max_rank": 64,
+    "element_size": 2,
+    "max_tokens": 32,
+    "tiles": {"block_t": 32, "block_n": 128, "block_r": 64, "n_tiles": 3, "num_warps": 8, "num_stages": 5},
+}
+ROTARY_STORE = {
+    "head_dim": 128,
+    "max_rank": 64,
+    "element_size": 2,
+    "max_tokens": 32,
+    "tiles": {"block_t": 32, "block_r": 64, "heads": 5, "num_warps": 8, "num_stages": 3},
+}
 TUNED_SHRINK = ShrinkTiles(16, 64, 256, num_warps=8, num_stages=1, block_t_many=128)
 TUNED_EXPAND = ExpandTiles(32, 256, 64, num_warps=2, loads_y_first=True, n_tiles=2, num_stages=3)
+TUNED_SILU_MUL = LoRASiluMulLaunch(32, 128, 64, n_tiles=3, num_warps=8, num_stages=5)
+TUNED_ROTARY_STORE = LoRARotaryStoreLaunch(32, 64, heads=5, num_warps=8, num_stages=3)
 
 
 @pytest.fixture
@@ -81,9 +106,12 @@ def write_table(tmp_path, monkeypatch):
     clear_choices()
 
 
-def table_of(shrinks: object = (SHRINK,), expands: object = (EXPAND,)) -> dict[str, object]:
-    lists = (list(rows) if isinstance(rows, tuple) else rows for rows in (shrinks, expands))
-    return dict(zip(("gpu", "lora_shrink", "lora_expand"), ("Some Card", *lists), strict=True))
+def table_of(shrinks: object = (SHRINK,), expands: object = (EXPAND,), **others: object) -> dict[str, object]:
+    lists = {"lora_shrink": shrinks, "lora_expand": expands}
+    lists |= {"lora_silu_mul": (SILU_MUL,), "lora_rotary_store": (ROTARY_STORE,)} | others
+    return {"gpu": "Some Card"} | {
+        name: list(rows) if isinstance(rows, tuple) else rows for name, rows in lists.items()
+    }
 
 
 def choices(tokens: int, num_slices: int, in_features: int, out_features: int, rank: int, size: int):
@@ -123,6 +151,25 @@ def test_measured_layer_overrides_the_heuristic(write_table):
 def test_everything_else_is_left_to_the_heuristic(write_table, layer):
     write_table(table_of())
     assert choices(*layer) == defaults(*layer)
+
+
+def test_measured_launches_of_silu_and_rotary_kernels_override_the_heuristic(write_table):
+    write_table(table_of())
+    assert choose_silu_mul_launch(32, 64, 2) == TUNED_SILU_MUL
+    assert choose_rotary_store_launch(32, 128, 64, 2) == TUNED_ROTARY_STORE
+    assert choose_silu_mul_launch(32, 20, 2) == replace(TUNED_SILU_MUL, block_r=32)
+    assert choose_rotary_store_launch(32, 128, 3, 2) == replace(TUNED_ROTARY_STORE, block_r=16)
+
+
+@pytest.mark.parametrize(("tokens", "max_rank", "element_size"), [(8, 64, 2), (32, 65, 2), (32, 64, 4)])
+def test_other_launches_of_silu_and_rotary_kernels_are_left_to_the_heuristic(
+    write_table, tokens, max_rank, element_size
+):
+    write_table(table_of())
+    silu_mul, rotary_store = (tokens, max_rank, element_size), (tokens, 128, max_rank, element_size)
+    assert choose_silu_mul_launch(*silu_mul) == default_silu_mul_launch(*silu_mul)
+    assert choose_rotary_store_launch(*rotary_store) == default_rotary_store_launch(*rotary_store)
+    assert choose_rotary_store_launch(32, 64, 64, 2) == default_rotary_store_launch(32, 64, 64, 2)
 
 
 @pytest.mark.parametrize("current", [None, "Other Card"])
@@ -187,6 +234,26 @@ DAMAGED = [
 ]
 
 
+DAMAGED_LAUNCHES = [
+    (
+        {"lora_silu_mul": (SILU_MUL | {"tiles": SILU_MUL["tiles"] | {"block_n": 24}},)},
+        "block_n is 24, expected",
+    ),
+    ({"lora_silu_mul": (SILU_MUL | {"tiles": 3},)}, "row 0 of lora_silu_mul: tiles is 3, expected a table"),
+    ({"lora_rotary_store": (SILU_MUL,)}, "row 0 of lora_rotary_store has no 'heads'"),
+    ({"lora_rotary_store": (ROTARY_STORE | {"head_dim": 0},)}, "head_dim is 0, expected an integer"),
+]
+
+
+@pytest.mark.parametrize(
+    ("others", "message"), DAMAGED_LAUNCHES, ids=[message for _, message in DAMAGED_LAUNCHES]
+)
+def test_damaged_launch_is_refused_with_file_and_row(write_table, others, message):
+    write_table(table_of(**others))
+    with pytest.raises(ValueError, match=rf"card\.json.*{message}"):
+        (choose_silu_mul_launch(32, 64, 2), choose_rotary_store_launch(32, 128, 64, 2))
+
+
 @pytest.mark.parametrize(("table", "message"), DAMAGED, ids=[str(index) for index in range(len(DAMAGED))])
 def test_damaged_table_is_refused_with_file_and_row(write_table, table, message):
     write_table(table)
@@ -223,6 +290,12 @@ def test_every_row_of_the_committed_tables_is_found(monkeypatch, file):
             key = (row["max_tokens"], row["out_features"], row["max_rank"], row["num_slices"])
             tiles = choose_expand_tiles(*key, row["num_parts"], row["element_size"])
             assert tiles == ExpandTiles(**row["tiles"])
+        for row in table.get("lora_silu_mul", []):
+            launch = choose_silu_mul_launch(row["max_tokens"], row["max_rank"], row["element_size"])
+            assert launch == LoRASiluMulLaunch(**row["tiles"])
+        for row in table.get("lora_rotary_store", []):
+            key = (row["max_tokens"], row["head_dim"], row["max_rank"], row["element_size"])
+            assert choose_rotary_store_launch(*key) == LoRARotaryStoreLaunch(**row["tiles"])
     finally:
         clear_choices()
 
