@@ -270,22 +270,27 @@ class TableFile:
 
     def __init__(self, folder: Path, gpu: str) -> None:
         name = re.sub(r"[^a-z0-9]+", "_", gpu.lower()).strip("_") + ".json"
-        self._table: dict[str, Any] = {"gpu": gpu, "triton": triton_version()}
+        self.table: dict[str, Any] = {"gpu": gpu, "triton": triton_version()}
         for file in sorted(TUNING_FOLDER.glob("*.json")):
             table = read_table(file)
             if table["gpu"] == gpu:
-                self._table, name = table, file.name
+                self.table, name = table, file.name
         self.path = folder / name
 
     def put(self, rows: dict[str, dict[str, object]]) -> None:
         for kernel, row in rows.items():
-            kept = [old for old in self._table.get(kernel, []) if _key(kernel, old) != _key(kernel, row)]
-            self._table[kernel] = [*kept, row]
+            self.table = with_row(self.table, kernel, row)
         self.write()
 
     def write(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.path.write_text(json.dumps(self._table, indent=1) + "\n", encoding="utf-8")
+        self.path.write_text(json.dumps(self.table, indent=1) + "\n", encoding="utf-8")
+
+
+def with_row(table: dict[str, Any], kernel: str, row: dict[str, Any]) -> dict[str, Any]:
+    """A table with this row in the place of the one that is found by the same."""
+    kept = [old for old in table.get(kernel, []) if _key(kernel, old) != _key(kernel, row)]
+    return table | {kernel: [*kept, row]}
 
 
 def _key(kernel: str, row: dict[str, Any]) -> tuple[object, ...]:
