@@ -10,6 +10,7 @@ output features reads the parts again.
 from __future__ import annotations
 
 from lora_serve.kernels.triton_lora_tiles import (
+    MIXED_TOKENS,
     SMALLEST_BLOCK,
     ExpandTiles,
     ShrinkTiles,
@@ -17,7 +18,7 @@ from lora_serve.kernels.triton_lora_tiles import (
     default_num_parts,
     default_shrink_tiles,
 )
-from lora_serve.kernels.tuned_lora_tiles import TunedShrink
+from lora_serve.kernels.tuned_lora_tiles import LoRARotaryStoreLaunch, LoRASiluMulLaunch, TunedShrink
 
 WHOLE = 128
 """A block of rank for all of the rank, up to this."""
@@ -162,6 +163,57 @@ _EXPAND_RUNS_MANY = (
 )
 _FEW_TOKENS = 32
 
+# For whole layers, in steps of up to 512 tokens and of more.
+# block_t, block_n, n_tiles, num_stages
+_EXPAND_IN_LAYERS = (
+    (16, 128, 1, 1),
+    (16, 128, 2, 2),
+    (16, 128, 4, 3),
+    (16, 64, 4, 3),
+    (16, 256, 1, 1),
+    (32, 128, 1, 1),
+    (32, 128, 2, 2),
+    (64, 64, 2, 2),
+)
+_EXPAND_IN_LAYERS_MANY = (
+    (16, 128, 8, 3),
+    (32, 128, 4, 3),
+    (32, 128, 8, 3),
+    (64, 64, 8, 3),
+    (64, 128, 4, 3),
+    (64, 128, 8, 3),
+)
+_SILU_MUL = (
+    (16, 64, 4, 2),
+    (16, 64, 4, 3),
+    (16, 64, 8, 2),
+    (16, 64, 8, 3),
+    (16, 128, 4, 2),
+    (32, 64, 4, 2),
+    (32, 64, 8, 3),
+    (64, 32, 8, 3),
+)
+_SILU_MUL_MANY = (
+    (16, 64, 8, 3),
+    (32, 64, 4, 3),
+    (32, 64, 8, 3),
+    (64, 32, 8, 3),
+    (64, 64, 4, 2),
+    (64, 64, 8, 2),
+)
+# block_t, heads, num_stages
+_ROTARY_STORE = (
+    (16, 1, 1),
+    (16, 2, 1),
+    (16, 2, 2),
+    (16, 4, 2),
+    (16, 4, 3),
+    (32, 2, 2),
+    (32, 4, 3),
+    (64, 4, 3),
+)
+_ROTARY_STORE_MANY = ((16, 4, 3), (32, 2, 2), (32, 4, 2), (32, 4, 3), (64, 2, 2), (64, 4, 3))
+
 
 def shrink_candidates(
     tokens: int, num_slices: int, in_features: int, max_rank: int, element_size: int
@@ -203,3 +255,35 @@ def expand_candidates(tokens: int, out_features: int, max_rank: int, element_siz
 
 def _power_of_2(max_rank: int) -> int:
     return max(1 << (max_rank - 1).bit_length(), SMALLEST_BLOCK)
+
+
+def expands_in_layers(tokens: int, max_rank: int) -> list[tuple[int, ExpandTiles]]:
+    """Numbers of parts and tiles to try for a class of T among the layer's other kernels, in 16 bits."""
+    block_r = _whole_block(max_rank)
+    few, many = ((2, 4, 8), _EXPAND_IN_LAYERS), ((1, 2, 4), _EXPAND_IN_LAYERS_MANY)
+    parts, wanted = few if tokens <= MIXED_TOKENS else many
+    return [
+        (num_parts, ExpandTiles(block_t, block_n, block_r, 4, False, n_tiles, num_stages))
+        for num_parts in parts
+        for block_t, block_n, n_tiles, num_stages in wanted
+    ]
+
+
+def silu_mul_candidates(tokens: int, max_rank: int) -> list[LoRASiluMulLaunch]:
+    """What to try for a class of T, in 16 bits."""
+    block_r = _whole_block(max_rank)
+    return [
+        LoRASiluMulLaunch(block_t, block_n, block_r, n_tiles, 4, num_stages)
+        for block_t, block_n, n_tiles, num_stages in (_SILU_MUL if tokens <= MIXED_TOKENS else _SILU_MUL_MANY)
+    ]
+
+
+def rotary_store_candidates(tokens: int, max_rank: int) -> list[LoRARotaryStoreLaunch]:
+    """What to try for a class of T and heads of up to 128, in 16 bits."""
+    block_r = _whole_block(max_rank)
+    wanted = _ROTARY_STORE if tokens <= MIXED_TOKENS else _ROTARY_STORE_MANY
+    return [LoRARotaryStoreLaunch(block_t, block_r, heads, 4, stages) for block_t, heads, stages in wanted]
+
+
+def _whole_block(max_rank: int) -> int:
+    return min(max(_power_of_2(max_rank), SMALLEST_BLOCK), WHOLE)

@@ -266,7 +266,8 @@ def rows_of(choice: Choice, element_size: int) -> dict[str, dict[str, object]]:
 
 
 class TableFile:
-    """The table of this GPU: what the package has, with rows added or put in the place of older ones."""
+    """The table of this GPU: what earlier runs wrote there, else what the package has, with rows added or put
+    in the place of older ones."""
 
     def __init__(self, folder: Path, gpu: str) -> None:
         name = re.sub(r"[^a-z0-9]+", "_", gpu.lower()).strip("_") + ".json"
@@ -276,6 +277,11 @@ class TableFile:
             if table["gpu"] == gpu:
                 self.table, name = table, file.name
         self.path = folder / name
+        if self.path.exists():
+            table = read_table(self.path)
+            if table["gpu"] != gpu:
+                raise ValueError(f"{self.path} is a table of {table['gpu']!r}, expected one of {gpu!r}")
+            self.table = table
 
     def put(self, rows: dict[str, dict[str, object]]) -> None:
         for kernel, row in rows.items():

@@ -67,7 +67,9 @@ __all__ = [
     "clear_choices",
     "default_expand_tiles",
     "default_num_parts",
+    "default_rotary_store_launch",
     "default_shrink_tiles",
+    "default_silu_mul_launch",
     "find_group",
     "load_groups",
     "load_slot",
@@ -198,9 +200,11 @@ def default_silu_mul_launch(tokens: int, max_rank: int, element_size: int) -> Lo
         return LoRASiluMulLaunch(16, 64, min(block_r, 32), n_tiles=1, num_warps=4, num_stages=1)
     block_r = min(block_r, 128)
     if tokens <= DECODE_TOKENS:
-        return LoRASiluMulLaunch(16, 64, block_r, n_tiles=4, num_warps=4, num_stages=2)
+        n_tiles = 4 if block_r > 32 else 8
+        return LoRASiluMulLaunch(16, 64, block_r, n_tiles=n_tiles, num_warps=4, num_stages=2)
     if block_r <= 64:
-        block_t, block_n = (16, 64) if tokens <= MIXED_TOKENS else (64, 32)
+        block_t = 16 if tokens <= MIXED_TOKENS else 32 if block_r <= 32 else 64
+        block_n = 32 if block_t == 64 else 64
         return LoRASiluMulLaunch(block_t, block_n, block_r, n_tiles=8, num_warps=4, num_stages=3)
     return LoRASiluMulLaunch(64, 64, block_r, n_tiles=4, num_warps=4, num_stages=2)
 

@@ -1,10 +1,10 @@
 """The launch parameters of the LoRA kernels that were measured on this GPU; see `tuned_tables`.
 
-Rows of "lora_shrink" are found by input features and number of slices, those of "lora_expand" by output
-features of all slices, number of slices and number of parts of v, those of "lora_rotary_store" by the size of
-a head; these and "lora_silu_mul" by class of T, element size and largest rank. All must be equal but the
-rank: the row of the nearest one at or above is taken, its block of rank cut to what the rank needs. What has
-no row is left to the heuristic in `triton_lora_tiles`.
+All rows are found by class of T, element size and largest rank; those of "lora_shrink" also by input features
+and number of slices, those of "lora_expand" by output features of all slices, number of slices and number of
+parts of v, those of "lora_rotary_store" by the size of a head. Those of "lora_silu_mul" hold for all widths.
+All must be equal but the rank: the row of the nearest one at or above is taken, its block of rank cut to what
+the rank needs. What has no row is left to the heuristic in `triton_lora_tiles`.
 """
 
 from __future__ import annotations

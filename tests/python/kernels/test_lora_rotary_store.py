@@ -399,6 +399,7 @@ def test_programs_that_take_several_tiles_of_tokens_do_them_all(num_tokens, devi
         LoRARotaryStoreLaunch(32, 16, heads=3, num_warps=4, num_stages=1),
         LoRARotaryStoreLaunch(16, 32, heads=8, num_warps=4, num_stages=3),
         LoRARotaryStoreLaunch(64, 64, heads=2, num_warps=8, num_stages=2),
+        LoRARotaryStoreLaunch(16, 64, heads=4, num_warps=4, num_stages=3),
     ],
 )
 def test_every_launch_gives_a_right_result(launch, device):

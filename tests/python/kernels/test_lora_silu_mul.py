@@ -198,6 +198,7 @@ def test_programs_that_take_several_tiles_of_tokens_do_them_all(num_tokens, devi
         LoRASiluMulLaunch(32, 16, 16, n_tiles=3, num_warps=4, num_stages=1),
         LoRASiluMulLaunch(16, 128, 32, n_tiles=1, num_warps=4, num_stages=3),
         LoRASiluMulLaunch(64, 32, 64, n_tiles=2, num_warps=8, num_stages=2),
+        LoRASiluMulLaunch(16, 64, 64, n_tiles=8, num_warps=4, num_stages=3),
     ],
 )
 def test_every_launch_gives_a_right_result(launch, device):

@@ -168,8 +168,15 @@ def test_rows_of_other_kernels_and_cards_are_carried_over(tuner, tmp_path, monke
     assert written["skinny_linear"] == [{"a": 1}]
     assert [row["tiles"] for row in written["lora_shrink"]] == [3]
     assert [row["num_parts"] for row in written["lora_expand"]] == [4, 8]
+    again = tuner.TableFile(tmp_path / "out", "Some Card")  # a later run adds to what this one wrote
+    again.put({"lora_shrink": {"in_features": 10, "num_parts": 1, "tiles": 4, "time_us": {}}})
+    assert [row["tiles"] for row in json.loads(table.path.read_text())["lora_shrink"]] == [3, 4]
+
     new = tuner.TableFile(tmp_path / "out", "New Card (2)")
     assert new.path.name == "new_card_2.json"
+    new.path.write_text(json.dumps({"gpu": "New Card, 2"}))
+    with pytest.raises(ValueError, match=r"is a table of 'New Card, 2', expected one of 'New Card \(2\)'"):
+        tuner.TableFile(tmp_path / "out", "New Card (2)")
 
 
 def test_layers_are_given_by_model_or_widths(tuner):
