@@ -259,7 +259,7 @@ def _power_of_2(max_rank: int) -> int:
 
 def expands_in_layers(tokens: int, max_rank: int) -> list[tuple[int, ExpandTiles]]:
     """Numbers of parts and tiles to try for a class of T among the layer's other kernels, in 16 bits."""
-    block_r = _whole_block(max_rank)
+    block_r = min(_power_of_2(max_rank), WHOLE)
     few, many = ((2, 4, 8), _EXPAND_IN_LAYERS), ((1, 2, 4), _EXPAND_IN_LAYERS_MANY)
     parts, wanted = few if tokens <= MIXED_TOKENS else many
     return [
@@ -271,7 +271,7 @@ def expands_in_layers(tokens: int, max_rank: int) -> list[tuple[int, ExpandTiles
 
 def silu_mul_candidates(tokens: int, max_rank: int) -> list[LoRASiluMulLaunch]:
     """What to try for a class of T, in 16 bits."""
-    block_r = _whole_block(max_rank)
+    block_r = min(_power_of_2(max_rank), WHOLE)
     return [
         LoRASiluMulLaunch(block_t, block_n, block_r, n_tiles, 4, num_stages)
         for block_t, block_n, n_tiles, num_stages in (_SILU_MUL if tokens <= MIXED_TOKENS else _SILU_MUL_MANY)
@@ -280,10 +280,6 @@ def silu_mul_candidates(tokens: int, max_rank: int) -> list[LoRASiluMulLaunch]:
 
 def rotary_store_candidates(tokens: int, max_rank: int) -> list[LoRARotaryStoreLaunch]:
     """What to try for a class of T and heads of up to 128, in 16 bits."""
-    block_r = _whole_block(max_rank)
+    block_r = min(_power_of_2(max_rank), WHOLE)
     wanted = _ROTARY_STORE if tokens <= MIXED_TOKENS else _ROTARY_STORE_MANY
     return [LoRARotaryStoreLaunch(block_t, block_r, heads, 4, stages) for block_t, heads, stages in wanted]
-
-
-def _whole_block(max_rank: int) -> int:
-    return min(max(_power_of_2(max_rank), SMALLEST_BLOCK), WHOLE)

@@ -86,10 +86,10 @@ class Search:
         qkv, o, gate_up, down = self.layer.packed_linears()
         linears = {"qkv": qkv, "o": o, "gate_up": gate_up, "down": down}
         if kernel in linears:
-            return self._with_expand(table, linears[kernel])
-        return self._with_shrinks(table, linears[kernel.removesuffix("_shrink")], kernel)
+            return self._expands(table, linears[kernel])
+        return self._shrinks(table, linears[kernel.removesuffix("_shrink")], kernel)
 
-    def _with_expand(self, table: Table, linear: Any) -> dict[str, Table]:
+    def _expands(self, table: Table, linear: Any) -> dict[str, Table]:
         num_slices, out_features = len(linear.output_slices), sum(linear.output_slices)
         size = (self.max_tokens, linear.in_features, self.max_rank, self._element_size)
         shrink = choose_shrink_tiles(*size, num_slices)
@@ -100,7 +100,7 @@ class Search:
             found[f"{num_parts} parts, {tiles}"] = self._with_shrink(changed, linear, num_parts, shrink)
         return found
 
-    def _with_shrinks(self, table: Table, linear: Any, kernel: str) -> dict[str, Table]:
+    def _shrinks(self, table: Table, linear: Any, kernel: str) -> dict[str, Table]:
         size = (self.max_tokens, len(linear.output_slices), linear.in_features, self.max_rank)
         num_parts = choose_num_parts(*size, self._element_size)
         return {
@@ -172,17 +172,16 @@ class Steps:
         if base.is_cuda:
             base.capture()
         found, most_error = {}, bench.LARGEST_ERROR
-        for index, (name, table) in enumerate(tables.items()):
+        for name, table in tables.items():
             ours = _try_run(step, adapters, table, most_error, captures=True)
-            if ours is not None:
-                found[name], error = ours
-            elif index:
+            if ours is None and not found:
+                raise RuntimeError(f"the layers are wrong with table {name!r}: nothing can be compared to it")
+            if ours is None:
                 print(f"out: {name}", flush=True)
-            else:
-                raise RuntimeError(
-                    "the layers are wrong with the table in use: nothing can be compared to it"
-                )
-            most_error = min(most_error, MOST_ERROR * error)
+                continue
+            if not found:
+                most_error = min(most_error, MOST_ERROR * ours[1])
+            found[name] = ours[0]
         for _ in range(repetitions):
             step.restart()
             for variant in (base, *found.values()):

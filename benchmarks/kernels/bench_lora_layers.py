@@ -18,7 +18,6 @@ processes may compile side by side, each with --compile-only and its --rows.
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 import tempfile
 from dataclasses import replace
@@ -191,10 +190,10 @@ class Variant:
         outcome = self._step.outcome(result)
         expected, base = (self._step.outcome_in_torch(adapters) for adapters in (self.adapters, None))
         errors = [
-            ((ours - theirs).norm(dim=1) / (theirs - without).norm(dim=1)).max().item()
+            (ours - theirs).norm(dim=1) / (theirs - without).norm(dim=1)
             for ours, theirs, without in zip(outcome, expected, base, strict=True)
         ]
-        return sum(errors) if any(map(math.isnan, errors)) else max(errors)
+        return torch.cat(errors).max().item()  # NaN where there is one
 
     def check(self, result: Tensor) -> None:
         """Raise where rounding does not explain a token's result, beside what the adapters change in it."""

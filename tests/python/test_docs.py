@@ -24,14 +24,8 @@ OPTION = re.compile(r"(?<![\w-])--[a-z][a-z0-9-]*")
 OTHER_PROGRAMS = {
     "docs/serving.md": {"--backend", "--tokenizer"},  # guidellm
     "docs/scheduling.md": {"--plan-lead-us"},  # the simulator
-    "docs/tuning.md": {
-        "--out",
-        "--ranks",
-        "--shapes",
-        "--tokens",
-        "--lora-rank",
-        "--adapters",
-    },  # scripts/tune_*.py
+    # scripts/tune_*.py
+    "docs/tuning.md": {"--out", "--ranks", "--shapes", "--tokens", "--lora-rank", "--adapters"},
     "benchmarks/README.md": {"--benchmark", "--dry-run", "--requests"},  # Google Benchmark, the simulator
     "CONTRIBUTING.md": {"--preset", "--build"},  # cmake
 }

@@ -195,16 +195,16 @@ def default_expand_tiles(tokens: int, out_features: int, max_rank: int, element_
 
 def default_silu_mul_launch(tokens: int, max_rank: int, element_size: int) -> LoRASiluMulLaunch:
     """Launch of `lora_silu_mul` where none was measured."""
-    block_r = max(next_power_of_2(max_rank), SMALLEST_BLOCK)
     if element_size > 2:  # No tensor cores, twice the memory: small tiles.
-        return LoRASiluMulLaunch(16, 64, min(block_r, 32), n_tiles=1, num_warps=4, num_stages=1)
-    block_r = min(block_r, 128)
+        return LoRASiluMulLaunch(16, 64, _block(max_rank, 32), n_tiles=1, num_warps=4, num_stages=1)
+    block_r = _block(max_rank, 128)
     if tokens <= DECODE_TOKENS:
         n_tiles = 4 if block_r > 32 else 8
         return LoRASiluMulLaunch(16, 64, block_r, n_tiles=n_tiles, num_warps=4, num_stages=2)
     if block_r <= 64:
-        block_t = 16 if tokens <= MIXED_TOKENS else 32 if block_r <= 32 else 64
-        block_n = 32 if block_t == 64 else 64
+        block_t, block_n = (32, 64) if block_r <= 32 else (64, 32)
+        if tokens <= MIXED_TOKENS:
+            block_t, block_n = 16, 64
         return LoRASiluMulLaunch(block_t, block_n, block_r, n_tiles=8, num_warps=4, num_stages=3)
     return LoRASiluMulLaunch(64, 64, block_r, n_tiles=4, num_warps=4, num_stages=2)
 
@@ -213,10 +213,9 @@ def default_rotary_store_launch(
     tokens: int, head_dim: int, max_rank: int, element_size: int
 ) -> LoRARotaryStoreLaunch:
     """Launch of `lora_norm_rotary_store` where none was measured."""
-    block_r = max(next_power_of_2(max_rank), SMALLEST_BLOCK)
     if element_size > 2:  # No tensor cores, twice the memory: small tiles.
-        return LoRARotaryStoreLaunch(16, min(block_r, 32), heads=1, num_warps=4, num_stages=1)
-    block_r = min(block_r, 128)
+        return LoRARotaryStoreLaunch(16, _block(max_rank, 32), heads=1, num_warps=4, num_stages=1)
+    block_r = _block(max_rank, 128)
     if tokens <= DECODE_TOKENS:
         heads = 1 if tokens <= FEW_TOKENS or block_r > 32 else 2
         return LoRARotaryStoreLaunch(16, block_r, heads=heads, num_warps=4, num_stages=1)

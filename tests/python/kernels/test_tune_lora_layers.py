@@ -153,8 +153,24 @@ def test_table_whose_layers_are_wrong_in_one_step_is_out(tuner, monkeypatch, cap
     }
     assert re.search(r"off by \S+ of what the adapters change", capsys.readouterr().out)
     if spoil is spoil_a_page:
-        with pytest.raises(RuntimeError, match="wrong with the table in use"):
+        with pytest.raises(RuntimeError, match="wrong with table 'now'"):
             steps.times({"now": TABLES["wrong"]}, 1)
+
+
+@torch.inference_mode()
+def test_error_is_compared_to_that_of_the_table_in_use_and_of_no_candidate(tuner, monkeypatch):
+    errors = {"now": 0.02, "exact": 0.0, "other": 0.029, "far": 0.031}
+
+    def error_of(_: object, __: torch.Tensor) -> float:
+        (file,) = tuned_tables.TUNING_FOLDER.glob("*.json")
+        return errors[json.loads(file.read_text())["gpu"]]
+
+    monkeypatch.setattr(tuner.bench.Variant, "error_of", error_of)
+    assert list(steps_of(tuner).times({name: {"gpu": name} for name in errors}, 1)) == [
+        "now",
+        "exact",
+        "other",
+    ]
 
 
 @torch.inference_mode()
@@ -239,18 +255,8 @@ def test_tiny_layers_are_tuned_on_a_gpu(tuner, tmp_path, monkeypatch, capsys):
     config = tuner.bench.make_config(True)
     monkeypatch.setattr(tuner.bench, "make_config", lambda _: config)
     monkeypatch.setattr(tuner, "choose", lambda times: list(times)[-1])  # whatever it gains
-    options = [
-        "--tokens",
-        "40",
-        "--adapters",
-        "2",
-        "--lora-rank",
-        "8",
-        "--repetitions",
-        "2",
-        "--workers",
-        "0",
-    ]
+    options = ["--tokens", "40", "--adapters", "2", "--lora-rank", "8"]
+    options += ["--repetitions", "2", "--workers", "0"]
     assert tuner.main([*options, "--out", str(tmp_path), "--kernels", "silu", "rotary", "o"]) == 0
     (file,) = tmp_path.iterdir()
     table = json.loads(file.read_text())
