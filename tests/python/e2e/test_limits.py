@@ -95,11 +95,11 @@ def test_answers_that_never_fit_are_refused_without_a_time(http):
 
 
 def test_request_that_waits_too_long_is_503_and_the_one_before_it_is_answered(server, http):
-    until_idle(http)
+    total = until_idle(http)["total_steps"] + 3
     with ThreadPoolExecutor(2) as pool:
         with server.steps(3):
             one = pool.submit(http.post, "/v1/completions", json={**LONG, "model": "a"})
-            stats_when(http, lambda now: now["num_running_requests"] == 1)
+            stats_when(http, lambda now: now["num_running_requests"] == 1 and now["total_steps"] >= total)
             body = {**LONG, "model": "b", "queue_timeout": 0.01}
             two = pool.submit(http.post, "/v1/completions", json=body)
             stats_when(http, lambda now: now["num_waiting_requests"] == 1)

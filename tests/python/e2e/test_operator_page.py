@@ -198,7 +198,7 @@ def test_buttons_unload_and_load(demo, http, page):
     page.type("load-path", str(demo_paths().adapters["argon"]))
     page.click("load-submit")
     page.wait(lambda: page.names() == sorted(PROJECTS))
-    assert not page.shows("load-dialog")
+    page.wait(lambda: not page.shows("load-dialog"))
 
 
 def test_a_name_that_is_html_is_text(demo, http, page):

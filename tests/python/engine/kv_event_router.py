@@ -71,7 +71,7 @@ class Router:
 
     def wait_until_subscribed(self, cause_events):
         """Call `cause_events` until a message comes by itself; what was missed before is asked for."""
-        for _ in range(200):
+        for _ in range(1200):
             cause_events()
             if self._live.poll(50):
                 self.listen()

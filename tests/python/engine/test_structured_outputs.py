@@ -385,6 +385,7 @@ def test_slow_forms_of_one_owner_keep_only_that_one_waiting(model, monkeypatch):
         for future in compiler.prepare([form_of(regex=text)], owner):
             future.result(60)
     assert quick_of_a.done(), "what others want too is compiled in their turn"
+    assert forms.wait_until_begun(4)
     assert sorted(forms.begun) == ["quick1", "quick2", "quick3", "slow0"]
     forms.may_end.set()
     for [future] in slow:

@@ -143,9 +143,10 @@ def test_load_that_stands_in_the_way_is_joined_where_asked(setup):
     arena.free(last)
     source = setup.host_bytes(torch.full((4 * UNIT,), 7, dtype=torch.uint8))
 
-    setup.slow_loads_down()
-    copy = arena.load(middle, source)
-    assert arena.place(6 * UNIT).extent is None
+    with setup.loads_held_up():
+        setup.slow_loads_down()
+        copy = arena.load(middle, source)
+        assert arena.place(6 * UNIT).extent is None
     placement = arena.place(6 * UNIT, joins_loads=True)
     assert placement.extent is not None
     assert placement.moved == (middle,)
@@ -353,7 +354,7 @@ class AdapterLife:
 def test_steps_that_run_late_read_the_right_bytes_through_loads_moves_and_evictions(setup, joins):
     seed = 7
     life = AdapterLife(setup, seed, joins)
-    for turn in range(1_200):  # when a load is seen to be done is up to the machine: on a quiet one 400 are enough
+    for turn in range(1_200):  # when a load is seen to be done is up to the machine; 400 may do
         life.poll()
         if life.rng.random() < 0.35:
             life.evict()

@@ -324,7 +324,7 @@ class TestFileThatChanges:
 
         def shrink_and_go_on():
             calls.append(1)
-            if len(calls) == 10:
+            if len(calls) >= 10:
                 os.truncate(path / WEIGHTS_FILE, 30_000)
             return False
 
@@ -405,7 +405,7 @@ class TestCancel:
 
         def fail_once():
             calls.append(1)
-            if len(calls) == 30:
+            if len(calls) >= 30:
                 raise ZeroDivisionError
             return False
 
@@ -425,7 +425,7 @@ class TestCancel:
                 return False
             order.append(thread)
             if thread == order[0]:
-                failed.wait(10)
+                failed.wait(60)
                 return False
             failed.set()
             raise ZeroDivisionError
@@ -442,7 +442,7 @@ class TestCancel:
 
         def shut_down():
             calls.append(1)
-            if len(calls) == 3:
+            if len(calls) >= 3:
                 pool.shutdown(wait=False)
             return cancels and len(calls) > 3
 

@@ -121,6 +121,7 @@ def test_an_engine_that_is_killed_comes_back_with_its_adapters(model, folder):
         # The watched folder still owns what it had loaded.
         (watched / "green").rename(folder / "elsewhere")
         wait_until(lambda: http.post("/v1/completions", json={**SHORT, "model": "green"}).status_code == 404)
+        http.get("/health/live")  # the 404's line is written once that is answered, so before this is
         check_log(server.log())
         assert server.stop() == 0
 
