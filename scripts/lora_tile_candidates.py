@@ -11,14 +11,18 @@ from __future__ import annotations
 
 from lora_serve.kernels.triton_lora_tiles import (
     MIXED_TOKENS,
-    SMALLEST_BLOCK,
     ExpandTiles,
     ShrinkTiles,
     default_expand_tiles,
     default_num_parts,
     default_shrink_tiles,
 )
-from lora_serve.kernels.tuned_lora_tiles import LoRARotaryStoreLaunch, LoRASiluMulLaunch, TunedShrink
+from lora_serve.kernels.tuned_lora_tiles import (
+    LoRARotaryStoreLaunch,
+    LoRASiluMulLaunch,
+    TunedShrink,
+    block_of,
+)
 
 WHOLE = 128
 """A block of rank for all of the rank, up to this."""
@@ -228,7 +232,7 @@ def shrink_candidates(
         wanted += _SHRINK_FEW_LONG
     found = [default]
     for block_t, block_r, block_k, num_parts, num_warps in wanted:
-        rows = min(block_r, _power_of_2(max_rank))
+        rows = block_of(max_rank, block_r)
         steps = -(-in_features // (num_parts * block_k))
         stage_bytes = (block_t + rows) * block_k * element_size
         num_stages = 1 if steps == 1 else min(steps + 1, _MOST_STAGES, _MOST_SHARED_BYTES // stage_bytes)
@@ -241,7 +245,7 @@ def shrink_candidates(
 def expand_candidates(tokens: int, out_features: int, max_rank: int, element_size: int) -> list[ExpandTiles]:
     """What to try for a class of T; the default comes first."""
     wanted = _EXPAND_FEW if tokens <= _FEW_TOKENS else _EXPAND.get(tokens, _EXPAND_MANY)
-    block_r = min(_power_of_2(max_rank), 256)
+    block_r = block_of(max_rank, 256)
     found = [default_expand_tiles(tokens, out_features, max_rank, element_size)]
     found += [ExpandTiles(t, n, block_r, warps, first) for t, n, warps, first in wanted]
     if tokens > 128 and element_size == 2 and max_rank <= block_r:
@@ -253,13 +257,9 @@ def expand_candidates(tokens: int, out_features: int, max_rank: int, element_siz
     return list(dict.fromkeys(found))
 
 
-def _power_of_2(max_rank: int) -> int:
-    return max(1 << (max_rank - 1).bit_length(), SMALLEST_BLOCK)
-
-
 def expands_in_layers(tokens: int, max_rank: int) -> list[tuple[int, ExpandTiles]]:
     """Numbers of parts and tiles to try for a class of T among the layer's other kernels, in 16 bits."""
-    block_r = min(_power_of_2(max_rank), WHOLE)
+    block_r = block_of(max_rank, WHOLE)
     few, many = ((2, 4, 8), _EXPAND_IN_LAYERS), ((1, 2, 4), _EXPAND_IN_LAYERS_MANY)
     parts, wanted = few if tokens <= MIXED_TOKENS else many
     return [
@@ -271,7 +271,7 @@ def expands_in_layers(tokens: int, max_rank: int) -> list[tuple[int, ExpandTiles
 
 def silu_mul_candidates(tokens: int, max_rank: int) -> list[LoRASiluMulLaunch]:
     """What to try for a class of T, in 16 bits."""
-    block_r = min(_power_of_2(max_rank), WHOLE)
+    block_r = block_of(max_rank, WHOLE)
     return [
         LoRASiluMulLaunch(block_t, block_n, block_r, n_tiles, 4, num_stages)
         for block_t, block_n, n_tiles, num_stages in (_SILU_MUL if tokens <= MIXED_TOKENS else _SILU_MUL_MANY)
@@ -280,6 +280,6 @@ def silu_mul_candidates(tokens: int, max_rank: int) -> list[LoRASiluMulLaunch]:
 
 def rotary_store_candidates(tokens: int, max_rank: int) -> list[LoRARotaryStoreLaunch]:
     """What to try for a class of T and heads of up to 128, in 16 bits."""
-    block_r = min(_power_of_2(max_rank), WHOLE)
+    block_r = block_of(max_rank, WHOLE)
     wanted = _ROTARY_STORE if tokens <= MIXED_TOKENS else _ROTARY_STORE_MANY
     return [LoRARotaryStoreLaunch(block_t, block_r, heads, 4, stages) for block_t, heads, stages in wanted]

@@ -38,6 +38,7 @@ from lora_serve.kernels.tuned_lora_tiles import (
     LoRARotaryStoreLaunch,
     LoRASiluMulLaunch,
     ShrinkTiles,
+    block_of,
     clear_tuned_tiles,
     tuned_expand,
     tuned_rotary_store,
@@ -143,25 +144,21 @@ def token_class(num_tokens: int) -> int:
     return TOKEN_CLASSES[bisect_left(TOKEN_CLASSES, num_tokens)]
 
 
-def _block(size: int, largest: int) -> int:
-    return min(max(next_power_of_2(size), SMALLEST_BLOCK), max(largest, SMALLEST_BLOCK))
-
-
 def default_shrink_tiles(tokens: int, in_features: int, max_rank: int, element_size: int) -> ShrinkTiles:
     """Tiles of the shrink where none were measured."""
     if tokens == 1 or (FEW_TOKENS < tokens <= MIXED_TOKENS and max_rank <= 32):
-        block_r = 16 if max_rank <= 64 else _block(max_rank // 4, 64)
-        block_k = _block(in_features, 8192 // block_r // element_size)
+        block_r = 16 if max_rank <= 64 else block_of(max_rank // 4, 64)
+        block_k = block_of(in_features, 8192 // block_r // element_size)
         return ShrinkTiles(16 if tokens <= 128 else 32, block_r, block_k, num_warps=4, num_stages=3)
     if tokens <= FEW_TOKENS:
         # It runs beside the base product: programs so few that all find room at once, each of the whole rank.
-        return ShrinkTiles(16, _block(max_rank, 64), _block(in_features, 256 // element_size), 4, 4)
+        return ShrinkTiles(16, block_of(max_rank, 64), block_of(in_features, 256 // element_size), 4, 4)
     if tokens <= MIXED_TOKENS:
-        block_t, block_k = 16 if tokens <= 128 else 32, _block(in_features, 256 // element_size)
+        block_t, block_k = 16 if tokens <= 128 else 32, block_of(in_features, 256 // element_size)
         many = 128 if element_size == 2 and block_k > SMALLEST_BLOCK else 0
-        return ShrinkTiles(block_t, _block(max_rank, 64), block_k, 4, num_stages=4, block_t_many=many)
-    block_k = _block(in_features, 128 // element_size)
-    return ShrinkTiles(64, _block(max_rank, 64), block_k, num_warps=4, num_stages=4)
+        return ShrinkTiles(block_t, block_of(max_rank, 64), block_k, 4, num_stages=4, block_t_many=many)
+    block_k = block_of(in_features, 128 // element_size)
+    return ShrinkTiles(64, block_of(max_rank, 64), block_k, num_warps=4, num_stages=4)
 
 
 def default_num_parts(tokens: int, num_slices: int, in_features: int, max_rank: int) -> int:
@@ -186,18 +183,18 @@ def default_expand_tiles(tokens: int, out_features: int, max_rank: int, element_
     if tokens <= MIXED_TOKENS:
         block_t = 16 if tokens <= 128 else 32
         block_n = 64 if tokens <= FEW_TOKENS and out_features <= 8192 else 128
-        return ExpandTiles(block_t, _block(out_features, block_n), _block(max_rank, 128), num_warps=4)
+        return ExpandTiles(block_t, block_of(out_features, block_n), block_of(max_rank, 128), num_warps=4)
     if element_size == 2 and max_rank <= 128:
         n_tiles = min(8, ceil_div(out_features, 64))
-        return ExpandTiles(64, 64, _block(max_rank, 128), num_warps=4, n_tiles=n_tiles, num_stages=3)
-    return ExpandTiles(64, _block(out_features, 128), _block(max_rank, 64), num_warps=4)
+        return ExpandTiles(64, 64, block_of(max_rank, 128), num_warps=4, n_tiles=n_tiles, num_stages=3)
+    return ExpandTiles(64, block_of(out_features, 128), block_of(max_rank, 64), num_warps=4)
 
 
 def default_silu_mul_launch(tokens: int, max_rank: int, element_size: int) -> LoRASiluMulLaunch:
     """Launch of `lora_silu_mul` where none was measured."""
     if element_size > 2:  # No tensor cores, twice the memory: small tiles.
-        return LoRASiluMulLaunch(16, 64, _block(max_rank, 32), n_tiles=1, num_warps=4, num_stages=1)
-    block_r = _block(max_rank, 128)
+        return LoRASiluMulLaunch(16, 64, block_of(max_rank, 32), n_tiles=1, num_warps=4, num_stages=1)
+    block_r = block_of(max_rank, 128)
     if tokens <= DECODE_TOKENS:
         n_tiles = 4 if block_r > 32 else 8
         return LoRASiluMulLaunch(16, 64, block_r, n_tiles=n_tiles, num_warps=4, num_stages=2)
@@ -214,8 +211,8 @@ def default_rotary_store_launch(
 ) -> LoRARotaryStoreLaunch:
     """Launch of `lora_norm_rotary_store` where none was measured."""
     if element_size > 2:  # No tensor cores, twice the memory: small tiles.
-        return LoRARotaryStoreLaunch(16, _block(max_rank, 32), heads=1, num_warps=4, num_stages=1)
-    block_r = _block(max_rank, 128)
+        return LoRARotaryStoreLaunch(16, block_of(max_rank, 32), heads=1, num_warps=4, num_stages=1)
+    block_r = block_of(max_rank, 128)
     if tokens <= DECODE_TOKENS:
         heads = 1 if tokens <= FEW_TOKENS or block_r > 32 else 2
         return LoRARotaryStoreLaunch(16, block_r, heads=heads, num_warps=4, num_stages=1)

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, TypeVar
 
+from lora_serve.kernels._triton import next_power_of_2
 from lora_serve.kernels.tuned_tables import int_of, read_tuned_rows
 
 SMALLEST_BLOCK = 16
@@ -120,7 +121,7 @@ def tuned_shrink(
     row = _at_or_above(by_rank, max_rank)
     if row is None:
         return None
-    return replace(row, tiles=replace(row.tiles, block_r=_cut(row.tiles.block_r, max_rank)))
+    return replace(row, tiles=_cut(row.tiles, max_rank))
 
 
 def tuned_expand(
@@ -159,7 +160,7 @@ def tuned_expand(
     """
     by_rank = _expand_rows(gpu).get((tokens, num_slices, out_features, num_parts, element_size), {})
     tiles = _at_or_above(by_rank, max_rank)
-    return None if tiles is None else replace(tiles, block_r=_cut(tiles.block_r, max_rank))
+    return tiles and _cut(tiles, max_rank)
 
 
 def tuned_silu_mul(
@@ -167,7 +168,7 @@ def tuned_silu_mul(
 ) -> LoRASiluMulLaunch | None:
     """Give what was measured for `lora_silu_mul`; parameters and errors are those of `tuned_shrink`."""
     launch = _at_or_above(_silu_mul_rows(gpu).get((tokens, element_size), {}), max_rank)
-    return None if launch is None else replace(launch, block_r=_cut(launch.block_r, max_rank))
+    return launch and _cut(launch, max_rank)
 
 
 def tuned_rotary_store(
@@ -175,11 +176,12 @@ def tuned_rotary_store(
 ) -> LoRARotaryStoreLaunch | None:
     """Give what was measured for `lora_norm_rotary_store` and heads of `head_dim`; see `tuned_silu_mul`."""
     launch = _at_or_above(_rotary_store_rows(gpu).get((tokens, head_dim, element_size), {}), max_rank)
-    return None if launch is None else replace(launch, block_r=_cut(launch.block_r, max_rank))
+    return launch and _cut(launch, max_rank)
 
 
 _Key = tuple[int, ...]
 _Found = TypeVar("_Found", TunedShrink, ExpandTiles, LoRASiluMulLaunch, LoRARotaryStoreLaunch)
+_Tiles = TypeVar("_Tiles", ShrinkTiles, ExpandTiles, LoRASiluMulLaunch, LoRARotaryStoreLaunch)
 
 
 @cache
@@ -254,9 +256,17 @@ def _at_or_above(by_rank: dict[int, _Found], max_rank: int) -> _Found | None:
     return by_rank[min(ranks)] if ranks else None
 
 
-def _cut(block_r: int, max_rank: int) -> int:
-    """A block of rank that is no larger than the rank needs."""
-    return min(block_r, max(1 << (max_rank - 1).bit_length(), SMALLEST_BLOCK))
+def _cut(tiles: _Tiles, max_rank: int) -> _Tiles:
+    """The same with a block of rank that is no larger than the rank needs."""
+    return replace(tiles, block_r=block_of(max_rank, tiles.block_r))
+
+
+def block_of(size: int, largest: int) -> int:
+    """Give the block of a tile that holds `size` (>= 1): a power of two, at least `SMALLEST_BLOCK`.
+
+    No larger than `largest`, a power of two; what does not fit is gone through in several blocks.
+    """
+    return min(max(next_power_of_2(size), SMALLEST_BLOCK), max(largest, SMALLEST_BLOCK))
 
 
 def clear_tuned_tiles() -> None:

@@ -38,6 +38,11 @@ def tuner(monkeypatch) -> ModuleType:
     return importlib.import_module("tune_lora_layers")
 
 
+def table_in_use() -> dict:
+    (file,) = tuned_tables.TUNING_FOLDER.glob("*.json")
+    return json.loads(file.read_text())
+
+
 def tiles_in(table: dict, kernel: str) -> list[dict]:
     return [row["tiles"] for row in table.get(kernel, [])]
 
@@ -140,9 +145,8 @@ def test_table_whose_layers_are_wrong_in_one_step_is_out(tuner, monkeypatch, cap
 
     def run_wrongly(variant):
         result = run(variant)
-        files = list(tuned_tables.TUNING_FOLDER.glob("*.json"))
-        is_wrong = "is_wrong" in json.loads(files[0].read_text()) and len(result) >= wrong_from
-        return spoil(result, variant._step) if is_wrong and variant.adapters else result
+        is_wrong = len(result) >= wrong_from and variant.adapters and "is_wrong" in table_in_use()
+        return spoil(result, variant._step) if is_wrong else result
 
     monkeypatch.setattr(tuner.bench.Variant, "run", run_wrongly)
     steps = steps_of(tuner)
@@ -162,8 +166,7 @@ def test_error_is_compared_to_that_of_the_table_in_use_and_of_no_candidate(tuner
     errors = {"now": 0.02, "exact": 0.0, "other": 0.029, "far": 0.031}
 
     def error_of(_: object, __: torch.Tensor) -> float:
-        (file,) = tuned_tables.TUNING_FOLDER.glob("*.json")
-        return errors[json.loads(file.read_text())["gpu"]]
+        return errors[table_in_use()["gpu"]]
 
     monkeypatch.setattr(tuner.bench.Variant, "error_of", error_of)
     assert list(steps_of(tuner).times({name: {"gpu": name} for name in errors}, 1)) == [
@@ -178,8 +181,7 @@ def test_table_whose_kernels_do_not_compile_is_out(tuner, monkeypatch):
     run = tuner.bench.Variant.run
 
     def run_or_raise(variant):
-        files = list(tuned_tables.TUNING_FOLDER.glob("*.json"))
-        if "is_wrong" in json.loads(files[0].read_text()):
+        if variant.adapters and "is_wrong" in table_in_use():
             raise RuntimeError("out of shared memory")
         return run(variant)
 

@@ -354,7 +354,7 @@ class AdapterLife:
 def test_steps_that_run_late_read_the_right_bytes_through_loads_moves_and_evictions(setup, joins):
     seed = 7
     life = AdapterLife(setup, seed, joins)
-    for turn in range(1_200):  # when a load is seen to be done is up to the machine; 400 may do
+    for turn in range(1_200):  # enough on machines that are slow to end a load
         life.poll()
         if life.rng.random() < 0.35:
             life.evict()
