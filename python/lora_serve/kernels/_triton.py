@@ -38,8 +38,11 @@ __all__ = [
     "wait_for_previous",
 ]
 
-MOST_EARLY_ROWS = 128
-"""A bound of the LoRA kernels' classes of T, so that what is compiled at start-up has both kinds."""
+MOST_EARLY_ROWS, MOST_EARLY_LORA_ROWS = 128, 512
+"""Of kernels that mostly follow a product of the library, which never lets them start early; and of LoRA's.
+
+Both are bounds of the LoRA kernels' classes of T, so that what is compiled at start-up has both kinds.
+"""
 _is_early = True
 
 
@@ -120,17 +123,17 @@ def set_early_launches(is_early: bool) -> None:
     _is_early = is_early
 
 
-def launches_early(x: torch.Tensor) -> bool:
+def launches_early(x: torch.Tensor, most_rows: int = MOST_EARLY_ROWS) -> bool:
     """Whether kernels over the rows of x [T, ...] are launched before the kernel ahead of them has ended.
 
-    With many rows there is no pause between kernels worth saving, and each of many programs pays for it.
+    Above `most_rows` there is no pause between kernels worth saving, and each of many programs pays for it.
     """
-    return _is_early and x.is_cuda and len(x) <= MOST_EARLY_ROWS and _can_launch_early(x.device)
+    return _is_early and x.is_cuda and len(x) <= most_rows and _can_launch_early(x.device)
 
 
-def early_launch(x: torch.Tensor) -> dict[str, Any]:
+def early_launch(x: torch.Tensor, most_rows: int = MOST_EARLY_ROWS) -> dict[str, Any]:
     """Give the arguments of a launch of a kernel that calls `wait_for_previous`, here or by `begin_early`."""
-    return {"EARLY": True, "launch_pdl": True} if launches_early(x) else {"EARLY": False}
+    return {"EARLY": True, "launch_pdl": True} if launches_early(x, most_rows) else {"EARLY": False}
 
 
 @functools.cache

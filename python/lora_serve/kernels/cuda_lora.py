@@ -11,7 +11,7 @@ from functools import cache, partial
 import torch
 from torch import Tensor
 
-from lora_serve.kernels._triton import launches_early
+from lora_serve.kernels._triton import MOST_EARLY_LORA_ROWS, launches_early
 from lora_serve.kernels.cuda_linear import cuda_linear, cuda_linear_beside_shrink
 from lora_serve.kernels.lora_delta import FEW_TOKENS, LoRADelta
 from lora_serve.kernels.lora_metadata import LoRAMetadata
@@ -74,7 +74,7 @@ def _linear_beside(launch: Callable[[], None], x: Tensor, weight: Tensor, bias: 
         launch()
         return cuda_linear_beside_shrink(x, weight, bias)
     y = x.new_empty(len(x), len(weight))
-    stream, is_early = torch.cuda.current_stream(x.device), launches_early(x)
+    stream, is_early = torch.cuda.current_stream(x.device), launches_early(x, MOST_EARLY_LORA_ROWS)
     aside = _aside(x.device, priority=0 if is_early else -1)
     aside.wait_stream(stream)
     if is_early:  # On this stream, then: an early launch is one behind a kernel of the same stream.

@@ -37,6 +37,7 @@ from math import gcd
 from torch import Tensor
 
 from lora_serve.kernels._triton import (
+    MOST_EARLY_LORA_ROWS,
     ceil_div,
     early_launch,
     jit,
@@ -259,7 +260,7 @@ def lora_norm_rotary_store(
 
     Notes
     -----
-    One launch on the current stream. Rows whose slot holds no adapter become NaN, in the pages too. Up to 128
+    One launch on the current stream. Rows whose slot holds no adapter become NaN, in the pages too. Up to 512
     rows it may begin while the kernels before still run; see `wait_for_previous` for what must be complete.
     """
     num_tokens, _, num_kv_heads, head_dim, num_heads = check_rotary_store(
@@ -334,5 +335,5 @@ def _launch(
         NUM_STAGES=launch.num_stages,
         num_warps=launch.num_warps,
         num_stages=2,
-        **early_launch(qkv),
+        **early_launch(qkv, MOST_EARLY_LORA_ROWS),
     )

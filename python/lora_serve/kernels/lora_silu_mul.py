@@ -34,6 +34,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from lora_serve.kernels._triton import (
+    MOST_EARLY_LORA_ROWS,
     ceil_div,
     early_launch,
     jit,
@@ -191,7 +192,7 @@ def lora_silu_mul(
 
     Notes
     -----
-    One launch on the current stream. Rows whose slot holds no adapter become NaN. Up to 128 rows it may begin
+    One launch on the current stream. Rows whose slot holds no adapter become NaN. Up to 512 rows it may begin
     while the kernels before still run; see `wait_for_previous` for what must be complete.
     """
     out = check_silu_mul(gate_up, out)
@@ -231,6 +232,6 @@ def lora_silu_mul(
         NUM_STAGES=launch.num_stages,
         num_warps=launch.num_warps,
         num_stages=2,
-        **early_launch(gate_up),
+        **early_launch(gate_up, MOST_EARLY_LORA_ROWS),
     )
     return out

@@ -38,7 +38,15 @@ from math import gcd
 import torch
 from torch import Tensor
 
-from lora_serve.kernels._triton import ceil_div, early_launch, jit, let_next_begin, tl, wait_for_previous
+from lora_serve.kernels._triton import (
+    MOST_EARLY_LORA_ROWS,
+    ceil_div,
+    early_launch,
+    jit,
+    let_next_begin,
+    tl,
+    wait_for_previous,
+)
 from lora_serve.kernels.lora_metadata import LoRAMetadata
 from lora_serve.kernels.triton_lora_tiles import (
     NOT_SPECIALIZED,
@@ -303,7 +311,7 @@ def triton_lora_expand(
 
     Notes
     -----
-    One launch on the current stream, no allocation. Rows whose slot holds no adapter become NaN. Up to 128
+    One launch on the current stream, no allocation. Rows whose slot holds no adapter become NaN. Up to 512
     rows it may begin while the kernels before still run; see `wait_for_previous` for what must be complete.
     """
     check_expand(y, v, arena, table, metadata, (output_slices, offset_start))
@@ -343,7 +351,7 @@ def triton_lora_expand(
         NUM_STAGES=tiles.num_stages if y.element_size() == 2 else 1,
         num_warps=tiles.num_warps,
         num_stages=2,
-        **early_launch(y),
+        **early_launch(y, MOST_EARLY_LORA_ROWS),
     )
 
 

@@ -31,7 +31,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lora_serve.kernels._triton import begin_after_wait, ceil_div, early_launch, jit, tl
+from lora_serve.kernels._triton import MOST_EARLY_LORA_ROWS, begin_after_wait, ceil_div, early_launch, jit, tl
 from lora_serve.kernels.lora_metadata import LoRAMetadata
 from lora_serve.kernels.triton_lora_tiles import (
     NOT_SPECIALIZED,
@@ -221,7 +221,7 @@ def triton_lora_shrink(
 
     Notes
     -----
-    One launch on the current stream; nothing is allocated and nothing read on the host. Up to 128 rows it may
+    One launch on the current stream; nothing is allocated and nothing read on the host. Up to 512 rows it may
     begin while the kernel before still runs: what has written metadata or tables must lie further back, in
     front of a kernel that is not launched early, or of the graph's launch.
     """
@@ -264,7 +264,7 @@ def triton_lora_shrink(
         BLOCK_K=tiles.block_k,
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
-        **early_launch(x),
+        **early_launch(x, MOST_EARLY_LORA_ROWS),
     )
 
 

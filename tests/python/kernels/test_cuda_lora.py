@@ -35,7 +35,7 @@ pytestmark = pytest.mark.gpu
 SIZE = 2048
 NUM_LAYERS = 4
 DeltaGoes = Literal["to the output", "to the next kernel", "to the residual stream"]
-NUM_TOKENS = [1, 3, 16, FEW_TOKENS, FEW_TOKENS + 1, 100, 700]
+NUM_TOKENS = [1, 3, 16, FEW_TOKENS, FEW_TOKENS + 1, 100, 300, 700]
 
 
 class Layers:
@@ -144,7 +144,7 @@ def test_layers_that_run_beside_each_other_give_what_they_give_one_by_one(
             assert has_same_bits(y, result)
 
 
-@pytest.mark.parametrize("num_tokens", [5, FEW_TOKENS, 100])
+@pytest.mark.parametrize("num_tokens", [5, FEW_TOKENS, 100, 300])
 @pytest.mark.parametrize("delta_goes", ["to the output", "to the residual stream"])
 def test_one_graph_serves_every_mix_of_adapters(num_tokens, delta_goes):
     layers, metadata = Layers(torch.bfloat16, num_adapters=5), steps_of(num_tokens, 5)
@@ -172,7 +172,7 @@ def test_one_graph_serves_every_mix_of_adapters(num_tokens, delta_goes):
 class Attentions:
     """Projections to queries, keys and values after each other: the next one reads the queries."""
 
-    HEADS, KV_HEADS, HEAD_DIM, PAGES, PAGE_SIZE = 16, 4, 128, 12, 16
+    HEADS, KV_HEADS, HEAD_DIM, PAGES, PAGE_SIZE = 16, 4, 128, 20, 16
 
     def __init__(self, dtype: torch.dtype, num_tokens: int) -> None:
         heads, kv_heads, dim = self.HEADS, self.KV_HEADS, self.HEAD_DIM
@@ -206,7 +206,7 @@ class Attentions:
         return x
 
 
-@pytest.mark.parametrize("num_tokens", [FEW_TOKENS + 1, 128])
+@pytest.mark.parametrize("num_tokens", [FEW_TOKENS + 1, 128, 300])
 def test_rotary_kernels_that_begin_early_see_the_step_that_was_prepared_last(num_tokens):
     attentions, seeds = Attentions(torch.bfloat16, num_tokens), (7, 8)
     _triton.set_early_launches(False)

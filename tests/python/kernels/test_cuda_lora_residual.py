@@ -51,7 +51,7 @@ def test_in_a_graph_the_adapters_start_first_and_the_product_runs_beside_them(mo
     """The order of launches and of the streams' waits, without a GPU."""
     events: list[str] = []
     stand_in_for_streams(monkeypatch, events)
-    monkeypatch.setattr(cuda_lora, "launches_early", lambda x: is_early)
+    monkeypatch.setattr(cuda_lora, "launches_early", lambda x, most_rows: is_early)
     for module, name in (
         (triton_lora_linear, "triton_lora_shrink"),
         (triton_lora_linear, "triton_lora_expand"),

@@ -134,7 +134,7 @@ def test_warm_up_compiles_what_any_step_uses():
             choose_num_parts(limit, 3, 4096, 64),
         )
 
-    assert {_triton.MOST_EARLY_ROWS, _MOST_CACHED_TOKENS} <= set(TOKEN_CLASSES)
+    assert {_triton.MOST_EARLY_ROWS, _triton.MOST_EARLY_LORA_ROWS, _MOST_CACHED_TOKENS} <= set(TOKEN_CLASSES)
     for largest in (1, 7, 200, 3000):
         warm = {variant(tokens) for tokens in warm_up_token_counts(largest)}
         assert {variant(tokens) for tokens in range(1, largest + 1)} <= warm
