@@ -42,6 +42,8 @@ from lora_serve.models.decoder_layer import DecoderLayer
 from lora_serve.models.shapes import write_model_shape
 
 NUM_LAYERS, PAGE_SIZE, MOST_DECODES, LARGEST_ERROR = 6, 16, 128, 0.1
+MAX_LORAS = 64
+"""As the engine's default: most of a step's places for adapters are empty, and cost what they cost there."""
 ROWS = (1, 8, 32, 128, 256, 512, 4096, 16384)
 ADAPTERS = {"1xr64": (1, 64), "8xr64": (8, 64), "32xr64": (32, 64)}
 ADAPTERS |= {"8xr16": (8, 16), "32xr16": (32, 16), "64xr16": (64, 16)}
@@ -64,13 +66,16 @@ def make_layers(config: ModelConfig, device: torch.device) -> list[DecoderLayer]
 
 
 class Adapters:
-    """Adapters of one rank, with modules on all slices of all layers; the tables have room for no others."""
+    """Adapters of one rank, with modules on all slices of all layers; there are places for `max_loras`."""
 
-    def __init__(self, layers: list[DecoderLayer], num_adapters: int, lora_rank: int) -> None:
-        self.num_adapters, self.columns = num_adapters, {"adapters": num_adapters, "lora_rank": lora_rank}
+    def __init__(
+        self, layers: list[DecoderLayer], num_adapters: int, lora_rank: int, max_loras: int = MAX_LORAS
+    ) -> None:
+        self.num_adapters, self.max_loras = num_adapters, max_loras
+        self.columns = {"adapters": num_adapters, "lora_rank": lora_rank, "max_loras": max_loras}
         self._linears = [linear for layer in layers for linear in layer.packed_linears()]
         weight, num_slices = self._linears[0].weight, [len(linear.output_slices) for linear in self._linears]
-        self._tables = DeviceTables(num_slices, num_adapters, weight.device, max_rank=lora_rank)
+        self._tables = DeviceTables(num_slices, max_loras, weight.device, max_rank=lora_rank)
         end = 0
         for slot in range(num_adapters):
             modules = []
@@ -112,7 +117,7 @@ class Step:
             return StepContext(self._positions, self._slot_mapping, None)
         tokens, count = torch.arange(self.num_tokens), adapters.num_adapters
         slots = tokens % count if self.is_decode else tokens * count // self.num_tokens
-        lora = build_lora_metadata(slots, count, device=self._positions.device)
+        lora = build_lora_metadata(slots, adapters.max_loras, device=self._positions.device)
         return StepContext(self._positions, self._slot_mapping, lora)
 
     def restart(self) -> None:
@@ -230,10 +235,10 @@ def measure(step: Step, variants: list[Variant], gb_per_s: float, repetitions: i
         times = {"us_per_layer": p50, "extra_us": p50 - base_us, "floor_us": num_bytes / gb_per_s / 1e3}
         times |= {"p20_us": p20, "p80_us": p80}
         row: dict[str, Any] = {"provider": variant.provider, "tokens": step.num_tokens}
-        row |= adapters.columns if adapters else {"adapters": 0, "lora_rank": 0}
+        row |= adapters.columns if adapters else {"adapters": 0, "lora_rank": 0, "max_loras": 0}
         row |= {name: round(us, 2) for name, us in times.items()}
         row |= {"copy_gb_per_s": round(gb_per_s), "triton": triton_version(), "driver": driver_version()}
-        print(*(f"{key} {value}" for key, value in list(row.items())[:9]), sep="  ", flush=True)
+        print(*(f"{key} {value}" for key, value in list(row.items())[:10]), sep="  ", flush=True)
         rows.append(row)
     return rows
 
@@ -246,16 +251,19 @@ def main() -> None:
     parser.add_argument("--compile-only", action="store_true", help="compile and check, time nothing")
     parser.add_argument("--rows", nargs="+", type=int, default=list(ROWS), help="tokens of the steps")
     parser.add_argument("--adapters", nargs="+", choices=list(ADAPTERS), default=list(ADAPTERS))
+    parser.add_argument("--max-loras", type=int, default=MAX_LORAS, help="of the engine (default: 64)")
     parser.add_argument("--repetitions", type=int, default=20)
     options = parser.parse_args()
     if not torch.cuda.is_available() and not options.smallest:
         sys.exit("this benchmark needs a GPU; --smallest runs on the CPU")
+    wanted = [(3, 2)] if options.smallest else [ADAPTERS[name] for name in options.adapters]
+    if options.max_loras < (most := max(count for count, _ in wanted)):
+        parser.error(f"--max-loras is {options.max_loras}, expected {most} or more for --adapters")
     is_timed = not options.smallest and not options.compile_only
     gb_per_s = copy_rate_gb_per_s() if is_timed else 0.0
     config = make_config(options.smallest)
     layers = make_layers(config, torch.device("cpu" if options.smallest else "cuda"))
-    wanted = [(3, 2)] if options.smallest else [ADAPTERS[name] for name in options.adapters]
-    all_adapters = [Adapters(layers, *numbers) for numbers in wanted]
+    all_adapters = [Adapters(layers, *numbers, options.max_loras) for numbers in wanted]
     rows = []
     for num_tokens in [5] if options.smallest else options.rows:
         step = Step(layers, config, num_tokens)
