@@ -6,7 +6,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, Generic, ParamSpec, TypeVar
 
@@ -33,7 +33,8 @@ class LoaderThreads:
 
     Disks gain little from many reads at once, so few run. But a call that has been running for `SLOW_CALL_S`
     is taken to wait for a file system that does not answer, and does not count: it holds up nobody else.
-    There are `MOST_THREADS` threads for such calls.
+    At most `MOST_THREADS` run with such ones. Each has a thread of its own, a daemon: the process's end does
+    not wait for it.
 
     Owns: the threads, the calls that wait. Thread-safe.
 
@@ -42,12 +43,12 @@ class LoaderThreads:
     num_at_once
         Calls that run at once, but for slow ones.
     name
-        Prefix of the threads' names.
+        Of the threads.
     """
 
     def __init__(self, num_at_once: int, name: str) -> None:
         self._num_at_once = num_at_once
-        self._threads = ThreadPoolExecutor(MOST_THREADS, thread_name_prefix=name)
+        self._name = name
         self._lock = threading.Lock()
         self._waiting: deque[_Call[Any]] = deque()
         self._begun_at: dict[_Call[Any], float] = {}
@@ -94,7 +95,6 @@ class LoaderThreads:
                 self._timer.cancel()
         for one in waiting:
             one.future.cancel()
-        self._threads.shutdown(wait=False)
 
     def _can_begin(self, now: float) -> bool:
         num_brisk = sum(now - begun_at < SLOW_CALL_S for begun_at in self._begun_at.values())
@@ -107,7 +107,7 @@ class LoaderThreads:
             one = self._waiting.popleft()
             if one.future.set_running_or_notify_cancel():
                 self._begun_at[one] = now
-                self._threads.submit(self._run, one)
+                threading.Thread(target=self._run, args=[one], name=self._name, daemon=True).start()
         if self._waiting and self._timer is None:
             self._timer = threading.Timer(SLOW_CALL_S, self._on_time)
             self._timer.daemon = True

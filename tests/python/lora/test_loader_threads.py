@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -123,3 +125,14 @@ def test_end_cancels_what_waits_and_leaves_what_runs(calls, monkeypatch):
     calls.let_go(1)
     assert first.result(TIMEOUT_S) == 10
     assert calls.begun == [1]
+
+
+def test_a_call_that_hangs_does_not_keep_the_process_from_its_end():
+    program = """
+import threading
+from lora_serve.lora.loader_threads import LoaderThreads
+begun = threading.Event()
+LoaderThreads(1, "test").submit(lambda: (begun.set(), threading.Event().wait()))
+assert begun.wait(30)
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
