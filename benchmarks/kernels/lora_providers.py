@@ -12,10 +12,12 @@ import torch.nn.functional as F
 from rotating_layers import ROTATED_BYTES, Layers
 from torch import Tensor
 
+from lora_serve.kernels.device_tables import MAX_RANK
 from lora_serve.kernels.triton_lora_expand import triton_lora_expand
 from lora_serve.kernels.triton_lora_linear import make_shrunk, triton_add_lora_linear
 from lora_serve.kernels.triton_lora_shrink import triton_lora_shrink
 from lora_serve.kernels.triton_lora_tiles import ExpandTiles, ShrinkTiles, TrialTiles, trial_tiles
+from lora_serve.kernels.tuned_lora_tiles import block_of
 
 RunLayer = Callable[[int], object]
 """A provider, on the layer of a number."""
@@ -56,7 +58,7 @@ def providers_of(layers: Layers) -> dict[str, Provider]:
     - torch_grouped: rows gathered by adapter, grouped products of the library (bfloat16 on a GPU alone)
     - torch_loop: for each adapter and slice a gather, two matrix products and an indexed addition
     """
-    block_r = max(1 << (layers.max_rank - 1).bit_length(), 16)
+    block_r = block_of(layers.max_rank, MAX_RANK)
     naive_tiles = TrialTiles(
         num_parts=1,
         shrink=ShrinkTiles(16, block_r, _NAIVE_BLOCK, num_warps=4, num_stages=2),
