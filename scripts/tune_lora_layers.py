@@ -143,7 +143,10 @@ class Steps:
 
     def __init__(self, layers: list[Any], config: Any, options: argparse.Namespace) -> None:
         self._steps = [bench.Step(layers, config, tokens) for tokens in options.tokens]
-        self._adapters = [bench.Adapters(layers, count, options.lora_rank) for count in options.adapters]
+        max_loras = max(bench.MAX_LORAS, *options.adapters)
+        self._adapters = [
+            bench.Adapters(layers, count, options.lora_rank, max_loras) for count in options.adapters
+        ]
 
     def times(self, tables: dict[str, Table], repetitions: int) -> dict[str, Times]:
         """Those of every table whose layers are right in all steps; the first is the table in use.

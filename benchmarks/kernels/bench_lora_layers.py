@@ -28,6 +28,7 @@ from unittest.mock import patch
 
 import torch
 from kernel_bench import copy_rate_gb_per_s, driver_version, triton_version
+from rotating_layers import MAX_LORAS, MOST_DECODES
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -41,9 +42,7 @@ from lora_serve.models.config import ModelConfig, read_model_config
 from lora_serve.models.decoder_layer import DecoderLayer
 from lora_serve.models.shapes import write_model_shape
 
-NUM_LAYERS, PAGE_SIZE, MOST_DECODES, LARGEST_ERROR = 6, 16, 128, 0.1
-MAX_LORAS = 64
-"""As the engine's default: most of a step's places for adapters are empty, and cost what they cost there."""
+NUM_LAYERS, PAGE_SIZE, LARGEST_ERROR = 6, 16, 0.1
 ROWS = (1, 8, 32, 128, 256, 512, 4096, 16384)
 ADAPTERS = {"1xr64": (1, 64), "8xr64": (8, 64), "32xr64": (32, 64)}
 ADAPTERS |= {"8xr16": (8, 16), "32xr16": (32, 16), "64xr16": (64, 16)}
@@ -251,7 +250,7 @@ def main() -> None:
     parser.add_argument("--compile-only", action="store_true", help="compile and check, time nothing")
     parser.add_argument("--rows", nargs="+", type=int, default=list(ROWS), help="tokens of the steps")
     parser.add_argument("--adapters", nargs="+", choices=list(ADAPTERS), default=list(ADAPTERS))
-    parser.add_argument("--max-loras", type=int, default=MAX_LORAS, help="of the engine (default: 64)")
+    parser.add_argument("--max-loras", type=int, default=MAX_LORAS, help="of the engine")
     parser.add_argument("--repetitions", type=int, default=20)
     options = parser.parse_args()
     if not torch.cuda.is_available() and not options.smallest:

@@ -13,6 +13,7 @@ from lora_serve.kernels.lora_metadata import LoRAMetadata, build_lora_metadata
 ROTATED_BYTES = 110 << 20
 MOST_DECODES = 128
 MAX_LORAS = 64
+"""As the engine's default: most of a step's places for adapters are empty, and cost what they cost there."""
 _MOST_LAYERS = 480
 
 Shape = tuple[int, tuple[int, ...]]
