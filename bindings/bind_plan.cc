@@ -46,7 +46,8 @@ What the device needs lies in ``block``, for one copy to the device; ``layout`` 
 rows and tokens have P entries, not B or T, when the plan is padded for a decode graph
 (``SchedulerOptions.padded_batch_sizes``): padded rows have no token, length 0, no adapter (-1) and the page-table
 row ``max_num_seqs``; padded tokens have id 0, no adapter, and belong to no row and no group. The named views show
-no padding. Where the arrays of rows and tokens lie depends on ``max_loras`` and the padded sizes only.
+no padding, but ``lora_tiles`` is always as long as the padded sizes ask. Where the arrays of rows, tokens and
+tiles lie depends on ``max_loras`` and the padded sizes only.
 )doc";
 
 /// Of each array of the block.
@@ -79,6 +80,12 @@ const char* DocOf(std::string_view name) {
       {"token_lora_mapping", "[T] int32, adapter slot of each token; -1 = no adapter."},
       {"token_indices_sorted_by_lora_ids",
        "[T] int32, token positions, stably sorted by adapter slot, those without adapter first."},
+      {"lora_tiles",
+       "[6 * (1 + N) * 3] int32, N = padded tokens // 16 + L + 1; to be seen as [6, 1 + N, 3]: the "
+       "groups cut into tiles, as ``lora_serve.kernels.lora_tiles.build_lora_tiles`` says. Of each "
+       "of the six kinds first (tiles, tiles of adapters, 0), then of each tile (first position "
+       "in ``token_indices_sorted_by_lora_ids``, tokens, adapter slot or -1), those without "
+       "adapter last; 0 behind the last tile."},
       {"delta_rows", "[D] int32, page-table row of each delta."},
       {"delta_starts",
        "[D] int32, first changed entry of the row; entries before it are unchanged."},

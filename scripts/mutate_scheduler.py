@@ -75,6 +75,16 @@ FAULTS = (
         "*num_computed_tokens_++ = row.position;",
         "*num_computed_tokens_++ = running.num_computed_tokens;",
     ),
+    # the tiles of the groups
+    Fault(
+        "adapter_grouping.cc",
+        "const std::size_t first_adapter = !slots_.empty() && slots_.front() < 0 ? 1 : 0;",
+        "const std::size_t first_adapter = 0;",
+    ),
+    Fault("adapter_grouping.cc", "if (first_adapter > 0) cut(0);", ""),
+    Fault("adapter_grouping.cc", "*next++ = std::min(size, end - start);", "*next++ = size;"),
+    Fault("adapter_grouping.cc", "std::fill(next, entries.end(), 0);", ""),
+    Fault("lora_tiles.h", "num_tokens > many / 2", "num_tokens >= many / 2"),
     # rows and pages
     Fault("step_policy.cc", "num_awaited_pages_ += num_lacking;", ""),
     Fault("step_policy.cc", "num_sitting_out_pages_ += std::ssize(victim.running().lease.pages());", ""),

@@ -6,6 +6,7 @@
 #include <span>
 
 #include "common/check.h"
+#include "scheduler/lora_tiles.h"
 
 namespace lora_serve {
 
@@ -21,6 +22,37 @@ void AdapterGrouping::FindGroups(PlanArrays::View adapter_slots) {
   std::ranges::sort(slots_);
   for (std::size_t group = 0; group < slots_.size(); ++group) {
     GroupOf(slots_[group]) = static_cast<std::int32_t>(group);
+  }
+}
+
+void AdapterGrouping::WriteTiles(PlanBlock& plan) const {
+  LS_CHECK(plan.lora_token_start_loc.back() <= plan.num_padded_tokens, "tiles for ",
+           plan.num_padded_tokens, " tokens, but the groups have ",
+           plan.lora_token_start_loc.back());
+  const std::size_t first_adapter = !slots_.empty() && slots_.front() < 0 ? 1 : 0;
+  const auto lists = plan.Writable(plan.lora_tiles);
+  const std::size_t length = lists.size() / kLoraTileKinds.size();
+  for (std::size_t index = 0; index < kLoraTileKinds.size(); ++index) {
+    const auto entries = lists.subspan(index * length, length);
+    auto next = entries.begin() + kLoraTileFields;
+    const auto num_tiles = [&entries, &next] {
+      return static_cast<std::int32_t>((next - entries.begin()) / kLoraTileFields) - 1;
+    };
+    const auto cut = [&](std::size_t group) {
+      const std::int32_t end = plan.lora_token_start_loc[group + 1];
+      const std::int32_t size = kLoraTileKinds[index].TileSize(plan.num_tokens_per_lora[group]);
+      for (std::int32_t start = plan.lora_token_start_loc[group]; start < end; start += size) {
+        *next++ = start;
+        *next++ = std::min(size, end - start);
+        *next++ = slots_[group];
+      }
+    };
+    for (std::size_t group = first_adapter; group < slots_.size(); ++group) cut(group);
+    entries[1] = num_tiles();
+    if (first_adapter > 0) cut(0);
+    entries[0] = num_tiles();
+    entries[2] = 0;
+    std::fill(next, entries.end(), 0);
   }
 }
 
@@ -47,6 +79,7 @@ void AdapterGrouping::Write(PlanBlock& plan) {
   }
   starts[0] = 0;
   std::partial_sum(counts.begin(), counts.end(), starts.begin() + 1);
+  WriteTiles(plan);
 
   const PlanArrays padded = plan.Padded();
   const auto mapping = plan.Writable(padded.token_lora_mapping);

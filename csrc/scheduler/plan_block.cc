@@ -4,6 +4,7 @@
 #include <utility>
 
 #include "common/check.h"
+#include "scheduler/lora_tiles.h"
 
 namespace lora_serve {
 namespace {
@@ -12,7 +13,8 @@ std::size_t RoundUp(std::size_t num_entries) {
   return (num_entries + kPlanArrayAlignment - 1) / kPlanArrayAlignment * kPlanArrayAlignment;
 }
 
-std::int32_t LengthOf(PlanAxis axis, const PlanSizes& sizes) {
+/// In 64 bits: there are more int32 of tiles than tokens.
+std::int64_t LengthOf(PlanAxis axis, const PlanSizes& sizes) {
   switch (axis) {
     case PlanAxis::kHeader:
       return kNumPlanHeaderEntries;
@@ -22,6 +24,8 @@ std::int32_t LengthOf(PlanAxis axis, const PlanSizes& sizes) {
       return sizes.num_rows;
     case PlanAxis::kTokens:
       return sizes.num_tokens;
+    case PlanAxis::kLoraTiles:
+      return LoraTilesLength(sizes.num_padded_tokens, sizes.num_groups);
     case PlanAxis::kDeltas:
       return sizes.num_deltas;
     case PlanAxis::kDeltaPages:

@@ -74,6 +74,13 @@ struct PlanArrays {
   /// Positions of the tokens in the step, stably sorted by adapter slot, those without adapter
   /// first. Padded: each its own position, behind all others.
   View token_indices_sorted_by_lora_ids;
+  /// [6, 1 + N, 3] with N = P // 16 + L + 1 for P padded tokens: the tiles that the groups are cut
+  /// into, one list for each of kLoraTileKinds, so that a program of a kernel finds its tokens with
+  /// one load. Group by group, ascending, but the group without adapter last, so that a kernel may
+  /// leave its tiles out. Entry 0 of a list: (tiles, tiles of adapters, 0); the others: (first
+  /// position in token_indices_sorted_by_lora_ids, tokens, adapter slot or -1), all 0 behind the
+  /// last tile. Padded tokens are in no tile. As long with the padded entries as without.
+  View lora_tiles;
 
   // --- Page-table deltas [D]: row `delta_rows[d]` gets, from entry `delta_starts[d]` on, the pages
   //     delta_pages[delta_offsets[d] : delta_offsets[d + 1]]. Entries before the start are
@@ -95,8 +102,17 @@ struct PlanSizes {
   std::int32_t num_delta_pages = 0;
 };
 
-/// What the length of an array follows.
-enum class PlanAxis : std::uint8_t { kHeader, kGroups, kRows, kTokens, kDeltas, kDeltaPages };
+/// What the length of an array follows. That of the tiles follows the padded tokens and the groups,
+/// never the unpadded tokens.
+enum class PlanAxis : std::uint8_t {
+  kHeader,
+  kGroups,
+  kRows,
+  kTokens,
+  kLoraTiles,
+  kDeltas,
+  kDeltaPages,
+};
 
 /// One array of the block.
 struct PlanArrayInfo {
@@ -107,10 +123,10 @@ struct PlanArrayInfo {
   std::int32_t num_extra;
 };
 
-/// All arrays, in the order of the block. Where an array of rows or tokens starts depends on
+/// All arrays, in the order of the block. Where an array of rows, tokens or tiles starts depends on
 /// max_loras and the padded sizes only, so a graph captured for P rows finds its inputs always at
 /// the same places; the deltas, which no graph of a model reads, come last.
-inline constexpr std::array<PlanArrayInfo, 17> kPlanArrays = {{
+inline constexpr std::array<PlanArrayInfo, 18> kPlanArrays = {{
     {"header", &PlanArrays::header, PlanAxis::kHeader, 0},
     {"active_lora_ids", &PlanArrays::active_lora_ids, PlanAxis::kGroups, 0},
     {"num_tokens_per_lora", &PlanArrays::num_tokens_per_lora, PlanAxis::kGroups, 0},
@@ -125,6 +141,7 @@ inline constexpr std::array<PlanArrayInfo, 17> kPlanArrays = {{
     {"token_lora_mapping", &PlanArrays::token_lora_mapping, PlanAxis::kTokens, 0},
     {"token_indices_sorted_by_lora_ids", &PlanArrays::token_indices_sorted_by_lora_ids,
      PlanAxis::kTokens, 0},
+    {"lora_tiles", &PlanArrays::lora_tiles, PlanAxis::kLoraTiles, 0},
     {"delta_rows", &PlanArrays::delta_rows, PlanAxis::kDeltas, 0},
     {"delta_starts", &PlanArrays::delta_starts, PlanAxis::kDeltas, 0},
     {"delta_offsets", &PlanArrays::delta_offsets, PlanAxis::kDeltas, 1},
@@ -169,7 +186,8 @@ struct PlanBlock : PlanArrays {
   }
 
   /// Gives every array its place. What they hold is not defined before it is written.
-  /// Requires: the memory given, if any, is large enough.
+  /// Requires: the memory given, if any, is large enough; the padded sizes are not below the
+  /// others.
   void LayOut(const PlanSizes& sizes);
   /// An array of this block, padded or not, to be written.
   [[nodiscard]] std::span<std::int32_t> Writable(View array) const {

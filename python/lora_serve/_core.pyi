@@ -39,7 +39,8 @@ class ExecutionPlan:
     rows and tokens have P entries, not B or T, when the plan is padded for a decode graph
     (``SchedulerOptions.padded_batch_sizes``): padded rows have no token, length 0, no adapter (-1) and the page-table
     row ``max_num_seqs``; padded tokens have id 0, no adapter, and belong to no row and no group. The named views show
-    no padding. Where the arrays of rows and tokens lie depends on ``max_loras`` and the padded sizes only.
+    no padding, but ``lora_tiles`` is always as long as the padded sizes ask. Where the arrays of rows, tokens and
+    tiles lie depends on ``max_loras`` and the padded sizes only.
     """
     @property
     def active_lora_ids(self) -> numpy.typing.NDArray[numpy.int32]:
@@ -120,6 +121,11 @@ class ExecutionPlan:
     def load_adapter_slots(self) -> numpy.typing.NDArray[numpy.int32]:
         """
         int32, the slot of each generation in ``load_adapter_ids``.
+        """
+    @property
+    def lora_tiles(self) -> numpy.typing.NDArray[numpy.int32]:
+        """
+        [6 * (1 + N) * 3] int32, N = padded tokens // 16 + L + 1; to be seen as [6, 1 + N, 3]: the groups cut into tiles, as ``lora_serve.kernels.lora_tiles.build_lora_tiles`` says. Of each of the six kinds first (tiles, tiles of adapters, 0), then of each tile (first position in ``token_indices_sorted_by_lora_ids``, tokens, adapter slot or -1), those without adapter last; 0 behind the last tile.
         """
     @property
     def lora_token_start_loc(self) -> numpy.typing.NDArray[numpy.int32]:

@@ -295,10 +295,11 @@ class CudaExecutor(ExecutorBase):
         on_host = build_lora_metadata(slots, self._config.max_loras)
         tokens = [on_host.token_lora_mapping, on_host.token_indices_sorted_by_lora_ids]
         groups = [on_host.num_tokens_per_lora, on_host.lora_token_start_loc, on_host.active_lora_ids]
-        mapping, order, sizes, starts, ids = self._uploads.upload(
-            [array.numpy() for array in (*tokens, *groups)]
+        mapping, order, sizes, starts, ids, tiles = self._uploads.upload(
+            [array.view(-1).numpy() for array in (*tokens, *groups, on_host.lora_tiles)]
         )
-        return LoRAMetadata(mapping, order, sizes, starts, ids, on_host.no_adapter)
+        tiles = tiles.view(on_host.lora_tiles.shape)
+        return LoRAMetadata(mapping, order, sizes, starts, ids, tiles, on_host.no_adapter)
 
     def _sampled(self, step: DeviceStep) -> tuple[Tensor, Tensor]:
         """Page-table row of each row that samples, and whether it has failed before: [N] int32 each."""

@@ -25,6 +25,7 @@ from lora_serve.executor.last_tokens import NO_TOKEN
 from lora_serve.executor.pinned_buffers import PinnedBuffers
 from lora_serve.kernels import LoRAMetadata
 from lora_serve.kernels.host_copy import copy_small
+from lora_serve.kernels.lora_tiles import TILE_FIELDS, TILE_KINDS, num_tile_entries
 from lora_serve.kernels.step_inputs import apply_page_table_deltas, prepare_step
 from lora_serve.layers.step_context import AttentionMetadata, HostLengths, StepContext
 
@@ -113,7 +114,9 @@ class DeviceInputs:
         self._staging = PinnedBuffers(num_buffers, device)
         # Whatever deltas a plan has: each row's pages change at most as a whole.
         most_pages = (max_num_seqs + 1) * max_pages_per_row
-        self._block = zeros(3 * max_num_tokens + 16 * max_num_seqs + 8 * max_loras + most_pages + 1024)
+        most_tiles = len(TILE_KINDS) * TILE_FIELDS * num_tile_entries(max_num_tokens, max_loras + 1)
+        most_entries = 3 * max_num_tokens + 16 * max_num_seqs + 8 * max_loras + most_tiles + most_pages
+        self._block = zeros(most_entries + 1024)
         self.page_table = zeros(max_num_seqs + 1, max_pages_per_row)
         self.last_tokens = torch.full_like(zeros(max_num_seqs + 1), NO_TOKEN)
         self.page_indices = zeros(most_pages)
@@ -124,6 +127,9 @@ class DeviceInputs:
         self._lora_of_tokens = zeros(2, max_num_tokens)
         # Sizes, starts and slots of the groups; see `LoRAMetadata`.
         self._lora_groups = (zeros(max_loras + 1), zeros(max_loras + 2), zeros(max_loras + 1))
+        self._lora_tiles = zeros(
+            len(TILE_KINDS), num_tile_entries(max_num_tokens, max_loras + 1), TILE_FIELDS
+        )
 
     def load(self, plan: ExecutionPlan, *, adapts_embedding: bool) -> DeviceStep:
         """Bring a plan that has rows to the device, and change the page table.
@@ -251,6 +257,7 @@ class DeviceInputs:
         padded.num_tokens_per_lora.copy_(own.num_tokens_per_lora)
         padded.lora_token_start_loc.copy_(own.lora_token_start_loc)
         padded.active_lora_ids.copy_(own.active_lora_ids)
+        padded.lora_tiles[:, : own.lora_tiles.shape[1]].copy_(own.lora_tiles)
 
     def decode_step(self, num_rows: int, layout: Mapping[str, slice], *, has_adapters: bool) -> DeviceStep:
         """Give the tensors of a decode step of a padded size, as `load` will give them, to capture a graph.
@@ -304,7 +311,8 @@ class DeviceInputs:
     def _padded_lora(self, num_tokens: int) -> LoRAMetadata:
         """The step that was padded last, for kernels alone: groups hold its own tokens, stale ones follow."""
         mapping, order = self._lora_of_tokens[:, :num_tokens]
-        return LoRAMetadata(mapping, order, *self._lora_groups, no_adapter=False)
+        tiles = self._lora_tiles[:, : num_tile_entries(num_tokens, len(self._lora_groups[0]))]
+        return LoRAMetadata(mapping, order, *self._lora_groups, tiles, no_adapter=False)
 
     def _lora_metadata(
         self, views: Mapping[str, Tensor], num_tokens: int, *, no_adapter: bool
@@ -317,6 +325,7 @@ class DeviceInputs:
             num_tokens_per_lora=views["num_tokens_per_lora"],
             lora_token_start_loc=views["lora_token_start_loc"],
             active_lora_ids=views["active_lora_ids"],
+            lora_tiles=views["lora_tiles"].view(len(TILE_KINDS), -1, TILE_FIELDS),
             no_adapter=False,
         )
 

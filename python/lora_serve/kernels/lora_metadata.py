@@ -22,6 +22,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from lora_serve.kernels.lora_tiles import TILE_KINDS, build_lora_tiles, num_tile_entries
+
 
 @dataclass(frozen=True, eq=False)
 class LoRAGroups:
@@ -74,6 +76,9 @@ class LoRAMetadata:
     active_lora_ids
         [max_loras + 1] int32: adapter slot of the i-th group. -1 for the group of tokens without an adapter
         (always the first one, where it exists) and for unused entries.
+    lora_tiles
+        [6, 1 + N, 3] int32, N >= T // 16 + G: the groups, cut into tiles of rows for the device kernels; see
+        `build_lora_tiles`.
     no_adapter
         Host flag: no token of this step has an adapter (also True for an empty step).
 
@@ -89,12 +94,31 @@ class LoRAMetadata:
     num_tokens_per_lora: Tensor
     lora_token_start_loc: Tensor
     active_lora_ids: Tensor
+    lora_tiles: Tensor
     no_adapter: bool
 
     @property
     def num_tokens(self) -> int:
         """T, the number of tokens in the step."""
         return self.token_lora_mapping.shape[0]
+
+    def tiles_of(self, few: int, many: int = 0) -> Tensor:
+        """[1 + N, 3]: the tiles of one of `TILE_KINDS`; `many` is 0 where it is `few`.
+
+        Raises
+        ------
+        ValueError
+            There is no such kind.
+        """
+        kind = (few, many or few)
+        if kind not in TILE_KINDS:
+            raise ValueError(f"no step has tiles of {kind} rows, expected one of {TILE_KINDS}")
+        return self.lora_tiles[TILE_KINDS.index(kind)]
+
+    def most_tiles(self, rows: int) -> int:
+        """The largest number of tiles of so many rows, T // rows + G, known without the device."""
+        num_groups = self.lora_tiles.shape[1] - num_tile_entries(self.num_tokens, 0)
+        return self.num_tokens // rows + min(num_groups, self.num_tokens)
 
     @cached_property
     def groups(self) -> LoRAGroups:
@@ -203,21 +227,26 @@ def build_lora_metadata(
     if num_adapters > max_loras:
         raise ValueError(f"the step holds {num_adapters} distinct adapters, expected at most {max_loras}")
 
-    block = torch.zeros(2 * num_tokens + 3 * max_loras + 4, dtype=torch.int32, device=mapping.device)
-    sizes = [num_tokens, num_tokens, max_loras + 1, max_loras + 2, max_loras + 1]
-    token_slots, order, group_sizes, group_starts, group_slots = torch.split(block, sizes)
+    tiles = build_lora_tiles(slots, counts, num_tokens, max_loras + 1)
+    sizes = [num_tokens, num_tokens, max_loras + 1, max_loras + 2, max_loras + 1, tiles.numel()]
+    block = torch.zeros(sum(sizes), dtype=torch.int32, device=mapping.device)
+    token_slots, order, group_sizes, group_starts, group_slots, all_tiles = torch.split(block, sizes)
     token_slots.copy_(mapping)
     if num_tokens:
         order.copy_(torch.argsort(mapping, stable=True))
     group_sizes[:num_groups] = counts
     torch.cumsum(group_sizes, 0, dtype=torch.int32, out=group_starts[1:])
     group_slots.fill_(-1)[:num_groups] = slots
-    token_slots, order, group_sizes, group_starts, group_slots = torch.split(block.to(device), sizes)
+    all_tiles.copy_(tiles.view(-1))
+    token_slots, order, group_sizes, group_starts, group_slots, all_tiles = torch.split(
+        block.to(device), sizes
+    )
     return LoRAMetadata(
         token_lora_mapping=token_slots,
         token_indices_sorted_by_lora_ids=order,
         num_tokens_per_lora=group_sizes,
         lora_token_start_loc=group_starts,
         active_lora_ids=group_slots,
+        lora_tiles=all_tiles.view(tiles.shape),
         no_adapter=num_adapters == 0,
     )

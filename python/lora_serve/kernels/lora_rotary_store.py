@@ -51,13 +51,11 @@ from lora_serve.kernels.rotary_store import check_queries, check_rotary_store, r
 from lora_serve.kernels.triton_lora_expand import add_product, check_expand, expand_tile, load_whole_v
 from lora_serve.kernels.triton_lora_tiles import (
     NOT_SPECIALIZED,
-    choose_groups_block,
     choose_num_tile_programs,
     choose_rotary_store_launch,
-    find_group,
-    load_groups,
-    load_slot,
-    num_groups_of,
+    load_num_tiles,
+    load_rank,
+    load_tile,
     token_class,
 )
 from lora_serve.kernels.tuned_lora_tiles import LoRARotaryStoreLaunch
@@ -113,11 +111,8 @@ def _lora_rotary_store_kernel(
     b_offset_ptr: tl.tensor,
     rank_ptr: tl.tensor,
     order_ptr: tl.tensor,
-    counts_ptr: tl.tensor,
-    starts_ptr: tl.tensor,
-    slots_ptr: tl.tensor,
+    tiles_ptr: tl.tensor,
     num_tokens: tl.tensor,
-    num_groups: tl.tensor,
     num_slots: tl.tensor,
     eps: tl.tensor,
     qkv_stride: tl.tensor,
@@ -135,7 +130,6 @@ def _lora_rotary_store_kernel(
     D_ALIGNMENT: tl.constexpr,
     NUM_PARTS: tl.constexpr,
     MAX_RANK: tl.constexpr,
-    GROUPS_BLOCK: tl.constexpr,
     B_ALIGNMENT: tl.constexpr,
     BLOCK_T: tl.constexpr,
     HALF_BLOCK: tl.constexpr,
@@ -156,66 +150,63 @@ def _lora_rotary_store_kernel(
     if q_weight is not None:
         w1 = _load_weight(q_weight, k_weight, slice_index, i, HALF)
         w2 = _load_weight(q_weight + HALF, k_weight + HALF, slice_index, i, HALF)
-    first_tile, end = load_groups(counts_ptr, starts_ptr, slots_ptr, num_groups, GROUPS_BLOCK, BLOCK_T, True)
+    end = load_num_tiles(tiles_ptr, True)
+    first_row, num_rows, adapter_slot = load_tile(tiles_ptr, tl.program_id(1), True)
     for tile in tl.range(tl.program_id(1), end, tl.num_programs(1), num_stages=1):
-        group = find_group(first_tile, tile, GROUPS_BLOCK)
-        if group >= 0:
-            start = tl.load(starts_ptr + group)
-            count = tl.load(counts_ptr + group)
-            adapter_slot, table_row, rank = load_slot(
-                slots_ptr + group, rank_ptr + slice_index * rank_stride_s, num_slots, rank_stride_l, MAX_RANK
+        table_row, rank = load_rank(
+            adapter_slot, rank_ptr + slice_index * rank_stride_s, num_slots, rank_stride_l, MAX_RANK
+        )
+        rank = tl.where(adapter_slot < 0, 0, rank)
+        b_start = tl.load(b_offset_ptr + table_row * b_offset_stride_l + slice_index * b_offset_stride_s)
+        index = tl.arange(0, BLOCK_T)
+        is_row = index < num_rows
+        rows = tl.load(order_ptr + first_row + index, mask=is_row, other=0).to(tl.int64)
+        # At rank 0 nothing of v and B is read, and no angle for values. Masks, not branches: loads
+        # inside of one would not be under way together with others.
+        is_v = index < tl.where(rank > 0, num_rows, 0)
+        is_turned = index < tl.where(slice_index < 2, num_rows, 0)
+        position = tl.load(positions + rows, mask=is_turned, other=0)
+        cos_row = cos_sin + position[:, None] * D + i[None, :]
+        has_angle = is_turned[:, None] & (i < HALF)[None, :]
+        cos = tl.load(cos_row, mask=has_angle, other=0.0)
+        sin = tl.load(cos_row + HALF, mask=has_angle, other=0.0)
+        if slice_index == 0:
+            to_rows = query + rows[:, None] * query_stride
+            is_stored = is_row
+        else:
+            kv_slot = tl.load(slot_mapping + rows, mask=is_row, other=-1)
+            is_stored = kv_slot >= 0
+            if slice_index == 1:
+                to_rows = _find_in_pages(k_pages, kv_slot, k_page_stride, G, HKV * D)
+            else:
+                to_rows = _find_in_pages(v_pages, kv_slot, v_page_stride, G, HKV * D)
+        from_rows = qkv + rows[:, None] * qkv_stride + column
+        b_block = arena_ptr + tl.multiple_of(b_start, B_ALIGNMENT)
+        v_rows = v_ptr + slice_index * v_slice + rows[:, None] * MAX_RANK
+        wait_for_previous(EARLY)  # It may have written qkv and v.
+        v = load_whole_v(v_rows, 3 * v_slice, is_v, rank, MAX_RANK, NUM_PARTS, BLOCK_R)
+        for head in tl.range(0, HEADS, num_stages=NUM_STAGES):
+            n = first_n + head
+            is_i = i < tl.where(n < num_heads, HALF, 0)
+            at = (n * D + i)[None, :]
+            mask = is_row[:, None] & is_i[None, :]
+            first = tl.load(from_rows + at, mask=mask, other=0.0)
+            second = tl.load(from_rows + at + HALF, mask=mask, other=0.0)
+            product1 = expand_tile(
+                *(v, v_rows, 3 * v_slice, b_block + at, is_v, is_i, rank, num_heads * D),
+                *(qkv.dtype.element_ty, MAX_RANK, NUM_PARTS, False, BLOCK_T, HALF_BLOCK, BLOCK_R),
             )
-            rank = tl.where(adapter_slot < 0, 0, rank)
-            b_start = tl.load(b_offset_ptr + table_row * b_offset_stride_l + slice_index * b_offset_stride_s)
-            first_index = (tile - start // BLOCK_T - group) * BLOCK_T
-            if first_index < count:
-                index = first_index + tl.arange(0, BLOCK_T)
-                is_row = index < count
-                rows = tl.load(order_ptr + start + index, mask=is_row, other=0).to(tl.int64)
-                # At rank 0 nothing of v and B is read, and no angle for values. Masks, not branches: loads
-                # inside of one would not be under way together with others.
-                is_v = index < tl.where(rank > 0, count, 0)
-                is_turned = index < tl.where(slice_index < 2, count, 0)
-                position = tl.load(positions + rows, mask=is_turned, other=0)
-                cos_row = cos_sin + position[:, None] * D + i[None, :]
-                has_angle = is_turned[:, None] & (i < HALF)[None, :]
-                cos = tl.load(cos_row, mask=has_angle, other=0.0)
-                sin = tl.load(cos_row + HALF, mask=has_angle, other=0.0)
-                if slice_index == 0:
-                    to_rows = query + rows[:, None] * query_stride
-                    is_stored = is_row
-                else:
-                    kv_slot = tl.load(slot_mapping + rows, mask=is_row, other=-1)
-                    is_stored = kv_slot >= 0
-                    if slice_index == 1:
-                        to_rows = _find_in_pages(k_pages, kv_slot, k_page_stride, G, HKV * D)
-                    else:
-                        to_rows = _find_in_pages(v_pages, kv_slot, v_page_stride, G, HKV * D)
-                from_rows = qkv + rows[:, None] * qkv_stride + column
-                b_block = arena_ptr + tl.multiple_of(b_start, B_ALIGNMENT)
-                v_rows = v_ptr + slice_index * v_slice + rows[:, None] * MAX_RANK
-                wait_for_previous(EARLY)  # It may have written qkv and v.
-                v = load_whole_v(v_rows, 3 * v_slice, is_v, rank, MAX_RANK, NUM_PARTS, BLOCK_R)
-                for head in tl.range(0, HEADS, num_stages=NUM_STAGES):
-                    n = first_n + head
-                    is_i = i < tl.where(n < num_heads, HALF, 0)
-                    at = (n * D + i)[None, :]
-                    mask = is_row[:, None] & is_i[None, :]
-                    first = tl.load(from_rows + at, mask=mask, other=0.0)
-                    second = tl.load(from_rows + at + HALF, mask=mask, other=0.0)
-                    product1 = expand_tile(
-                        *(v, v_rows, 3 * v_slice, b_block + at, is_v, is_i, rank, num_heads * D),
-                        *(qkv.dtype.element_ty, MAX_RANK, NUM_PARTS, False, BLOCK_T, HALF_BLOCK, BLOCK_R),
-                    )
-                    product2 = expand_tile(
-                        *(v, v_rows, 3 * v_slice, b_block + at + HALF, is_v, is_i, rank, num_heads * D),
-                        *(qkv.dtype.element_ty, MAX_RANK, NUM_PARTS, False, BLOCK_T, HALF_BLOCK, BLOCK_R),
-                    )
-                    first, second = add_product(first, product1, rank), add_product(second, product2, rank)
-                    turned1, turned2 = rotate_planes(first, second, w1, w2, cos, sin, eps, D)
-                    mask = is_stored[:, None] & is_i[None, :]
-                    tl.store(to_rows + at, tl.where(slice_index < 2, turned1, first), mask=mask)
-                    tl.store(to_rows + at + HALF, tl.where(slice_index < 2, turned2, second), mask=mask)
+            product2 = expand_tile(
+                *(v, v_rows, 3 * v_slice, b_block + at + HALF, is_v, is_i, rank, num_heads * D),
+                *(qkv.dtype.element_ty, MAX_RANK, NUM_PARTS, False, BLOCK_T, HALF_BLOCK, BLOCK_R),
+            )
+            first, second = add_product(first, product1, rank), add_product(second, product2, rank)
+            turned1, turned2 = rotate_planes(first, second, w1, w2, cos, sin, eps, D)
+            mask = is_stored[:, None] & is_i[None, :]
+            tl.store(to_rows + at, tl.where(slice_index < 2, turned1, first), mask=mask)
+            tl.store(to_rows + at + HALF, tl.where(slice_index < 2, turned2, second), mask=mask)
+        next_tile = tile + tl.num_programs(1)
+        first_row, num_rows, adapter_slot = load_tile(tiles_ptr, next_tile, next_tile < end)
     wait_for_previous(EARLY)
 
 
@@ -299,8 +290,8 @@ def _launch(
     _, page_size, num_kv_heads, _ = k_pages.shape
     num_parts, _, _, max_rank = v.shape
     blocks = ceil_div(num_heads, launch.heads) + 2 * ceil_div(num_kv_heads, launch.heads)
-    num_groups = num_groups_of(metadata)
-    programs = choose_num_tile_programs(num_tokens, num_groups, launch.block_t, blocks)
+    num_bytes = launch.num_buffered(head_dim) * qkv.element_size()
+    programs = choose_num_tile_programs(metadata, launch.block_t, blocks, num_bytes, launch.num_warps)
     _lora_rotary_store_kernel[(blocks, programs)](
         qkv,
         v,
@@ -310,12 +301,8 @@ def _launch(
         table.b_offset,
         table.lora_rank,
         metadata.token_indices_sorted_by_lora_ids,
-        metadata.num_tokens_per_lora,
-        metadata.lora_token_start_loc,
-        metadata.active_lora_ids,
-        num_tokens,
-        num_groups,
-        table.lora_rank.shape[0],
+        metadata.tiles_of(launch.block_t),
+        *(num_tokens, table.lora_rank.shape[0]),
         norms[2],
         *(qkv.stride(0), out.stride(0), k_pages.stride(0), v_pages.stride(0)),
         *(*table.b_offset.stride(), *table.lora_rank.stride()),
@@ -326,7 +313,6 @@ def _launch(
         D_ALIGNMENT=gcd(16, head_dim),
         NUM_PARTS=num_parts,
         MAX_RANK=max_rank,
-        GROUPS_BLOCK=choose_groups_block(metadata),
         B_ALIGNMENT=16 // qkv.element_size(),
         BLOCK_T=launch.block_t,
         HALF_BLOCK=max(next_power_of_2(head_dim // 2), 16),

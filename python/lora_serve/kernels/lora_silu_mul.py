@@ -47,13 +47,11 @@ from lora_serve.kernels.silu_mul import check_silu_mul, silu_times
 from lora_serve.kernels.triton_lora_expand import add_product, check_expand, expand_tile, load_whole_v
 from lora_serve.kernels.triton_lora_tiles import (
     NOT_SPECIALIZED,
-    choose_groups_block,
     choose_num_tile_programs,
     choose_silu_mul_launch,
-    find_group,
-    load_groups,
-    load_slot,
-    num_groups_of,
+    load_num_tiles,
+    load_rank,
+    load_tile,
     token_class,
 )
 from lora_serve.kernels.tuned_lora_tiles import LoRASiluMulLaunch
@@ -76,11 +74,8 @@ def _lora_silu_mul_kernel(
     b_offset_ptr: tl.tensor,
     rank_ptr: tl.tensor,
     order_ptr: tl.tensor,
-    counts_ptr: tl.tensor,
-    starts_ptr: tl.tensor,
-    slots_ptr: tl.tensor,
+    tiles_ptr: tl.tensor,
     num_tokens: tl.tensor,
-    num_groups: tl.tensor,
     num_slots: tl.tensor,
     gate_up_stride: tl.tensor,
     out_stride: tl.tensor,
@@ -91,7 +86,6 @@ def _lora_silu_mul_kernel(
     I: tl.constexpr,  # noqa: E741
     NUM_PARTS: tl.constexpr,
     MAX_RANK: tl.constexpr,
-    GROUPS_BLOCK: tl.constexpr,
     B_ALIGNMENT: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -103,59 +97,55 @@ def _lora_silu_mul_kernel(
     first_n = tl.program_id(0) * (N_TILES * BLOCK_N)
     v_slice = num_tokens.to(tl.int64) * MAX_RANK
     let_next_begin(EARLY)
-    first_tile, end = load_groups(counts_ptr, starts_ptr, slots_ptr, num_groups, GROUPS_BLOCK, BLOCK_T, True)
+    end = load_num_tiles(tiles_ptr, True)
+    first, num_rows, slot = load_tile(tiles_ptr, tl.program_id(1), True)
     for tile in tl.range(tl.program_id(1), end, tl.num_programs(1), num_stages=1):
-        group = find_group(first_tile, tile, GROUPS_BLOCK)
-        if group >= 0:
-            start = tl.load(starts_ptr + group)
-            count = tl.load(counts_ptr + group)
-            slot_ptr = slots_ptr + group
-            slot, table_row, rank0 = load_slot(slot_ptr, rank_ptr, num_slots, rank_stride_l, MAX_RANK)
-            _, _, rank1 = load_slot(slot_ptr, rank_ptr + rank_stride_s, num_slots, rank_stride_l, MAX_RANK)
-            first_index = (tile - start // BLOCK_T - group) * BLOCK_T
-            if first_index < count:
-                index = first_index + tl.arange(0, BLOCK_T)
-                is_row = index < count
-                rows = tl.load(order_ptr + start + index, mask=is_row, other=0).to(tl.int64)
-                in_rows = gate_up + rows[:, None] * gate_up_stride
-                out_rows = out + rows[:, None] * out_stride
-                b_offset = b_offset_ptr + table_row * b_offset_stride_l
-                b0 = arena_ptr + tl.multiple_of(tl.load(b_offset), B_ALIGNMENT)
-                b1 = arena_ptr + tl.multiple_of(tl.load(b_offset + b_offset_stride_s), B_ALIGNMENT)
-                wait_for_previous(EARLY)  # It may have written gate_up and v.
-                if slot < 0:
-                    for n_tile in range(N_TILES):
-                        i = first_n + n_tile * BLOCK_N + tl.arange(0, BLOCK_N)
-                        mask = is_row[:, None] & (i < I)[None, :]
-                        gate, up = _load_gate_up(in_rows + i[None, :], mask, I)
-                        tl.store(out_rows + i[None, :], silu_times(gate, up), mask=mask)
-                else:
-                    v_part = 2 * v_slice
-                    v0_rows = v_ptr + rows[:, None] * MAX_RANK
-                    v1_rows = v0_rows + v_slice
-                    # No branch on the ranks from here on, so that all loads of a tile are under way at once:
-                    # at rank 0 nothing of B and v is read.
-                    is_v0 = index < tl.where(rank0 > 0, count, 0)
-                    is_v1 = index < tl.where(rank1 > 0, count, 0)
-                    v0 = load_whole_v(v0_rows, v_part, is_v0, rank0, MAX_RANK, NUM_PARTS, BLOCK_R)
-                    v1 = load_whole_v(v1_rows, v_part, is_v1, rank1, MAX_RANK, NUM_PARTS, BLOCK_R)
-                    for n_tile in tl.range(0, N_TILES, num_stages=NUM_STAGES):
-                        i = first_n + n_tile * BLOCK_N + tl.arange(0, BLOCK_N)
-                        is_i = i < I
-                        mask = is_row[:, None] & is_i[None, :]
-                        gate, up = _load_gate_up(in_rows + i[None, :], mask, I)
-                        product0 = expand_tile(
-                            *(v0, v0_rows, v_part, b0 + i[None, :], is_v0, is_i, rank0, I),
-                            *(gate_up.dtype.element_ty, MAX_RANK, NUM_PARTS, False),
-                            *(BLOCK_T, BLOCK_N, BLOCK_R),
-                        )
-                        product1 = expand_tile(
-                            *(v1, v1_rows, v_part, b1 + i[None, :], is_v1, is_i, rank1, I),
-                            *(gate_up.dtype.element_ty, MAX_RANK, NUM_PARTS, False),
-                            *(BLOCK_T, BLOCK_N, BLOCK_R),
-                        )
-                        gate, up = add_product(gate, product0, rank0), add_product(up, product1, rank1)
-                        tl.store(out_rows + i[None, :], silu_times(gate, up), mask=mask)
+        table_row, rank0 = load_rank(slot, rank_ptr, num_slots, rank_stride_l, MAX_RANK)
+        _, rank1 = load_rank(slot, rank_ptr + rank_stride_s, num_slots, rank_stride_l, MAX_RANK)
+        index = tl.arange(0, BLOCK_T)
+        is_row = index < num_rows
+        rows = tl.load(order_ptr + first + index, mask=is_row, other=0).to(tl.int64)
+        in_rows = gate_up + rows[:, None] * gate_up_stride
+        out_rows = out + rows[:, None] * out_stride
+        b_offset = b_offset_ptr + table_row * b_offset_stride_l
+        b0 = arena_ptr + tl.multiple_of(tl.load(b_offset), B_ALIGNMENT)
+        b1 = arena_ptr + tl.multiple_of(tl.load(b_offset + b_offset_stride_s), B_ALIGNMENT)
+        wait_for_previous(EARLY)  # It may have written gate_up and v.
+        if slot < 0:
+            for n_tile in range(N_TILES):
+                i = first_n + n_tile * BLOCK_N + tl.arange(0, BLOCK_N)
+                mask = is_row[:, None] & (i < I)[None, :]
+                gate, up = _load_gate_up(in_rows + i[None, :], mask, I)
+                tl.store(out_rows + i[None, :], silu_times(gate, up), mask=mask)
+        else:
+            v_part = 2 * v_slice
+            v0_rows = v_ptr + rows[:, None] * MAX_RANK
+            v1_rows = v0_rows + v_slice
+            # No branch on the ranks from here on, so that all loads of a tile are under way at once:
+            # at rank 0 nothing of B and v is read.
+            is_v0 = index < tl.where(rank0 > 0, num_rows, 0)
+            is_v1 = index < tl.where(rank1 > 0, num_rows, 0)
+            v0 = load_whole_v(v0_rows, v_part, is_v0, rank0, MAX_RANK, NUM_PARTS, BLOCK_R)
+            v1 = load_whole_v(v1_rows, v_part, is_v1, rank1, MAX_RANK, NUM_PARTS, BLOCK_R)
+            for n_tile in tl.range(0, N_TILES, num_stages=NUM_STAGES):
+                i = first_n + n_tile * BLOCK_N + tl.arange(0, BLOCK_N)
+                is_i = i < I
+                mask = is_row[:, None] & is_i[None, :]
+                gate, up = _load_gate_up(in_rows + i[None, :], mask, I)
+                product0 = expand_tile(
+                    *(v0, v0_rows, v_part, b0 + i[None, :], is_v0, is_i, rank0, I),
+                    *(gate_up.dtype.element_ty, MAX_RANK, NUM_PARTS, False),
+                    *(BLOCK_T, BLOCK_N, BLOCK_R),
+                )
+                product1 = expand_tile(
+                    *(v1, v1_rows, v_part, b1 + i[None, :], is_v1, is_i, rank1, I),
+                    *(gate_up.dtype.element_ty, MAX_RANK, NUM_PARTS, False),
+                    *(BLOCK_T, BLOCK_N, BLOCK_R),
+                )
+                gate, up = add_product(gate, product0, rank0), add_product(up, product1, rank1)
+                tl.store(out_rows + i[None, :], silu_times(gate, up), mask=mask)
+        next_tile = tile + tl.num_programs(1)
+        first, num_rows, slot = load_tile(tiles_ptr, next_tile, next_tile < end)
     wait_for_previous(EARLY)
 
 
@@ -208,22 +198,18 @@ def lora_silu_mul(
     if num_tokens == 0:
         return out
     launch = launch or choose_silu_mul_launch(token_class(num_tokens), max_rank, gate_up.element_size())
-    num_n_tiles, num_groups = ceil_div(size, launch.n_tiles * launch.block_n), num_groups_of(metadata)
-    programs = choose_num_tile_programs(num_tokens, num_groups, launch.block_t, num_n_tiles)
+    num_n_tiles = ceil_div(size, launch.n_tiles * launch.block_n)
+    num_bytes = launch.num_buffered * gate_up.element_size()
+    programs = choose_num_tile_programs(metadata, launch.block_t, num_n_tiles, num_bytes, launch.num_warps)
     _lora_silu_mul_kernel[(num_n_tiles, programs)](
         *(gate_up, out, v, table.arena, table.b_offset, table.lora_rank),
         metadata.token_indices_sorted_by_lora_ids,
-        metadata.num_tokens_per_lora,
-        metadata.lora_token_start_loc,
-        metadata.active_lora_ids,
-        num_tokens,
-        num_groups,
-        table.lora_rank.shape[0],
+        metadata.tiles_of(launch.block_t),
+        *(num_tokens, table.lora_rank.shape[0]),
         *(gate_up.stride(0), out.stride(0), *table.b_offset.stride(), *table.lora_rank.stride()),
         I=size,
         NUM_PARTS=num_parts,
         MAX_RANK=max_rank,
-        GROUPS_BLOCK=choose_groups_block(metadata),
         B_ALIGNMENT=16 // gate_up.element_size(),
         BLOCK_T=launch.block_t,
         BLOCK_N=launch.block_n,

@@ -54,13 +54,11 @@ from lora_serve.kernels.triton_lora_tiles import (
     SlotTensors,
     check_metadata,
     choose_expand_tiles,
-    choose_groups_block,
     choose_num_tile_programs,
-    find_group,
-    load_groups,
-    load_slot,
+    load_num_tiles,
+    load_rank,
+    load_tile,
     metadata_of_tensors,
-    num_groups_of,
     token_class,
 )
 
@@ -182,11 +180,8 @@ def _lora_expand_kernel(
     b_offset_ptr: tl.tensor,
     rank_ptr: tl.tensor,
     order_ptr: tl.tensor,
-    counts_ptr: tl.tensor,
-    starts_ptr: tl.tensor,
-    slots_ptr: tl.tensor,
+    tiles_ptr: tl.tensor,
     num_tokens: tl.tensor,
-    num_groups: tl.tensor,
     num_slots: tl.tensor,
     y_stride_t: tl.tensor,
     y_stride_o: tl.tensor,
@@ -204,7 +199,6 @@ def _lora_expand_kernel(
     LOADS_Y_FIRST: tl.constexpr,
     Y_EVICTION: tl.constexpr,
     SPLIT_V: tl.constexpr,
-    GROUPS_BLOCK: tl.constexpr,
     B_ALIGNMENT: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -228,48 +222,46 @@ def _lora_expand_kernel(
     width, column = tl.multiple_of(width, WIDTH_ALIGNMENT), tl.multiple_of(column, WIDTH_ALIGNMENT)
     v_part = num_tokens.to(tl.int64) * (NUM_SLICES * MAX_RANK)
 
-    first_tile, end = load_groups(counts_ptr, starts_ptr, slots_ptr, num_groups, GROUPS_BLOCK, BLOCK_T, False)
+    end = load_num_tiles(tiles_ptr, False)
+    first, num_rows, slot = load_tile(tiles_ptr, tl.program_id(1), True)
     for tile in tl.range(tl.program_id(1), end, tl.num_programs(1), num_stages=1):
-        group = find_group(first_tile, tile, GROUPS_BLOCK)
-        if group >= 0:
-            start = tl.load(starts_ptr + group)
-            count = tl.load(counts_ptr + group)
-            _, table_row, rank = load_slot(
-                slots_ptr + group, rank_ptr + slice_index * rank_stride_s, num_slots, rank_stride_l, MAX_RANK
-            )
-            b_start = tl.load(b_offset_ptr + table_row * b_offset_stride_l + slice_index * b_offset_stride_s)
-            first_index = (tile - start // BLOCK_T - group) * BLOCK_T
-            if ((rank != 0) | (not ADD_INPUTS)) & (first_index < count):
-                index = first_index + tl.arange(0, BLOCK_T)
-                is_row = index < count
-                rows = tl.load(order_ptr + start + index, mask=is_row, other=0).to(tl.int64)
-                y_rows = y_ptr + rows[:, None] * y_stride_t
-                b_block = arena_ptr + tl.multiple_of(b_start, B_ALIGNMENT)
-                v_rows = v_ptr + (slice_index.to(tl.int64) * num_tokens + rows)[:, None] * MAX_RANK
-                is_v = index < tl.where(rank > 0, count, 0)
-                wait_for_previous(EARLY)  # It may have written y and v.
-                v = load_whole_v(v_rows, v_part, is_v, rank, MAX_RANK, NUM_PARTS, BLOCK_R)
-                # No branch on the rank in the loop, so that the loads of the next tiles may be under way.
-                for n_tile in tl.range(0, N_TILES, num_stages=NUM_STAGES):
-                    n = run * RUN + n_tile * BLOCK_N + tl.arange(0, BLOCK_N)
-                    is_n = n < width
-                    y_ptrs = y_rows + (column + n)[None, :].to(tl.int64) * y_stride_o
-                    mask = is_row[:, None] & is_n[None, :]
-                    if LOADS_Y_FIRST:
+        table_row, rank = load_rank(
+            slot, rank_ptr + slice_index * rank_stride_s, num_slots, rank_stride_l, MAX_RANK
+        )
+        b_start = tl.load(b_offset_ptr + table_row * b_offset_stride_l + slice_index * b_offset_stride_s)
+        if (rank != 0) | (not ADD_INPUTS):
+            index = tl.arange(0, BLOCK_T)
+            is_row = index < num_rows
+            rows = tl.load(order_ptr + first + index, mask=is_row, other=0).to(tl.int64)
+            y_rows = y_ptr + rows[:, None] * y_stride_t
+            b_block = arena_ptr + tl.multiple_of(b_start, B_ALIGNMENT)
+            v_rows = v_ptr + (slice_index.to(tl.int64) * num_tokens + rows)[:, None] * MAX_RANK
+            is_v = index < tl.where(rank > 0, num_rows, 0)
+            wait_for_previous(EARLY)  # It may have written y and v.
+            v = load_whole_v(v_rows, v_part, is_v, rank, MAX_RANK, NUM_PARTS, BLOCK_R)
+            # No branch on the rank in the loop, so that the loads of the next tiles may be under way.
+            for n_tile in tl.range(0, N_TILES, num_stages=NUM_STAGES):
+                n = run * RUN + n_tile * BLOCK_N + tl.arange(0, BLOCK_N)
+                is_n = n < width
+                y_ptrs = y_rows + (column + n)[None, :].to(tl.int64) * y_stride_o
+                mask = is_row[:, None] & is_n[None, :]
+                if LOADS_Y_FIRST:
+                    y = tl.load(y_ptrs, mask=mask, other=0.0, eviction_policy=Y_EVICTION)
+                acc = expand_tile(
+                    *(v, v_rows, v_part, b_block + n[None, :], is_v, is_n, rank, width),
+                    *(y_ptr.dtype.element_ty, MAX_RANK, NUM_PARTS, SPLIT_V),
+                    *(BLOCK_T, BLOCK_N, BLOCK_R),
+                )
+                # Ahead of y: of a sum right behind a product the compiler makes a product that begins
+                # with y, and in fp32 all of it would be rounded at the size of y.
+                acc = tl.where(rank < 0, float("nan"), acc)
+                if ADD_INPUTS:
+                    if not LOADS_Y_FIRST:
                         y = tl.load(y_ptrs, mask=mask, other=0.0, eviction_policy=Y_EVICTION)
-                    acc = expand_tile(
-                        *(v, v_rows, v_part, b_block + n[None, :], is_v, is_n, rank, width),
-                        *(y_ptr.dtype.element_ty, MAX_RANK, NUM_PARTS, SPLIT_V),
-                        *(BLOCK_T, BLOCK_N, BLOCK_R),
-                    )
-                    # Ahead of y: of a sum right behind a product the compiler makes a product that begins
-                    # with y, and in fp32 all of it would be rounded at the size of y.
-                    acc = tl.where(rank < 0, float("nan"), acc)
-                    if ADD_INPUTS:
-                        if not LOADS_Y_FIRST:
-                            y = tl.load(y_ptrs, mask=mask, other=0.0, eviction_policy=Y_EVICTION)
-                        acc += y.to(tl.float32)
-                    tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=mask, eviction_policy=Y_EVICTION)
+                    acc += y.to(tl.float32)
+                tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=mask, eviction_policy=Y_EVICTION)
+        next_tile = tile + tl.num_programs(1)
+        first, num_rows, slot = load_tile(tiles_ptr, next_tile, next_tile < end)
     wait_for_previous(EARLY)
 
 
@@ -321,15 +313,13 @@ def triton_lora_expand(
     layer = (sum(output_slices), max_rank, num_slices, num_parts, arena.element_size())
     tiles = choose_expand_tiles(token_class(num_tokens), *layer)
     num_runs = sum(ceil_div(width, tiles.n_tiles * tiles.block_n) for width in output_slices)
-    num_groups = num_groups_of(metadata)
-    programs = choose_num_tile_programs(num_tokens, num_groups, tiles.block_t, num_runs)
+    num_bytes = tiles.num_buffered * arena.element_size()
+    programs = choose_num_tile_programs(metadata, tiles.block_t, num_runs, num_bytes, tiles.num_warps)
     _lora_expand_kernel[(num_runs, programs)](
         *(y, v, arena, table.b_offset, table.lora_rank),
         metadata.token_indices_sorted_by_lora_ids,
-        metadata.num_tokens_per_lora,
-        metadata.lora_token_start_loc,
-        metadata.active_lora_ids,
-        *(num_tokens, num_groups, table.lora_rank.shape[0]),
+        metadata.tiles_of(tiles.block_t),
+        *(num_tokens, table.lora_rank.shape[0]),
         *(*y.stride(), *table.b_offset.stride(), *table.lora_rank.stride()),
         WIDTHS=output_slices,
         NUM_SLICES=num_slices,
@@ -341,7 +331,6 @@ def triton_lora_expand(
         LOADS_Y_FIRST=add_inputs and tiles.loads_y_first,
         Y_EVICTION="evict_first" if num_tokens > _MOST_CACHED_TOKENS else "",
         SPLIT_V=y.dtype == torch.float32 and arena.dtype == torch.bfloat16,
-        GROUPS_BLOCK=choose_groups_block(metadata),
         B_ALIGNMENT=16 // arena.element_size(),
         BLOCK_T=tiles.block_t,
         BLOCK_N=tiles.block_n,
@@ -390,17 +379,13 @@ def lora_expand_op(
     b_offset: Tensor,
     lora_rank: Tensor,
     token_indices_sorted_by_lora_ids: Tensor,
-    num_tokens_per_lora: Tensor,
-    lora_token_start_loc: Tensor,
-    active_lora_ids: Tensor,
+    lora_tiles: Tensor,
     output_slices: list[int],
     offset_start: int,
     add_inputs: bool,
 ) -> None:
     """`triton_lora_expand` as a torch operator, over tensors alone; for compiled and traced models."""
-    metadata = metadata_of_tensors(
-        token_indices_sorted_by_lora_ids, num_tokens_per_lora, lora_token_start_loc, active_lora_ids
-    )
+    metadata = metadata_of_tensors(token_indices_sorted_by_lora_ids, lora_tiles)
     triton_lora_expand(
         y,
         v,
@@ -421,9 +406,7 @@ def _lora_expand_fake(
     b_offset: Tensor,
     lora_rank: Tensor,
     token_indices_sorted_by_lora_ids: Tensor,
-    num_tokens_per_lora: Tensor,
-    lora_token_start_loc: Tensor,
-    active_lora_ids: Tensor,
+    lora_tiles: Tensor,
     output_slices: list[int],
     offset_start: int,
     add_inputs: bool,

@@ -38,14 +38,12 @@ from lora_serve.kernels.triton_lora_tiles import (
     LoRASlotTable,
     SlotTensors,
     check_metadata,
-    choose_groups_block,
     choose_num_tile_programs,
     choose_shrink_tiles,
-    find_group,
-    load_groups,
-    load_slot,
+    load_num_tiles,
+    load_rank,
+    load_tile,
     metadata_of_tensors,
-    num_groups_of,
     token_class,
 )
 
@@ -66,6 +64,7 @@ def _shrink_tile(
     x_stride_h: tl.tensor,
     IN_FEATURES: tl.constexpr,
     K_PER_PART: tl.constexpr,
+    IS_EVEN: tl.constexpr,
     MAX_RANK: tl.constexpr,
     FILL_ZEROS: tl.constexpr,
     BLOCK_T: tl.constexpr,
@@ -85,13 +84,12 @@ def _shrink_tile(
         x_rows = x_ptr + rows[:, None] * x_stride_t
         for k_step in range(0, K_PER_PART, BLOCK_K):
             k = part * K_PER_PART + k_step + tl.arange(0, BLOCK_K)
-            is_k = k < IN_FEATURES
-            a = tl.load(a_rows + k[:, None], mask=is_k[:, None] & is_rank[None, :], other=0.0)
-            x = tl.load(
-                x_rows + k[None, :].to(tl.int64) * x_stride_h,
-                mask=is_row[:, None] & is_k[None, :],
-                other=0.0,
-            )
+            is_a, is_x = is_rank[None, :], is_row[:, None]
+            if not IS_EVEN:
+                is_k = k < IN_FEATURES
+                is_a, is_x = is_a & is_k[:, None], is_x & is_k[None, :]
+            a = tl.load(a_rows + k[:, None], mask=is_a, other=0.0)
+            x = tl.load(x_rows + k[None, :].to(tl.int64) * x_stride_h, mask=is_x, other=0.0)
             acc = tl.dot(x, a, acc, input_precision="ieee")
         acc *= scaling
     is_column = is_rank
@@ -116,11 +114,8 @@ def _lora_shrink_kernel(
     rank_ptr: tl.tensor,
     scaling_ptr: tl.tensor,
     order_ptr: tl.tensor,
-    counts_ptr: tl.tensor,
-    starts_ptr: tl.tensor,
-    slots_ptr: tl.tensor,
+    tiles_ptr: tl.tensor,
     num_tokens: tl.tensor,
-    num_groups: tl.tensor,
     num_slots: tl.tensor,
     x_stride_t: tl.tensor,
     x_stride_h: tl.tensor,
@@ -132,15 +127,14 @@ def _lora_shrink_kernel(
     scaling_stride_s: tl.tensor,
     IN_FEATURES: tl.constexpr,
     K_PER_PART: tl.constexpr,
+    IS_EVEN: tl.constexpr,
     NUM_SLICES: tl.constexpr,
     MAX_RANK: tl.constexpr,
     NUM_R_BLOCKS: tl.constexpr,
     FILL_ZEROS: tl.constexpr,
-    GROUPS_BLOCK: tl.constexpr,
     A_ALIGNMENT: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_T_MANY: tl.constexpr,
-    MOST_FEW: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_K: tl.constexpr,
     EARLY: tl.constexpr,
@@ -151,38 +145,34 @@ def _lora_shrink_kernel(
     slice_index = program // NUM_R_BLOCKS % NUM_SLICES
     part = program // (NUM_R_BLOCKS * NUM_SLICES)
     v_row = (part * NUM_SLICES + slice_index).to(tl.int64) * num_tokens
-    first_tile, end = load_groups(
-        counts_ptr, starts_ptr, slots_ptr, num_groups, GROUPS_BLOCK, BLOCK_T, FILL_ZEROS
-    )
+    end = load_num_tiles(tiles_ptr, FILL_ZEROS)
+    first, num_rows, slot = load_tile(tiles_ptr, tl.program_id(1), True)
     for tile in range(tl.program_id(1), end, tl.num_programs(1)):
-        group = find_group(first_tile, tile, GROUPS_BLOCK)
-        if group >= 0:
-            start = tl.load(starts_ptr + group)
-            count = tl.load(counts_ptr + group)
-            slot, table_row, rank = load_slot(
-                slots_ptr + group, rank_ptr + slice_index * rank_stride_s, num_slots, rank_stride_l, MAX_RANK
-            )
-            a_start = tl.load(a_offset_ptr + table_row * a_offset_stride_l + slice_index * a_offset_stride_s)
-            scaling = tl.load(scaling_ptr + table_row * scaling_stride_l + slice_index * scaling_stride_s)
-            first_index = (tile - start // BLOCK_T - group) * BLOCK_T
-            if ((first_r < rank) | FILL_ZEROS) & (first_index < count):
-                v_part = v_ptr + v_row * MAX_RANK
-                a_ptr = arena_ptr + tl.multiple_of(a_start, A_ALIGNMENT)
-                first_row, num_rows = order_ptr + start + first_index, count - first_index
-                if count <= MOST_FEW:
+        table_row, rank = load_rank(
+            slot, rank_ptr + slice_index * rank_stride_s, num_slots, rank_stride_l, MAX_RANK
+        )
+        a_start = tl.load(a_offset_ptr + table_row * a_offset_stride_l + slice_index * a_offset_stride_s)
+        scaling = tl.load(scaling_ptr + table_row * scaling_stride_l + slice_index * scaling_stride_s)
+        if (first_r < rank) | FILL_ZEROS:
+            v_part = v_ptr + v_row * MAX_RANK
+            a_ptr = arena_ptr + tl.multiple_of(a_start, A_ALIGNMENT)
+            if num_rows <= BLOCK_T:
+                _shrink_tile(
+                    *(v_part, x_ptr, a_ptr, order_ptr + first, num_rows, r_index, part, slot, rank, scaling),
+                    *(x_stride_t, x_stride_h),
+                    *(IN_FEATURES, K_PER_PART, IS_EVEN, MAX_RANK, FILL_ZEROS),
+                    *(BLOCK_T, BLOCK_R, BLOCK_K, EARLY),
+                )
+            if BLOCK_T_MANY > 0:  # noqa: SIM102 - alone, so that without it nothing more is compiled
+                if num_rows > BLOCK_T:
                     _shrink_tile(
-                        *(v_part, x_ptr, a_ptr, first_row, num_rows, r_index, part, slot, rank, scaling),
-                        *(x_stride_t, x_stride_h),
-                        *(IN_FEATURES, K_PER_PART, MAX_RANK, FILL_ZEROS, BLOCK_T, BLOCK_R, BLOCK_K, EARLY),
+                        *(v_part, x_ptr, a_ptr, order_ptr + first, num_rows, r_index, part, slot, rank),
+                        *(scaling, x_stride_t, x_stride_h),
+                        *(IN_FEATURES, K_PER_PART, IS_EVEN, MAX_RANK, FILL_ZEROS),
+                        *(BLOCK_T_MANY, BLOCK_R, BLOCK_K // 2, EARLY),
                     )
-                if BLOCK_T_MANY > 0:  # noqa: SIM102 - alone, so that without it nothing more is compiled
-                    if (count > MOST_FEW) & (first_index % BLOCK_T_MANY == 0):
-                        _shrink_tile(
-                            *(v_part, x_ptr, a_ptr, first_row, num_rows, r_index, part, slot, rank, scaling),
-                            *(x_stride_t, x_stride_h),
-                            *(IN_FEATURES, K_PER_PART, MAX_RANK, FILL_ZEROS),
-                            *(BLOCK_T_MANY, BLOCK_R, BLOCK_K // 2, EARLY),
-                        )
+        next_tile = tile + tl.num_programs(1)
+        first, num_rows, slot = load_tile(tiles_ptr, next_tile, next_tile < end)
     begin_after_wait(EARLY)  # Also where there is nothing to do: the next kernel relies on it.
 
 
@@ -233,8 +223,9 @@ def triton_lora_shrink(
     tiles = choose_shrink_tiles(token_class(num_tokens), in_features, max_rank, x.element_size(), num_slices)
     num_r_blocks = ceil_div(max_rank, tiles.block_r)
     per_tile = num_parts * num_slices * num_r_blocks
-    num_groups = num_groups_of(metadata)
-    programs = choose_num_tile_programs(num_tokens, num_groups, tiles.block_t, per_tile)
+    k_per_part = ceil_div(ceil_div(in_features, num_parts), tiles.block_k) * tiles.block_k
+    num_bytes = tiles.num_buffered * x.element_size()
+    programs = choose_num_tile_programs(metadata, tiles.block_t, per_tile, num_bytes, tiles.num_warps)
     _lora_shrink_kernel[(per_tile, programs)](
         v,
         x,
@@ -243,23 +234,20 @@ def triton_lora_shrink(
         table.lora_rank,
         table.scaling,
         metadata.token_indices_sorted_by_lora_ids,
-        metadata.num_tokens_per_lora,
-        metadata.lora_token_start_loc,
-        metadata.active_lora_ids,
-        *(num_tokens, num_groups, table.lora_rank.shape[0]),
+        metadata.tiles_of(tiles.block_t, tiles.block_t_many),
+        *(num_tokens, table.lora_rank.shape[0]),
         *x.stride(),
         *(*table.a_offset.stride(), *table.lora_rank.stride(), *table.scaling.stride()),
         IN_FEATURES=in_features,
-        K_PER_PART=ceil_div(ceil_div(in_features, num_parts), tiles.block_k) * tiles.block_k,
+        K_PER_PART=k_per_part,
+        IS_EVEN=k_per_part * num_parts == in_features,
         NUM_SLICES=num_slices,
         MAX_RANK=max_rank,
         NUM_R_BLOCKS=num_r_blocks,
         FILL_ZEROS=fill_zeros,
-        GROUPS_BLOCK=choose_groups_block(metadata),
         A_ALIGNMENT=16 // arena.element_size(),
         BLOCK_T=tiles.block_t,
         BLOCK_T_MANY=tiles.block_t_many,
-        MOST_FEW=tiles.block_t_many // 2 or 1 << 30,
         BLOCK_R=tiles.block_r,
         BLOCK_K=tiles.block_k,
         num_warps=tiles.num_warps,
@@ -293,15 +281,11 @@ def lora_shrink_op(
     lora_rank: Tensor,
     scaling: Tensor,
     token_indices_sorted_by_lora_ids: Tensor,
-    num_tokens_per_lora: Tensor,
-    lora_token_start_loc: Tensor,
-    active_lora_ids: Tensor,
+    lora_tiles: Tensor,
     fill_zeros: bool,
 ) -> None:
     """`triton_lora_shrink` as a torch operator, over tensors alone; for compiled and traced models."""
-    metadata = metadata_of_tensors(
-        token_indices_sorted_by_lora_ids, num_tokens_per_lora, lora_token_start_loc, active_lora_ids
-    )
+    metadata = metadata_of_tensors(token_indices_sorted_by_lora_ids, lora_tiles)
     table = SlotTensors(a_offset, a_offset, lora_rank, scaling)
     triton_lora_shrink(v, x, arena, table, metadata, fill_zeros=fill_zeros)
 
@@ -315,9 +299,7 @@ def _lora_shrink_fake(
     lora_rank: Tensor,
     scaling: Tensor,
     token_indices_sorted_by_lora_ids: Tensor,
-    num_tokens_per_lora: Tensor,
-    lora_token_start_loc: Tensor,
-    active_lora_ids: Tensor,
+    lora_tiles: Tensor,
     fill_zeros: bool,
 ) -> None:
     """Nothing comes back: v is changed in place."""

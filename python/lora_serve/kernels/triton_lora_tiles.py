@@ -2,15 +2,11 @@
 
 Tiles of tokens
 ---------------
-A tile is up to BLOCK_T rows of one adapter. The tiles of all groups are numbered without a scan: those of
-group g, whose rows start at ``start_g`` in the sorted order, begin at::
-
-    first_tile_g = start_g // BLOCK_T + g
-
-That leaves room for each group's ``ceil(n_g / BLOCK_T)`` tiles, since ``ceil(n / B) <= n // B + 1``. So T
-rows in G groups have at most ``T // BLOCK_T + G`` tile numbers, whatever the groups are: grids come from T
-and the largest number of groups, never from values on the device, and one CUDA graph serves every mix of
-adapters. Programs go through the tile numbers in strides; those without a tile end at once.
+A tile is up to BLOCK_T rows of one adapter. Which there are is part of the step's metadata (`lora_tiles`) and
+lies on the device. There are at most ``T // BLOCK_T + G`` of T rows in G groups, whatever the groups are:
+grids come from T and the largest number of groups, never from values on the device, and one CUDA graph serves
+every mix of adapters. Programs go through the tiles in strides; those without a tile end at once, but each
+takes a turn on a multiprocessor, so there are no more of them than find room on a GPU at a time.
 
 Everything that a kernel is compiled for depends on the GPU, on the layer and on the class of T
 (`TOKEN_CLASSES`), so that one launch of each class at start-up compiles all. What was measured on this GPU
@@ -29,7 +25,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from lora_serve.kernels._triton import ceil_div, jit, next_power_of_2, tl
+from lora_serve.kernels._triton import ceil_div, jit, tl
 from lora_serve.kernels.lora_delta import FEW_TOKENS
 from lora_serve.kernels.lora_metadata import LoRAMetadata
 from lora_serve.kernels.tuned_lora_tiles import (
@@ -59,7 +55,6 @@ __all__ = [
     "TrialTiles",
     "check_metadata",
     "choose_expand_tiles",
-    "choose_groups_block",
     "choose_num_parts",
     "choose_num_tile_programs",
     "choose_rotary_store_launch",
@@ -71,11 +66,10 @@ __all__ = [
     "default_rotary_store_launch",
     "default_shrink_tiles",
     "default_silu_mul_launch",
-    "find_group",
-    "load_groups",
-    "load_slot",
+    "load_num_tiles",
+    "load_rank",
+    "load_tile",
     "metadata_of_tensors",
-    "num_groups_of",
     "token_class",
     "trial_tiles",
 ]
@@ -93,18 +87,15 @@ NOT_SPECIALIZED = (
     "mapping_ptr",
     "token_ids_ptr",
     "order_ptr",
-    "counts_ptr",
-    "starts_ptr",
-    "slots_ptr",
+    "tiles_ptr",
     "num_tokens",
-    "num_groups",
     "num_slots",
 )
 
 DECODE_TOKENS, MIXED_TOKENS = 128, 512
 """Bounds of classes of T: decodes alone, and decodes beside a piece of a prefill."""
-_TARGET_PROGRAMS = 1024
-"""Programs wanted on a large GPU; where there would be more, each takes several tiles of tokens."""
+_MULTIPROCESSORS, _SHARED_BYTES, _MOST_WARPS = 132, 227 << 10, 32
+"""Of a large GPU: how many programs find room on it at a time, each with about 64 registers a thread."""
 
 
 class LoRASlotTable(Protocol):
@@ -155,7 +146,7 @@ def default_shrink_tiles(tokens: int, in_features: int, max_rank: int, element_s
         return ShrinkTiles(16, block_of(max_rank, 64), block_of(in_features, 256 // element_size), 4, 4)
     if tokens <= MIXED_TOKENS:
         block_t, block_k = 16 if tokens <= 128 else 32, block_of(in_features, 256 // element_size)
-        many = 128 if element_size == 2 and block_k > SMALLEST_BLOCK else 0
+        many = 128 if element_size == 2 and block_k > SMALLEST_BLOCK and tokens <= 128 else 0
         return ShrinkTiles(block_t, block_of(max_rank, 64), block_k, 4, num_stages=4, block_t_many=many)
     block_k = block_of(in_features, 128 // element_size)
     return ShrinkTiles(64, block_of(max_rank, 64), block_k, num_warps=4, num_stages=4)
@@ -311,21 +302,16 @@ def clear_choices() -> None:
     clear_tuned_tiles()
 
 
-def num_groups_of(metadata: LoRAMetadata) -> int:
-    """G: the largest number of groups that the step's T tokens can form, known without the device."""
-    return min(metadata.num_tokens, metadata.active_lora_ids.shape[0])
+def choose_num_tile_programs(
+    metadata: LoRAMetadata, block_t: int, programs_per_tile: int, num_bytes: int, num_warps: int
+) -> int:
+    """How many programs share the tiles: as many as find room at a time, or as there are full tiles.
 
-
-def choose_groups_block(metadata: LoRAMetadata) -> int:
-    """How many groups a kernel reads at once: within one warp for few tokens, else all there can be."""
-    largest = max(next_power_of_2(metadata.active_lora_ids.shape[0]), 2)
-    return min(largest, FEW_TOKENS) if metadata.num_tokens <= FEW_TOKENS else largest
-
-
-def choose_num_tile_programs(num_tokens: int, num_groups: int, block_t: int, programs_per_tile: int) -> int:
-    """How many programs share the tile numbers: one each, unless that is more than a GPU can use."""
-    num_tiles = num_tokens // block_t + num_groups
-    return min(num_tiles, max(ceil_div(_TARGET_PROGRAMS, programs_per_tile), ceil_div(num_tokens, block_t)))
+    A program holds `num_bytes` of shared memory.
+    """
+    at_once = _MULTIPROCESSORS * max(min(_SHARED_BYTES // num_bytes, _MOST_WARPS // num_warps), 1)
+    wanted = max(at_once // programs_per_tile, ceil_div(metadata.num_tokens, block_t))
+    return min(metadata.most_tiles(block_t), wanted)
 
 
 def check_metadata(metadata: LoRAMetadata, rows: Tensor, name: str) -> None:
@@ -341,11 +327,10 @@ def check_metadata(metadata: LoRAMetadata, rows: Tensor, name: str) -> None:
         )
 
 
-def metadata_of_tensors(
-    order: Tensor, num_tokens_per_lora: Tensor, start_loc: Tensor, active_lora_ids: Tensor
-) -> LoRAMetadata:
-    """The grouping made of what a torch operator is given; it has no slot for each token."""
-    return LoRAMetadata(order, order, num_tokens_per_lora, start_loc, active_lora_ids, no_adapter=False)
+def metadata_of_tensors(order: Tensor, lora_tiles: Tensor) -> LoRAMetadata:
+    """The metadata that kernels read, made of what a torch operator is given; nothing else is there."""
+    nothing = order[:0]
+    return LoRAMetadata(order, order, nothing, nothing, nothing, lora_tiles, no_adapter=False)
 
 
 @dataclass(frozen=True)
@@ -359,44 +344,30 @@ class SlotTensors:
 
 
 @jit
-def load_groups(
-    counts_ptr: tl.tensor,
-    starts_ptr: tl.tensor,
-    slots_ptr: tl.tensor,
-    num_groups: tl.tensor,
-    GROUPS_BLOCK: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    WITH_BASE: tl.constexpr,
-) -> tl.tensor:
-    """First tile number of each group, 2**30 for a group without work; and the end of all numbers."""
-    group = tl.arange(0, GROUPS_BLOCK)
-    inside = group < num_groups
-    count = tl.load(counts_ptr + group, mask=inside, other=0)
-    start = tl.load(starts_ptr + group, mask=inside, other=0)
-    has_work = count > 0
-    if not WITH_BASE:
-        has_work = has_work & (tl.load(slots_ptr + group, mask=inside, other=-1) >= 0)
-    first_tile = start // BLOCK_T + group
-    end = tl.max(tl.where(has_work, first_tile + (count + BLOCK_T - 1) // BLOCK_T, 0), axis=0)
-    return tl.where(has_work, first_tile, 1 << 30), end
+def load_num_tiles(tiles_ptr: tl.tensor, WITH_BASE: tl.constexpr) -> tl.tensor:
+    """How many tiles the step has, those of tokens without an adapter among them or not."""
+    return tl.load(tiles_ptr) if WITH_BASE else tl.load(tiles_ptr + 1)
 
 
 @jit
-def find_group(first_tile: tl.tensor, tile: tl.tensor, GROUPS_BLOCK: tl.constexpr) -> tl.tensor:
-    """The last group that starts at a tile number or before it, -1 where there is none."""
-    return tl.max(tl.where(first_tile <= tile, tl.arange(0, GROUPS_BLOCK), -1), axis=0)
+def load_tile(tiles_ptr: tl.tensor, tile: tl.tensor, is_there: tl.tensor) -> tl.tensor:
+    """Where a tile starts in the sorted order, its number of rows, and its slot."""
+    entry = tiles_ptr + 3 * (tile + 1)
+    first = tl.load(entry, mask=is_there, other=0)
+    num_rows = tl.load(entry + 1, mask=is_there, other=0)
+    slot = tl.load(entry + 2, mask=is_there, other=-1)
+    return first, num_rows, slot
 
 
 @jit
-def load_slot(
-    slot_ptr: tl.tensor, rank_ptr: tl.tensor, num_slots: tl.tensor, stride: tl.tensor, MAX_RANK: tl.constexpr
+def load_rank(
+    slot: tl.tensor, rank_ptr: tl.tensor, num_slots: tl.tensor, stride: tl.tensor, MAX_RANK: tl.constexpr
 ) -> tl.tensor:
-    """A group's slot, the row of the tables to read (0 where there is none), and the rank found there.
+    """The row of the tables to read for a slot (0 where there is none), and the rank found there.
 
     The rank is -1 where there is no such slot, and where v has too few columns for the rank.
     """
-    slot = tl.load(slot_ptr)
     has_row = (slot >= 0) & (slot < num_slots)
     row = tl.where(has_row, slot, 0).to(tl.int64)
     rank = tl.load(rank_ptr + row * stride)
-    return slot, row, tl.where(has_row & (rank <= MAX_RANK), rank, -1)
+    return row, tl.where(has_row & (rank <= MAX_RANK), rank, -1)

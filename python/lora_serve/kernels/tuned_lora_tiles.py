@@ -15,6 +15,7 @@ from functools import cache
 from typing import Any, TypeVar
 
 from lora_serve.kernels._triton import next_power_of_2
+from lora_serve.kernels.lora_tiles import TILE_KINDS
 from lora_serve.kernels.tuned_tables import int_of, read_tuned_rows
 
 SMALLEST_BLOCK = 16
@@ -36,6 +37,12 @@ class ShrinkTiles:
     num_stages: int
     block_t_many: int = 0
 
+    @property
+    def num_buffered(self) -> int:
+        """Elements of x and A in a program's shared memory."""
+        few, many = self.block_t + self.block_r, (self.block_t_many + self.block_r) // 2
+        return self.num_stages * self.block_k * max(few, many if self.block_t_many else 0)
+
 
 @dataclass(frozen=True)
 class ExpandTiles:
@@ -53,6 +60,11 @@ class ExpandTiles:
     n_tiles: int = 1
     num_stages: int = 1
 
+    @property
+    def num_buffered(self) -> int:
+        """Elements of y and B in a program's shared memory."""
+        return self.num_stages * self.block_n * (self.block_t + self.block_r)
+
 
 @dataclass(frozen=True)
 class LoRASiluMulLaunch:
@@ -68,6 +80,11 @@ class LoRASiluMulLaunch:
     num_warps: int
     num_stages: int
 
+    @property
+    def num_buffered(self) -> int:
+        """Elements of gate, up and B in a program's shared memory."""
+        return 2 * self.num_stages * self.block_n * (self.block_t + self.block_r)
+
 
 @dataclass(frozen=True)
 class LoRARotaryStoreLaunch:
@@ -81,6 +98,10 @@ class LoRARotaryStoreLaunch:
     heads: int
     num_warps: int
     num_stages: int
+
+    def num_buffered(self, head_dim: int) -> int:
+        """Elements of queries, keys or values and B in a program's shared memory."""
+        return self.num_stages * head_dim * (self.block_t + self.block_r)
 
 
 @dataclass(frozen=True)
@@ -190,7 +211,8 @@ def _shrink_rows(gpu: str | None) -> dict[_Key, dict[int, TunedShrink]]:
 
     def read_row(row: Mapping[str, Any]) -> tuple[_Key, int, TunedShrink]:
         many = int_of(row["tiles"], "block_t_many", at_least=0)
-        tiles = ShrinkTiles(**_numbers(row, ["block_k"], ["num_stages"]), block_t_many=many)
+        numbers = _numbers(row, ["block_k"], ["num_stages"], block_t_many=many)
+        tiles = ShrinkTiles(**numbers, block_t_many=many)
         return _key(row, names), int_of(row, "max_rank"), TunedShrink(int_of(row, "num_parts"), tiles)
 
     return _by_key(read_tuned_rows(gpu, "lora_shrink", read_row))
@@ -232,13 +254,18 @@ def _key(row: Mapping[str, Any], names: Sequence[str]) -> _Key:
     return tuple(int_of(row, name) for name in names)
 
 
-def _numbers(row: Mapping[str, Any], blocks: Sequence[str], counts: Sequence[str]) -> dict[str, int]:
+def _numbers(
+    row: Mapping[str, Any], blocks: Sequence[str], counts: Sequence[str], *, block_t_many: int = 0
+) -> dict[str, int]:
     """What all tiles have, and more blocks (powers of two) and counts."""
     tiles = row["tiles"]
     if not isinstance(tiles, dict):
         raise ValueError(f"tiles is {tiles!r}, expected a table")
     all_blocks = ("block_t", "block_r", *blocks)
     numbers = {name: int_of(tiles, name, is_power_of_2=True, at_least=SMALLEST_BLOCK) for name in all_blocks}
+    kind = (numbers["block_t"], block_t_many or numbers["block_t"])
+    if kind not in TILE_KINDS:
+        raise ValueError(f"block_t and block_t_many are {kind}, expected one of {TILE_KINDS}")
     numbers |= {name: int_of(tiles, name) for name in counts}
     return numbers | {"num_warps": int_of(tiles, "num_warps", is_power_of_2=True)}
 

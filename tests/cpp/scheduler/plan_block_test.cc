@@ -101,6 +101,8 @@ TEST(PlanBlockTest, MembersAreTheUnpaddedPartOfEachArray) {
   EXPECT_EQ(padded.query_start_loc.size(), 5U);
   EXPECT_EQ(plan.token_ids.size(), 3U);
   EXPECT_EQ(padded.token_ids.size(), 4U);
+  EXPECT_EQ(plan.lora_tiles.size(), 6U * 5 * 3);
+  EXPECT_EQ(padded.lora_tiles.size(), plan.lora_tiles.size());
   EXPECT_EQ(plan.delta_rows.size(), 2U);
   EXPECT_EQ(plan.delta_offsets.size(), 3U);
   EXPECT_EQ(plan.delta_pages.size(), 5U);

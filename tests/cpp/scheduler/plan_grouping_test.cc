@@ -1,7 +1,9 @@
-// The step's tokens grouped by adapter slot, against a stable sort.
+// The step's tokens grouped by adapter slot, against a stable sort, and the tiles of the groups.
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <array>
+#include <cstddef>
 #include <cstdint>
 #include <map>
 #include <numeric>
@@ -10,6 +12,7 @@
 
 #include "common/errors.h"
 #include "scheduler/adapter_grouping.h"
+#include "support/lora_tiles_check.h"
 
 namespace lora_serve {
 namespace {
@@ -41,6 +44,15 @@ PlanBlock MakeBlock(const Rows& rows, std::int32_t max_loras, std::int32_t num_p
   std::ranges::copy(rows.num_tokens, plan.Writable(plan.num_scheduled_tokens).begin());
   return plan;
 }
+
+/// List `kind` of the plan's tiles, whose six lists have `num_entries` entries each.
+Ints TilesOf(const PlanBlock& plan, std::size_t kind, std::size_t num_entries) {
+  EXPECT_EQ(plan.lora_tiles.size(), 6 * num_entries * 3);
+  return Copy(plan.lora_tiles.subspan(kind * num_entries * 3, num_entries * 3));
+}
+constexpr std::size_t k16 = 0;
+constexpr std::size_t k16Or64 = 4;
+constexpr std::size_t k16Or128 = 5;
 
 TEST(PlanGroupingTest, InterleavedRowsAreGroupedBySlotInStableOrder) {
   PlanBlock plan = MakeBlock({{3, -1, 0, 3, -1, 7}, {1, 1, 1, 1, 1, 1}}, /*max_loras=*/4);
@@ -88,6 +100,92 @@ TEST(PlanGroupingTest, BaseRowsTakeNoneOfTheAdaptersPlaces) {
   EXPECT_EQ(Copy(plan.active_lora_ids), (Ints{-1, 0, 1, 2}));
   PlanBlock too_many = MakeBlock({{2, 1, 0}, {1, 1, 1}}, /*max_loras=*/2);
   EXPECT_THROW(AdapterGrouping().Write(too_many), InternalError);
+}
+
+TEST(PlanGroupingTest, TilesOfAdaptersComeBeforeThoseOfTheBase) {
+  // Sorted: 18 of the base, 2 of slot 0, 20 of slot 3.
+  PlanBlock plan = MakeBlock({{3, -1, 0, -1, 3}, {19, 17, 2, 1, 1}}, /*max_loras=*/2);
+  AdapterGrouping().Write(plan);
+  const Ints expected = {5,  3,  0,   // five tiles, three with an adapter
+                         18, 2,  0,   // slot 0
+                         20, 16, 3,   // slot 3
+                         36, 4,  3,   //
+                         0,  16, -1,  // the base
+                         16, 2,  -1};
+  EXPECT_EQ(TilesOf(plan, k16, /*num_entries=*/6), expected);
+}
+
+TEST(PlanGroupingTest, GroupThatFillsMoreThanHalfOfALargeTileHasLargeTiles) {
+  // Groups of 32 and 33 tokens: at most, and more than, half of 64; 65 is more than half of 128.
+  PlanBlock plan = MakeBlock({{5, 1, 2}, {65, 32, 33}}, /*max_loras=*/3);
+  AdapterGrouping().Write(plan);
+  const std::size_t num_entries = 1 + 130 / 16 + 4;
+  Ints expected = {5, 5, 0, 0, 16, 1, 16, 16, 1, 32, 33, 2, 65, 64, 5, 129, 1, 5};
+  expected.resize(num_entries * 3, 0);
+  EXPECT_EQ(TilesOf(plan, k16Or64, num_entries), expected);
+  expected = {6, 6, 0, 0, 16, 1, 16, 16, 1, 32, 16, 2, 48, 16, 2, 64, 1, 2, 65, 65, 5};
+  expected.resize(num_entries * 3, 0);
+  EXPECT_EQ(TilesOf(plan, k16Or128, num_entries), expected);
+}
+
+TEST(PlanGroupingTest, PaddedTokensAreInNoTileButMakeRoom) {
+  PlanBlock plan = MakeBlock({{1, -1}, {1, 1}}, /*max_loras=*/2, /*num_padding=*/30);
+  AdapterGrouping().Write(plan);
+  const std::size_t num_entries = 1 + 32 / 16 + 3;
+  Ints expected = {2, 1, 0, 1, 1, 1, 0, 1, -1};
+  expected.resize(num_entries * 3, 0);
+  for (std::size_t kind = 0; kind < 6; ++kind) {
+    EXPECT_EQ(TilesOf(plan, kind, num_entries), expected) << kind;
+  }
+  EXPECT_EQ(plan.Padded().lora_tiles.size(), plan.lora_tiles.size());
+}
+
+TEST(PlanGroupingTest, StepWithoutAdaptersHasTilesOfTheBaseOnly) {
+  PlanBlock plan = MakeBlock({{-1, -1}, {10, 7}}, /*max_loras=*/2);
+  AdapterGrouping().Write(plan);
+  EXPECT_EQ(TilesOf(plan, k16, /*num_entries=*/5),
+            (Ints{2, 0, 0, 0, 16, -1, 16, 1, -1, 0, 0, 0, 0, 0, 0}));
+}
+
+TEST(PlanGroupingTest, StepWithoutRowsHasNoTile) {
+  PlanBlock plan = MakeBlock({}, /*max_loras=*/2);
+  AdapterGrouping().Write(plan);
+  EXPECT_EQ(Copy(plan.lora_tiles), Ints(6 * 4 * 3, 0));
+}
+
+TEST(PlanGroupingTest, TilesBeyondThePaddedTokensAreAnInternalError) {
+  PlanBlock plan;
+  plan.LayOut({.num_groups = 2,
+               .num_rows = 1,
+               .num_padded_rows = 1,
+               .num_tokens = 40,
+               .num_padded_tokens = 40});
+  plan.Writable(plan.adapter_slots)[0] = 0;
+  plan.Writable(plan.num_scheduled_tokens)[0] = 400;
+  EXPECT_THROW(AdapterGrouping().Write(plan), InternalError);
+}
+
+/// Groups of sizes around those of the tiles, in blocks full of garbage.
+TEST(PlanGroupingTest, TilesCoverTheGroupsOfRandomSteps) {
+  AdapterGrouping grouping;
+  std::mt19937 random(11);
+  const auto draw = [&random](int low, int high) {
+    return std::uniform_int_distribution<int>(low, high)(random);
+  };
+  constexpr std::array<int, 9> kNearTiles = {8, 16, 32, 48, 64, 96, 128, 160, 256};
+  for (int step = 0; step < 500; ++step) {
+    SCOPED_TRACE(::testing::Message() << "step " << step);
+    const std::int32_t max_loras = draw(1, 12);
+    Rows rows;
+    for (int row = draw(0, 20); row > 0; --row) {
+      rows.slots.push_back(draw(-1, max_loras - 1));
+      const int near = kNearTiles[static_cast<std::size_t>(draw(0, 8))];
+      rows.num_tokens.push_back(draw(0, 1) == 0 ? 1 : near + draw(-1, 1));
+    }
+    PlanBlock plan = MakeBlock(rows, max_loras, draw(0, 1) * draw(0, 70));
+    grouping.Write(plan);
+    testing::ExpectLoraTilesCoverGroups(plan);
+  }
 }
 
 /// One grouping for all steps: nothing of an earlier step may be left over.

@@ -155,7 +155,8 @@ TEST(SchedulerContractTest, ThePlanIsWrittenIntoTheCallersBuffers) {
   scheduler.AddRequest(
       {.request_id = RequestId(1), .prompt_token_ids = MakePrompt(3), .max_tokens = 4});
   ExecutionPlan plan;
-  plan.LayOut({.num_groups = 1, .num_tokens = 7});  // what an earlier step left
+  plan.LayOut(
+      {.num_groups = 1, .num_tokens = 7, .num_padded_tokens = 7});  // what an earlier step left
   plan.drained_adapter_ids = {4};
   scheduler.NextPlan(0, plan);
   EXPECT_EQ(RecordedPlan(plan).token_ids, MakePrompt(3));

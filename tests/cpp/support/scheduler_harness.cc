@@ -6,6 +6,7 @@
 #include <utility>
 
 #include "common/errors.h"
+#include "support/lora_tiles_check.h"
 
 namespace lora_serve::testing {
 
@@ -391,6 +392,7 @@ void SchedulerHarness::CheckMetadata(const ExecutionPlan& plan) const {
     offset += tokens.size();
     ++group;
   }
+  ExpectLoraTilesCoverGroups(plan);
 }
 
 void SchedulerHarness::CheckTransfers(const ExecutionPlan& plan) {

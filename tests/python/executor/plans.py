@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import numpy as np
+import torch
+
+from lora_serve.kernels.lora_tiles import build_lora_tiles
 
 
 @dataclass
@@ -74,6 +77,9 @@ class PlanStandIn:
         self.num_tokens_per_lora[: len(slots)] = counts
         self.lora_token_start_loc = np.array([0, *np.cumsum(self.num_tokens_per_lora)], dtype=np.int32)
         self.num_adapters = int((slots >= 0).sum())
+        groups = torch.tensor(slots), torch.tensor(counts)
+        tiles = build_lora_tiles(*groups, len(mapping), self.max_loras + 1)
+        self.lora_tiles = tiles.flatten().numpy().copy()
 
     def _lay_out_block(self) -> None:
         arrays = {

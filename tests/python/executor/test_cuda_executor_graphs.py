@@ -274,6 +274,7 @@ def test_padded_tokens_have_no_adapter_and_no_place(slots):
     assert lora.token_indices_sorted_by_lora_ids[:num_own].equal(own.token_indices_sorted_by_lora_ids)
     for name in ("num_tokens_per_lora", "lora_token_start_loc", "active_lora_ids"):
         assert getattr(lora, name).equal(getattr(own, name))
+    assert lora.lora_tiles[:, : own.lora_tiles.shape[1]].equal(own.lora_tiles)
     assert int(lora.num_tokens_per_lora.sum()) == num_own
 
 

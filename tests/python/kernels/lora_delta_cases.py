@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kernels.device_cases import DEVICE_DTYPES
 from kernels.lora_cases import LAST_SLOT, MAX_LORAS, LoRACase, make_case, signed
-from kernels.triton_lora_cases import MIXED, NAN, columns_of
+from kernels.triton_lora_cases import MIXED, NAN, columns_of, for_more_tokens
 from lora_serve.kernels import LoRADelta, LoRALayerTable, LoRAMetadata, build_lora_metadata
 from lora_serve.kernels.device_tables import DeviceLayerTable, DeviceTables
 
@@ -128,6 +128,7 @@ def padded(delta: LoRADelta, num_padded: int) -> LoRADelta:
         num_tokens_per_lora=old.num_tokens_per_lora,
         lora_token_start_loc=old.lora_token_start_loc,
         active_lora_ids=old.active_lora_ids,
+        lora_tiles=for_more_tokens(old.lora_tiles, num_tokens, num_tokens + num_padded),
         no_adapter=old.no_adapter,
     )
     num_parts, num_slices, _, max_rank = delta.v.shape

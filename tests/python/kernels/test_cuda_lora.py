@@ -163,6 +163,7 @@ def test_one_graph_serves_every_mix_of_adapters(num_tokens, delta_goes):
             "num_tokens_per_lora",
             "lora_token_start_loc",
             "active_lora_ids",
+            "lora_tiles",
         ):
             getattr(metadata, name).copy_(getattr(other, name))
         graph.replay()

@@ -68,6 +68,7 @@ def test_dtypes_are_int32():
         metadata.num_tokens_per_lora,
         metadata.lora_token_start_loc,
         metadata.active_lora_ids,
+        metadata.lora_tiles,
     )
     assert {tensor.dtype for tensor in tensors} == {torch.int32}
 
@@ -80,10 +81,12 @@ def test_result_comes_to_the_device_as_views_of_one_tensor():
         metadata.num_tokens_per_lora,
         metadata.lora_token_start_loc,
         metadata.active_lora_ids,
+        metadata.lora_tiles,
     )
     assert {tensor.device.type for tensor in tensors} == {"meta"}
-    assert [tensor.storage_offset() for tensor in tensors] == [0, 3, 6, 9, 13]
-    assert [tensor.shape[0] for tensor in tensors] == [3, 3, 3, 4, 3]
+    assert [tensor.storage_offset() for tensor in tensors] == [0, 3, 6, 9, 13, 16]
+    assert [tensor.shape[0] for tensor in tensors[:-1]] == [3, 3, 3, 4, 3]
+    assert metadata.lora_tiles.shape == (6, 4, 3)
     assert not metadata.no_adapter
 
 

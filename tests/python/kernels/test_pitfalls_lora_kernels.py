@@ -13,7 +13,15 @@ pytest.importorskip("triton")
 from executor.plans import PlanStandIn
 from kernels.device_cases import DEVICES
 from kernels.lora_cases import LAST_SLOT, MAX_LORAS, has_same_bits
-from kernels.triton_lora_cases import MIXED, MIXED_RANKS, NAN, OnDevice, mixed_case, on_device
+from kernels.triton_lora_cases import (
+    MIXED,
+    MIXED_RANKS,
+    NAN,
+    OnDevice,
+    for_more_tokens,
+    mixed_case,
+    on_device,
+)
 from lora_serve.executor.device_inputs import DeviceInputs
 from lora_serve.kernels import LoRAMetadata, build_lora_metadata
 from lora_serve.kernels import triton_lora_expand as expand_module
@@ -53,12 +61,16 @@ def test_rows_beyond_the_batch_do_nothing_whatever_an_earlier_step_left_there(de
     rest = torch.arange(num_real, len(MIXED), dtype=torch.int32, device=device)
     counts, ids = real.num_tokens_per_lora.clone(), real.active_lora_ids.clone()
     ids[counts == 0] = LAST_SLOT
+    tiles = for_more_tokens(real.lora_tiles, num_real, len(MIXED))
+    is_unused = torch.arange(tiles.shape[1], device=device) > tiles[:, :1, 0]
+    tiles[is_unused] = before.lora_tiles[is_unused]
     metadata = LoRAMetadata(
         token_lora_mapping=torch.cat([real.token_lora_mapping, before.token_lora_mapping[num_real:]]),
         token_indices_sorted_by_lora_ids=torch.cat([real.token_indices_sorted_by_lora_ids, rest]),
         num_tokens_per_lora=counts,
         lora_token_start_loc=real.lora_token_start_loc,
         active_lora_ids=ids,
+        lora_tiles=tiles,
         no_adapter=False,
     )
     step.x[num_real:] = NAN

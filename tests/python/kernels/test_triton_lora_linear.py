@@ -141,20 +141,23 @@ def test_warm_up_compiles_what_any_step_uses():
 
 
 @pytest.mark.parametrize("block_t", [16, 64])
-def test_tile_numbers_are_enough_for_any_groups(block_t):
-    generator = torch.Generator().manual_seed(3)
-    for _ in range(300):
-        num_groups = int(torch.randint(1, 9, (), generator=generator))
-        sizes = torch.randint(1, 3 * block_t, (num_groups,), generator=generator).tolist()
-        taken: list[int] = []
-        start = 0
-        for group, size in enumerate(sizes):
-            first = start // block_t + group
-            taken += range(first, first + -(-size // block_t))
-            start += size
-        assert len(set(taken)) == len(taken)
-        assert taken[-1] < start // block_t + num_groups
-        assert 1 <= choose_num_tile_programs(start, num_groups, block_t, 7) <= start // block_t + num_groups
+@pytest.mark.parametrize(("num_tokens", "max_loras"), [(1, 64), (5, 2), (128, 64), (512, 8), (5000, 64)])
+def test_programs_find_room_on_a_gpu_or_have_full_tiles(block_t, num_tokens, max_loras):
+    metadata = build_lora_metadata(torch.arange(num_tokens) % 2, max_loras)
+    most = metadata.most_tiles(block_t)
+    assert most == num_tokens // block_t + min(num_tokens, max_loras + 1)
+    for per_tile, num_bytes, num_warps in (
+        (12, 128 << 10, 4),
+        (24, 30000, 4),
+        (5000, 1000, 8),
+        (1, 10**6, 4),
+    ):
+        programs = choose_num_tile_programs(metadata, block_t, per_tile, num_bytes, num_warps)
+        at_once = max(min((227 << 10) // num_bytes, 32 // num_warps), 1)
+        assert 1 <= programs <= most
+        assert programs * per_tile <= max(132 * at_once, -(-num_tokens // block_t) * per_tile)
+        assert programs >= min(most, num_tokens // block_t)
+        assert programs >= min(most, 132 * at_once // per_tile)
 
 
 @pytest.mark.parametrize(("device", "dtype"), DEVICE_DTYPES)
@@ -208,6 +211,7 @@ def test_graph_replay_with_other_groups_and_adapters_equals_eager():
         static.num_tokens_per_lora,
         static.lora_token_start_loc,
         static.active_lora_ids,
+        static.lora_tiles,
     ]
     scratch = torch.full((lora_scratch_elements(len(MIXED), 3, 1100, 64),), NAN, device="cuda")
     base = step.y.clone()
@@ -237,6 +241,7 @@ def test_graph_replay_with_other_groups_and_adapters_equals_eager():
             source.num_tokens_per_lora,
             source.lora_token_start_loc,
             source.active_lora_ids,
+            source.lora_tiles,
         ]
         for to, given in zip(tensors, new, strict=True):
             to.copy_(given)

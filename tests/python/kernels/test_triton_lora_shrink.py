@@ -164,9 +164,7 @@ def test_operator_gives_what_the_function_gives_and_has_a_fake(device):
         step.table.lora_rank,
         step.table.scaling,
         step.metadata.token_indices_sorted_by_lora_ids,
-        step.metadata.num_tokens_per_lora,
-        step.metadata.lora_token_start_loc,
-        step.metadata.active_lora_ids,
+        step.metadata.lora_tiles,
         True,
     )
     torch.ops.lora_serve.lora_shrink(*args)

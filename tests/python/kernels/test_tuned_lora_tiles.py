@@ -307,7 +307,7 @@ def test_every_row_of_the_committed_tables_is_found(file):
 TRIALS = {
     "whole_rank": TrialTiles(5, ShrinkTiles(16, 64, 512, 8, 1), ExpandTiles(16, 256, 64, 4, True)),
     "large_tiles": TrialTiles(2, ShrinkTiles(128, 64, 64, 8, 4), ExpandTiles(128, 128, 64, 8, True)),
-    "many_rows": TrialTiles(2, ShrinkTiles(16, 16, 32, 4, 3, block_t_many=32), ExpandTiles(16, 64, 64, 4)),
+    "many_rows": TrialTiles(2, ShrinkTiles(16, 16, 32, 4, 3, block_t_many=64), ExpandTiles(16, 64, 64, 4)),
     "blocks_of_rank": TrialTiles(3, ShrinkTiles(32, 16, 16, 4, 3), ExpandTiles(32, 32, 16, 2)),
     "runs": TrialTiles(1, ShrinkTiles(64, 64, 64, 4, 3), ExpandTiles(32, 16, 64, 4, n_tiles=2, num_stages=3)),
     "long_runs": TrialTiles(2, ShrinkTiles(16, 64, 64, 4, 2), ExpandTiles(64, 64, 64, 4, False, 8, 3)),
@@ -318,9 +318,10 @@ TRIALS = {
 @pytest.mark.parametrize(("device", "dtype"), DEVICE_DTYPES)
 @pytest.mark.parametrize("trial", list(TRIALS.values()), ids=list(TRIALS))
 def test_halves_are_exact_to_rounding_with_any_tiles(device, dtype, trial):
-    # Adapters with just as many tokens as make a tile of either kind, and with one more.
-    at_bounds = [0] * 16 + [1] * 17 + [2] * 32 + [LAST_SLOT] * 33
-    ranks: dict[int, tuple[int | None, ...]] = {0: (5,), 1: (16,), 2: (20,), LAST_SLOT: (8,)}
+    # Adapters with just as many tokens as make a tile of either kind, and with one more; and one with a large
+    # tile and a rest of one more.
+    at_bounds = [0] * 16 + [1] * 17 + [2] * 32 + [LAST_SLOT] * 33 + [4] * (64 + 17)
+    ranks: dict[int, tuple[int | None, ...]] = {0: (5,), 1: (16,), 2: (20,), LAST_SLOT: (8,), 4: (3,)}
     for case in (
         mixed_case(dtype, in_features=100),
         random_case(140, dtype, in_features=70),

@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.lora_cases import LAST_SLOT, MAX_LORAS, LoRACase, has_same_bits, make_case
 from lora_serve.kernels import LoRALayerTable, LoRAMetadata, build_lora_metadata
 from lora_serve.kernels.device_tables import DeviceLayerTable, DeviceTables
+from lora_serve.kernels.lora_tiles import num_tile_entries
 
 NAN = float("nan")
 RANKS = [1, 3, 8, 12, 16, 64, 100, 128]
@@ -102,3 +104,9 @@ def random_case(num_tokens: int, dtype: torch.dtype, **options: int) -> LoRACase
 
 def assert_same_on_cpu(left: Tensor, right: Tensor) -> None:
     assert has_same_bits(left.cpu(), right.cpu())
+
+
+def for_more_tokens(lora_tiles: Tensor, num_tokens: int, num_padded: int) -> Tensor:
+    """As long as the tiles of a step of so many tokens are."""
+    num_new = num_tile_entries(num_padded, 0) - num_tile_entries(num_tokens, 0)
+    return F.pad(lora_tiles, (0, 0, 0, num_new))

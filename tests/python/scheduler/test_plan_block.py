@@ -12,6 +12,7 @@ import torch
 
 from lora_serve.common.errors import InvalidArgumentError
 from lora_serve.kernels import build_lora_metadata
+from lora_serve.kernels.lora_tiles import build_lora_tiles
 from lora_serve.scheduler import ExecutionEvent, ExecutionPlan, NewRequest, Scheduler, SchedulerOptions
 
 MAX_LORAS = 4
@@ -25,6 +26,7 @@ BLOCK_ARRAYS = (
     *ROW_ARRAYS,
     "query_start_loc",
     *TOKEN_ARRAYS,
+    "lora_tiles",
     "delta_rows",
     "delta_starts",
     "delta_offsets",
@@ -178,6 +180,9 @@ def test_groups_by_adapter_equal_those_of_the_kernels_function(seed):
         expected = build_lora_metadata(torch.from_numpy(mapping), MAX_LORAS)
         for name in (*TOKEN_ARRAYS[1:], *GROUP_ARRAYS, "lora_token_start_loc"):
             assert getattr(plan, name).tolist() == getattr(expected, name).tolist(), name
+        slots, counts = (torch.tensor(getattr(plan, name)) for name in GROUP_ARRAYS)
+        tiles = build_lora_tiles(slots, counts, plan.num_padded_tokens, MAX_LORAS + 1)
+        assert plan.lora_tiles.tolist() == tiles.flatten().tolist()
         assert (plan.num_adapters == 0) == expected.no_adapter
         num_distinct.add(plan.num_adapters)
         _advance(scheduler, plan)
