@@ -37,20 +37,57 @@ class KernelFault(Fault):
 TILES, SHRINK, EXPAND, LOOK_UP = (
     f"triton_lora_{name}.py" for name in ("tiles", "shrink", "expand", "embedding")
 )
+CUT, METADATA, SILU, ROTARY = (
+    f"lora_{name}.py" for name in ("tiles", "metadata", "silu_mul", "rotary_store")
+)
 OF_SHRINK, OF_EXPAND, OF_LOOK_UP = (f"test_{file}" for file in (SHRINK, EXPAND, LOOK_UP))
-OF_TILES = "test_tuned_lora_tiles.py"
-OF_GRID, OF_SILU, OF_ROTARY = "test_lora_grid.py", "test_lora_silu_mul.py", "test_lora_rotary_store.py"
+OF_CUT, OF_SILU, OF_ROTARY = (f"test_{file}" for file in (CUT, SILU, ROTARY))
+OF_TILES, OF_GRID = "test_tuned_lora_tiles.py", "test_lora_grid.py"
+OF_LINEAR = "test_triton_lora_linear.py"
 
 FAULTS = (
-    # how a program finds its rows
-    KernelFault(TILES, "first_tile = start // BLOCK_T + group", "first_tile = start // BLOCK_T", OF_SHRINK),
+    # how a step is cut into tiles
+    KernelFault(CUT, "torch.minimum(most[group], counts[group] - first_row)", "most[group]", OF_CUT),
+    KernelFault(CUT, "counts > many // 2", "counts >= many // 2", OF_CUT),
+    KernelFault(CUT, "(slots < 0).to(torch.int8)", "(slots >= 0).to(torch.int8)", OF_CUT),
+    KernelFault(CUT, "tiles_of_group[slots >= 0].sum()", "tiles_of_group.sum()", OF_CUT),
+    KernelFault(CUT, "-(-counts // most)", "counts // most", OF_CUT),
+    KernelFault(CUT, "first_tile[group]) * most[group]", "first_tile[group]) * few", OF_CUT),
+    KernelFault(CUT, "starts[group] + first_row", "starts[group]", OF_CUT),
+    KernelFault(CUT, "1 + num_tokens // SMALLEST_TILE", "num_tokens // SMALLEST_TILE", OF_CUT),
+    KernelFault(METADATA, "TILE_KINDS.index(kind)", "TILE_KINDS.index((few, few))", OF_CUT),
+    KernelFault(METADATA, " + min(num_groups, self.num_tokens)", "", OF_CUT),
+    # how many programs there are, and how each finds its rows
+    KernelFault(TILES, "return min(metadata.most_tiles(block_t), wanted)", "return 1", OF_LINEAR),
     KernelFault(
-        TILES, "first_tile + (count + BLOCK_T - 1) // BLOCK_T", "first_tile + count // BLOCK_T", OF_SHRINK
+        TILES,
+        "return min(metadata.most_tiles(block_t), wanted)",
+        "return metadata.most_tiles(block_t)",
+        OF_LINEAR,
+    ),
+    KernelFault(TILES, "max(at_once // programs_per_tile, ", "max(1, ", OF_LINEAR),
+    KernelFault(
+        TILES,
+        "min(_SHARED_BYTES // num_bytes, _MOST_WARPS // num_warps)",
+        "(_SHARED_BYTES // num_bytes)",
+        OF_LINEAR,
     ),
     KernelFault(
-        TILES, "has_work & (tl.load(slots_ptr + group, mask=inside, other=-1) >= 0)", "has_work", OF_EXPAND
+        TILES, "tl.load(tiles_ptr) if WITH_BASE else tl.load(tiles_ptr + 1)", "tl.load(tiles_ptr)", OF_EXPAND
     ),
-    KernelFault(TILES, "inside = group < num_groups", "inside = group < num_groups - 1", OF_EXPAND),
+    KernelFault(
+        TILES,
+        "tl.load(tiles_ptr) if WITH_BASE else tl.load(tiles_ptr + 1)",
+        "tl.load(tiles_ptr + 1)",
+        OF_SHRINK,
+    ),
+    KernelFault(TILES, "tiles_ptr + 3 * (tile + 1)", "tiles_ptr + 3 * tile", OF_SHRINK),
+    KernelFault(
+        TILES,
+        "num_rows = tl.load(entry + 1, mask=is_there, other=0)",
+        "num_rows = tl.load(entry + 1, mask=is_there, other=0) + 1",
+        OF_EXPAND,
+    ),
     KernelFault(
         TILES,
         "    has_row = (slot >= 0) & (slot < num_slots)\n    row = tl.where(has_row, slot, 0)",
@@ -65,9 +102,14 @@ FAULTS = (
         "for tile in range(tl.program_id(1), tl.minimum(end, tl.num_programs(1))):",
         OF_GRID,
     ),
+    KernelFault(SHRINK, "next_tile = tile + tl.num_programs(1)", "next_tile = tile + 1", OF_GRID),
+    KernelFault(EXPAND, "next_tile = tile + tl.num_programs(1)", "next_tile = tile + 1", OF_GRID),
+    KernelFault(SILU, "next_tile = tile + tl.num_programs(1)", "next_tile = tile + 1", OF_SILU),
+    KernelFault(ROTARY, "next_tile = tile + tl.num_programs(1)", "next_tile = tile + 1", OF_ROTARY),
     # shrink
     KernelFault(SHRINK, "is_k = k < IN_FEATURES", "is_k = k < IN_FEATURES // BLOCK_K * BLOCK_K", OF_SHRINK),
     KernelFault(SHRINK, "is_k = k < IN_FEATURES", "is_k = k < IN_FEATURES + 1", OF_SHRINK),
+    KernelFault(SHRINK, "IS_EVEN=k_per_part * num_parts == in_features", "IS_EVEN=True", OF_SHRINK),
     KernelFault(SHRINK, "range(0, K_PER_PART, BLOCK_K)", "range(BLOCK_K, K_PER_PART, BLOCK_K)", OF_SHRINK),
     KernelFault(SHRINK, "k = part * K_PER_PART + k_step", "k = k_step", OF_SHRINK),
     KernelFault(SHRINK, "(part * NUM_SLICES + slice_index)", "(part + slice_index)", OF_SHRINK),
@@ -82,9 +124,21 @@ FAULTS = (
         OF_SHRINK,
     ),
     KernelFault(SHRINK, "is_row = index < num_rows", "is_row = index < num_rows + 1", OF_SHRINK),
-    KernelFault(SHRINK, "order_ptr + start + first_index,", "order_ptr + first_index,", OF_SHRINK),
-    KernelFault(SHRINK, "if count <= MOST_FEW:", "if count < MOST_FEW:", OF_TILES),
-    KernelFault(SHRINK, "first_index % BLOCK_T_MANY == 0", "first_index == 0", OF_TILES),
+    KernelFault(
+        SHRINK,
+        "order_ptr + first, num_rows, r_index, part, slot, rank, scaling)",
+        "order_ptr, num_rows, r_index, part, slot, rank, scaling)",
+        OF_SHRINK,
+    ),
+    KernelFault(
+        SHRINK,
+        "order_ptr + first, num_rows, r_index, part, slot, rank),",
+        "order_ptr, num_rows, r_index, part, slot, rank),",
+        OF_TILES,
+    ),
+    KernelFault(SHRINK, "if num_rows <= BLOCK_T:", "if num_rows < BLOCK_T:", OF_TILES),
+    KernelFault(SHRINK, "if num_rows > BLOCK_T:", "if num_rows > BLOCK_T + 1:", OF_TILES),
+    KernelFault(SHRINK, "if (first_r < rank) | FILL_ZEROS:", "if first_r < rank:", OF_SHRINK),
     KernelFault(SHRINK, "acc = tl.where(is_rank[None, :], acc, 0.0)", "acc = acc", OF_SHRINK),
     KernelFault(SHRINK, 'tl.where((rank < 0) & (slot >= 0), float("nan"), acc)', "acc", OF_SHRINK),
     # expand
@@ -111,27 +165,25 @@ FAULTS = (
     KernelFault(
         EXPAND, "slice_index.to(tl.int64) * num_tokens + rows", "slice_index.to(tl.int64) + rows", OF_EXPAND
     ),
-    KernelFault(
-        EXPAND,
-        "(tile - start // BLOCK_T - group) * BLOCK_T",
-        "(tile - start // BLOCK_T) * BLOCK_T",
-        OF_EXPAND,
-    ),
+    KernelFault(EXPAND, "order_ptr + first + index", "order_ptr + index", OF_EXPAND),
+    KernelFault(EXPAND, "is_row = index < num_rows", "is_row = index < BLOCK_T", OF_EXPAND),
     KernelFault(EXPAND, 'acc = tl.where(rank < 0, float("nan"), acc)', "acc = acc", OF_EXPAND),
-    KernelFault(EXPAND, "((rank != 0) | (not ADD_INPUTS))", "(rank != 0)", OF_EXPAND),
+    KernelFault(EXPAND, "if (rank != 0) | (not ADD_INPUTS):", "if rank != 0:", OF_EXPAND),
     KernelFault(EXPAND, "return tl.where(rank == 0, y, total)", "return total", OF_SILU),
     # look-up
     KernelFault(LOOK_UP, "ids[:, None] * rank[:, None]", "ids[:, None] * MAX_RANK", OF_LOOK_UP),
     KernelFault(LOOK_UP, "v = a.to(tl.float32) * scaling[:, None]", "v = a.to(tl.float32)", OF_LOOK_UP),
     KernelFault(LOOK_UP, "rank = tl.where(rank > MAX_RANK, -1, rank)", "rank = rank", OF_LOOK_UP),
     # expand in front of what reads its result
-    KernelFault("lora_silu_mul.py", "v1_rows = v0_rows + v_slice", "v1_rows = v0_rows", OF_SILU),
-    KernelFault("lora_silu_mul.py", "tl.load(b_offset + b_offset_stride_s)", "tl.load(b_offset)", OF_SILU),
-    KernelFault("lora_silu_mul.py", "v_part = 2 * v_slice", "v_part = v_slice", OF_SILU),
-    KernelFault("lora_rotary_store.py", "v_ptr + slice_index * v_slice", "v_ptr", OF_ROTARY),
-    KernelFault(
-        "lora_rotary_store.py", "            rank = tl.where(adapter_slot < 0, 0, rank)\n", "", OF_ROTARY
-    ),
+    KernelFault(SILU, "v1_rows = v0_rows + v_slice", "v1_rows = v0_rows", OF_SILU),
+    KernelFault(SILU, "tl.load(b_offset + b_offset_stride_s)", "tl.load(b_offset)", OF_SILU),
+    KernelFault(SILU, "v_part = 2 * v_slice", "v_part = v_slice", OF_SILU),
+    KernelFault(SILU, "order_ptr + first + index", "order_ptr + index", OF_SILU),
+    KernelFault(SILU, "is_row = index < num_rows", "is_row = index < num_rows + 1", OF_SILU),
+    KernelFault(ROTARY, "v_ptr + slice_index * v_slice", "v_ptr", OF_ROTARY),
+    KernelFault(ROTARY, "        rank = tl.where(adapter_slot < 0, 0, rank)\n", "", OF_ROTARY),
+    KernelFault(ROTARY, "order_ptr + first_row + index", "order_ptr + index", OF_ROTARY),
+    KernelFault(ROTARY, "is_row = index < num_rows", "is_row = index < num_rows + 1", OF_ROTARY),
 )
 
 # The package is installed in a way that comes before the path; here the copy must.

@@ -64,8 +64,13 @@ def test_there_is_room_for_the_tiles_of_any_groups():
         assert sorted(taken) == list(range(len(mapping)))
 
 
+def test_tiles_of_each_kind_are_found():
+    metadata = build_lora_metadata(torch.tensor([0] * 300 + [1] * 20), 2)
+    assert [int(metadata.tiles_of(*kind)[0, 0]) for kind in TILE_KINDS] == [21, 11, 6, 4, 7, 5]
+    assert metadata.tiles_of(16).equal(metadata.tiles_of(16, 16))
+
+
 def test_tiles_of_other_sizes_are_refused():
     metadata = build_lora_metadata(torch.tensor([0, 1]), 2)
-    assert metadata.tiles_of(16, 64).equal(metadata.lora_tiles[4])
     with pytest.raises(ValueError, match=r"no step has tiles of \(16, 32\) rows"):
         metadata.tiles_of(16, 32)
