@@ -47,15 +47,17 @@ OF_LINEAR = "test_triton_lora_linear.py"
 
 FAULTS = (
     # how a step is cut into tiles
-    KernelFault(CUT, "torch.minimum(most[group], counts[group] - first_row)", "most[group]", OF_CUT),
-    KernelFault(CUT, "counts > many // 2", "counts >= many // 2", OF_CUT),
-    KernelFault(CUT, "(slots < 0).to(torch.int8)", "(slots >= 0).to(torch.int8)", OF_CUT),
-    KernelFault(CUT, "tiles_of_group[slots >= 0].sum()", "tiles_of_group.sum()", OF_CUT),
-    KernelFault(CUT, "-(-counts // most)", "counts // most", OF_CUT),
-    KernelFault(CUT, "first_tile[group]) * most[group]", "first_tile[group]) * few", OF_CUT),
-    KernelFault(CUT, "starts[group] + first_row", "starts[group]", OF_CUT),
+    KernelFault(CUT, "np.minimum(most, count[group] - index * most)", "most", OF_CUT),
+    KernelFault(CUT, "count > _MANY // 2", "count >= _MANY // 2", OF_CUT),
+    KernelFault(CUT, "np.argsort(of_groups[0] < 0,", "np.argsort(of_groups[0] >= 0,", OF_CUT),
+    KernelFault(CUT, "num_tiles[:, slot >= 0].sum(axis=1)", "num_tiles.sum(axis=1)", OF_CUT),
+    KernelFault(CUT, "-(-count // rows)", "count // rows", OF_CUT),
+    KernelFault(CUT, "rows.ravel()[group_of_kind]", "_FEW.ravel()[kind]", OF_CUT),
+    KernelFault(CUT, "start[group] + index * most", "start[group]", OF_CUT),
+    KernelFault(CUT, "entry = 1 + (num_tiles", "entry = (num_tiles", OF_CUT),
     KernelFault(CUT, "1 + num_tokens // SMALLEST_TILE", "num_tokens // SMALLEST_TILE", OF_CUT),
-    KernelFault(METADATA, "TILE_KINDS.index(kind)", "TILE_KINDS.index((few, few))", OF_CUT),
+    KernelFault(METADATA, "self._lists[kind]", "self._lists[(few, few)]", OF_CUT),
+    KernelFault(METADATA, "tiles.shape[1] >= least", "tiles.shape[1] > 0", OF_CUT),
     KernelFault(METADATA, " + min(num_groups, self.num_tokens)", "", OF_CUT),
     # how many programs there are, and how each finds its rows
     KernelFault(TILES, "return min(metadata.most_tiles(block_t), wanted)", "return 1", OF_LINEAR),

@@ -26,6 +26,7 @@ void AdapterGrouping::FindGroups(PlanArrays::View adapter_slots) {
 }
 
 void AdapterGrouping::WriteTiles(PlanBlock& plan) const {
+  // With at most max_loras adapters, which Write has checked, so many tokens fit the lists.
   LS_CHECK(plan.lora_token_start_loc.back() <= plan.num_padded_tokens, "tiles for ",
            plan.num_padded_tokens, " tokens, but the groups have ",
            plan.lora_token_start_loc.back());

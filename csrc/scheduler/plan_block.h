@@ -76,7 +76,7 @@ struct PlanArrays {
   View token_indices_sorted_by_lora_ids;
   /// [6, 1 + N, 3] with N = P // 16 + L + 1 for P padded tokens: the tiles that the groups are cut
   /// into, one list for each of kLoraTileKinds, so that a program of a kernel finds its tokens with
-  /// one load. Group by group, ascending, but the group without adapter last, so that a kernel may
+  /// one entry. Group by group, ascending, but the group without adapter last, so that a kernel may
   /// leave its tiles out. Entry 0 of a list: (tiles, tiles of adapters, 0); the others: (first
   /// position in token_indices_sorted_by_lora_ids, tokens, adapter slot or -1), all 0 behind the
   /// last tile. Padded tokens are in no tile. As long with the padded entries as without.

@@ -25,7 +25,7 @@ from lora_serve.executor.last_tokens import NO_TOKEN
 from lora_serve.executor.pinned_buffers import PinnedBuffers
 from lora_serve.kernels import LoRAMetadata
 from lora_serve.kernels.host_copy import copy_small
-from lora_serve.kernels.lora_tiles import TILE_FIELDS, TILE_KINDS, num_tile_entries
+from lora_serve.kernels.lora_tiles import TILE_FIELDS, TILE_KINDS, as_lists, num_tile_entries
 from lora_serve.kernels.step_inputs import apply_page_table_deltas, prepare_step
 from lora_serve.layers.step_context import AttentionMetadata, HostLengths, StepContext
 
@@ -325,7 +325,7 @@ class DeviceInputs:
             num_tokens_per_lora=views["num_tokens_per_lora"],
             lora_token_start_loc=views["lora_token_start_loc"],
             active_lora_ids=views["active_lora_ids"],
-            lora_tiles=views["lora_tiles"].view(len(TILE_KINDS), -1, TILE_FIELDS),
+            lora_tiles=as_lists(views["lora_tiles"]),
             no_adapter=False,
         )
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from lora_serve.common.errors import InternalError
 from lora_serve.executor.page_table import PageTable
 from lora_serve.kernels import LoRAMetadata
-from lora_serve.kernels.lora_tiles import TILE_FIELDS, TILE_KINDS
+from lora_serve.kernels.lora_tiles import as_lists
 from lora_serve.layers.step_context import AttentionMetadata, StepContext
 
 if TYPE_CHECKING:
@@ -108,7 +108,7 @@ def _lora_metadata(plan: ExecutionPlan, block: _BlockOnDevice) -> LoRAMetadata:
         num_tokens_per_lora=block["num_tokens_per_lora"],
         lora_token_start_loc=block["lora_token_start_loc"],
         active_lora_ids=block["active_lora_ids"],
-        lora_tiles=block["lora_tiles"].view(len(TILE_KINDS), -1, TILE_FIELDS),
+        lora_tiles=as_lists(block["lora_tiles"]),
         no_adapter=plan.num_adapters == 0,
     )
 

@@ -67,7 +67,7 @@ def fill_prompt_logprobs(
     next chunk. Logits are computed for at most 256 positions at a time.
     """
     row_errors: dict[int, str] = {}
-    max_loras = len(plan.active_lora_ids) - 1  # As in every step: another number would be another kernel.
+    max_loras = len(plan.active_lora_ids) - 1
     for row, state in enumerate(states):
         if state.prompt_logprobs is None:
             continue

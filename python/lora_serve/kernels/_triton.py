@@ -91,9 +91,9 @@ def wait_for_previous(EARLY: tl.constexpr) -> None:
 
     Every program of a kernel that is launched early must wait at least once, also one that has nothing to do:
     the next kernel takes its end for the end of all before it. Ahead of the wait a program may read what was
-    complete before the last kernel that was not launched early began: groups and tables, positions, weights
-    of the base model. The kernel just before says nothing, as it may itself have begun early. It writes
-    nothing ahead of the wait.
+    complete before the last kernel that was not launched early began: tiles, sorted order and tables,
+    positions, weights of the base model. The kernel just before says nothing, as it may itself have begun
+    early. It writes nothing ahead of the wait.
     """
     if EARLY:
         tl.extra.cuda.gdc_wait()

@@ -22,7 +22,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from lora_serve.kernels.lora_tiles import TILE_KINDS, build_lora_tiles, num_tile_entries
+from lora_serve.kernels.lora_tiles import TILE_FIELDS, TILE_KINDS, build_lora_tiles, num_tile_entries
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,8 +77,8 @@ class LoRAMetadata:
         [max_loras + 1] int32: adapter slot of the i-th group. -1 for the group of tokens without an adapter
         (always the first one, where it exists) and for unused entries.
     lora_tiles
-        [6, 1 + N, 3] int32, N >= T // 16 + G: the groups, cut into tiles of rows for the device kernels; see
-        `build_lora_tiles`.
+        [6, 1 + N, 3] int32, each list contiguous, N >= T // 16 + G for G groups: the groups, cut into tiles
+        of rows for the device kernels; see `build_lora_tiles`. What lies behind the last tile means nothing.
     no_adapter
         Host flag: no token of this step has an adapter (also True for an empty step).
 
@@ -102,18 +102,33 @@ class LoRAMetadata:
         """T, the number of tokens in the step."""
         return self.token_lora_mapping.shape[0]
 
+    @cached_property
+    def _lists(self) -> dict[tuple[int, int], Tensor]:
+        """The tiles of each kind, checked: one step's list for another would leave rows out in silence."""
+        tiles, order = self.lora_tiles, self.token_indices_sorted_by_lora_ids
+        least = num_tile_entries(self.num_tokens, min(self.num_tokens, 1))
+        is_good = tiles.dim() == 3 and tiles.shape[::2] == (len(TILE_KINDS), TILE_FIELDS)
+        is_good = is_good and tiles.shape[1] >= least and tiles.stride()[1:] == (TILE_FIELDS, 1)
+        if not is_good or tiles.dtype != torch.int32 or tiles.device != order.device:
+            raise ValueError(
+                f"lora_tiles has shape {tuple(tiles.shape)}, strides {tiles.stride()} and is {tiles.dtype} "
+                f"on {tiles.device}, expected at least [{len(TILE_KINDS)}, {least}, {TILE_FIELDS}] for "
+                f"{self.num_tokens} tokens, each list contiguous, int32 on {order.device}"
+            )
+        return dict(zip(TILE_KINDS, tiles.unbind(), strict=True))
+
     def tiles_of(self, few: int, many: int = 0) -> Tensor:
         """[1 + N, 3]: the tiles of one of `TILE_KINDS`; `many` is 0 where it is `few`.
 
         Raises
         ------
         ValueError
-            There is no such kind.
+            There is no such kind, or these are not the tiles of so many tokens.
         """
         kind = (few, many or few)
         if kind not in TILE_KINDS:
             raise ValueError(f"no step has tiles of {kind} rows, expected one of {TILE_KINDS}")
-        return self.lora_tiles[TILE_KINDS.index(kind)]
+        return self._lists[kind]
 
     def most_tiles(self, rows: int) -> int:
         """The largest number of tiles of so many rows, T // rows + G, known without the device."""
@@ -127,7 +142,7 @@ class LoRAMetadata:
         Notes
         -----
         Reads three small tensors on the host, which on an accelerator waits for the device. It serves the
-        torch operators only; device kernels read the tensors themselves.
+        torch operators only; device kernels read `lora_tiles`.
         """
         device = self.token_lora_mapping.device
         counts, slots, order = (

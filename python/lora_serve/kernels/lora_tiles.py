@@ -1,14 +1,15 @@
 """The tiles of a step: which rows, all of one adapter, a program of a LoRA kernel works on at a time.
 
-Cut once a step and read by every layer's kernels, so that a program finds its rows, how many they are, and
-their slot by one load in place of a search in the groups. A plan of the scheduler brings them along
-(``csrc/scheduler/lora_tiles.h``), for everything else there is :func:`build_lora_tiles`.
+Cut once a step, on the host, and read by every layer's kernels: a program finds its rows, how many they are,
+and their slot in one entry of a list, in place of a search in the groups. A plan of the scheduler brings them
+along (``csrc/scheduler/lora_tiles.h``), for everything else there is :func:`build_lora_tiles`.
 """
 
 from __future__ import annotations
 
 from typing import Final
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,6 +18,7 @@ TILE_KINDS: Final = ((16, 16), (32, 32), (64, 64), (128, 128), (16, 64), (16, 12
 
 SMALLEST_TILE: Final = 16
 TILE_FIELDS: Final = 3
+_FEW, _MANY = np.array(TILE_KINDS).T[:, :, None]  # [6, 1] each
 
 
 def num_tile_entries(num_tokens: int, num_groups: int) -> int:
@@ -34,7 +36,7 @@ def build_lora_tiles(slots: Tensor, counts: Tensor, num_tokens: int, num_groups:
     ----------
     slots, counts
         [G] integers: adapter slot of each group in the order of the sorted tokens, ascending; -1 = the group
-        without an adapter, the first one where it exists. And how many tokens each has.
+        without an adapter, the first one where it exists. And how many tokens each has. Brought to the host.
     num_tokens
         T, not below the sum of the counts.
     num_groups
@@ -43,25 +45,32 @@ def build_lora_tiles(slots: Tensor, counts: Tensor, num_tokens: int, num_groups:
     Returns
     -------
     Tensor
-        [6, 1 + T // 16 + num_groups, 3] int32 where ``counts`` is, for each of `TILE_KINDS`. Entry 0: number
-        of all tiles, of those with an adapter, and 0. Then the tiles of all groups with an adapter, and those
-        of the group without: where the tile starts in the sorted order, its number of tokens, its slot.
-        Behind the last tile all is 0.
+        [6, 1 + T // 16 + num_groups, 3] int32 on the host, for each of `TILE_KINDS`. Entry 0: number of all
+        tiles, of those with an adapter, and 0. Then the tiles of all groups with an adapter, and those of the
+        group without: where the tile starts in the sorted order, its number of tokens, its slot. Behind the
+        last tile all is 0.
     """
-    starts = counts.cumsum(0) - counts
-    order = (slots < 0).to(torch.int8).argsort(stable=True)
-    slots, counts, starts = slots[order], counts[order], starts[order]
-    shape = (len(TILE_KINDS), num_tile_entries(num_tokens, num_groups), TILE_FIELDS)
-    tiles = torch.zeros(shape, dtype=torch.int32, device=counts.device)
-    for kind, (few, many) in enumerate(TILE_KINDS):
-        most = torch.where(counts > many // 2, many, few)
-        tiles_of_group = -(-counts // most)
-        group = torch.arange(len(counts), device=counts.device).repeat_interleave(tiles_of_group)
-        first_tile = tiles_of_group.cumsum(0) - tiles_of_group
-        first_row = (torch.arange(len(group), device=counts.device) - first_tile[group]) * most[group]
-        num_rows = torch.minimum(most[group], counts[group] - first_row)
-        tiles[kind, 0, 0] = len(group)
-        tiles[kind, 0, 1] = tiles_of_group[slots >= 0].sum()
-        entries = torch.stack([starts[group] + first_row, num_rows, slots[group]], dim=1)
-        tiles[kind, 1 : 1 + len(group)] = entries
-    return tiles
+    of_groups = np.stack([slots.cpu().numpy(), counts.cpu().numpy()])
+    starts = of_groups[1].cumsum() - of_groups[1]
+    order = np.argsort(of_groups[0] < 0, kind="stable")
+    (slot, count), start = of_groups[:, order], starts[order]
+    rows = np.where(count > _MANY // 2, _MANY, _FEW)  # [6, G] of a tile
+    num_tiles = -(-count // rows)
+    tiles = np.zeros((len(TILE_KINDS), num_tile_entries(num_tokens, num_groups), TILE_FIELDS), dtype=np.int32)
+    tiles[:, 0, 0] = num_tiles.sum(axis=1)
+    tiles[:, 0, 1] = num_tiles[:, slot >= 0].sum(axis=1)
+    # All tiles of all kinds at once: the group of a kind that each is of, and which of its tiles.
+    group_of_kind = np.repeat(np.arange(num_tiles.size), num_tiles.ravel())
+    first_tile = num_tiles.ravel().cumsum() - num_tiles.ravel()
+    index = np.arange(len(group_of_kind)) - first_tile[group_of_kind]
+    kind, group = np.divmod(group_of_kind, max(len(slot), 1))
+    entry = 1 + (num_tiles.cumsum(axis=1) - num_tiles).ravel()[group_of_kind] + index
+    most = rows.ravel()[group_of_kind]
+    num_rows = np.minimum(most, count[group] - index * most)
+    tiles[kind, entry] = np.stack([start[group] + index * most, num_rows, slot[group]], axis=1)
+    return torch.from_numpy(tiles)
+
+
+def as_lists(flat: Tensor) -> Tensor:
+    """View the tiles of a plan, which lie one after the other, as [6, 1 + N, 3]."""
+    return flat.view(len(TILE_KINDS), -1, TILE_FIELDS)

@@ -6,7 +6,8 @@ A tile is up to BLOCK_T rows of one adapter. Which there are is part of the step
 lies on the device. There are at most ``T // BLOCK_T + G`` of T rows in G groups, whatever the groups are:
 grids come from T and the largest number of groups, never from values on the device, and one CUDA graph serves
 every mix of adapters. Programs go through the tiles in strides; those without a tile end at once, but each
-takes a turn on a multiprocessor, so there are no more of them than find room on a GPU at a time.
+takes a turn on a multiprocessor. So there are no more than find room on a GPU at a time, or than the tokens
+of a single adapter need.
 
 Everything that a kernel is compiled for depends on the GPU, on the layer and on the class of T
 (`TOKEN_CLASSES`), so that one launch of each class at start-up compiles all. What was measured on this GPU
@@ -95,7 +96,9 @@ NOT_SPECIALIZED = (
 DECODE_TOKENS, MIXED_TOKENS = 128, 512
 """Bounds of classes of T: decodes alone, and decodes beside a piece of a prefill."""
 _MULTIPROCESSORS, _SHARED_BYTES, _MOST_WARPS = 132, 227 << 10, 32
-"""Of a large GPU: how many programs find room on it at a time, each with about 64 registers a thread."""
+"""Of a large GPU: multiprocessors, and of each the bytes of shared memory and the warps that find room at a
+time, with about 64 registers a thread.
+"""
 
 
 class LoRASlotTable(Protocol):
@@ -305,9 +308,10 @@ def clear_choices() -> None:
 def choose_num_tile_programs(
     metadata: LoRAMetadata, block_t: int, programs_per_tile: int, num_bytes: int, num_warps: int
 ) -> int:
-    """How many programs share the tiles: as many as find room at a time, or as there are full tiles.
+    """How many programs share the tiles: as many as find room on a GPU at a time.
 
-    A program holds `num_bytes` of shared memory.
+    But not fewer than ``ceil(T / block_t)``, which the tokens of one adapter need. Each tile takes
+    `programs_per_tile` programs of `num_warps` warps with `num_bytes` of shared memory.
     """
     at_once = _MULTIPROCESSORS * max(min(_SHARED_BYTES // num_bytes, _MOST_WARPS // num_warps), 1)
     wanted = max(at_once // programs_per_tile, ceil_div(metadata.num_tokens, block_t))
@@ -352,7 +356,7 @@ def load_num_tiles(tiles_ptr: tl.tensor, WITH_BASE: tl.constexpr) -> tl.tensor:
 @jit
 def load_tile(tiles_ptr: tl.tensor, tile: tl.tensor, is_there: tl.tensor) -> tl.tensor:
     """Where a tile starts in the sorted order, its number of rows, and its slot."""
-    entry = tiles_ptr + 3 * (tile + 1)
+    entry = tiles_ptr + 3 * (tile + 1)  # TILE_FIELDS, behind the head
     first = tl.load(entry, mask=is_there, other=0)
     num_rows = tl.load(entry + 1, mask=is_there, other=0)
     slot = tl.load(entry + 2, mask=is_there, other=-1)

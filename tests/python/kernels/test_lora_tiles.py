@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -74,3 +76,22 @@ def test_tiles_of_other_sizes_are_refused():
     metadata = build_lora_metadata(torch.tensor([0, 1]), 2)
     with pytest.raises(ValueError, match=r"no step has tiles of \(16, 32\) rows"):
         metadata.tiles_of(16, 32)
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda tiles: tiles[:, :3],
+        lambda tiles: tiles[:5],
+        lambda tiles: tiles.long(),
+        lambda tiles: tiles.repeat(1, 1, 2)[:, :, ::2],
+        lambda tiles: tiles.to("meta"),
+    ],
+    ids=["of fewer tokens", "of fewer kinds", "int64", "strided", "elsewhere"],
+)
+def test_tiles_that_are_not_those_of_the_step_are_refused(spoil):
+    metadata = build_lora_metadata(torch.arange(100) % 2, 2)
+    with pytest.raises(
+        ValueError, match=r"lora_tiles has shape .* expected at least \[6, 8, 3\] for 100 tokens"
+    ):
+        replace(metadata, lora_tiles=spoil(metadata.lora_tiles)).tiles_of(16)

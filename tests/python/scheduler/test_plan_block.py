@@ -162,16 +162,24 @@ def test_memory_that_does_not_fit_is_refused_before_anything_changes(make, messa
     assert scheduler.next_plan(0).plan_id == 0
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_groups_by_adapter_equal_those_of_the_kernels_function(seed):
+@pytest.mark.parametrize(
+    ("seed", "largest_prompt", "sizes"),
+    [
+        *((seed, 19, {}) for seed in range(4)),
+        (4, 150, {"num_device_pages": 512, "max_num_batched_tokens": 300, "max_model_len": 200}),
+    ],
+)
+def test_groups_by_adapter_equal_those_of_the_kernels_function(seed, largest_prompt, sizes):
     rng = np.random.default_rng(seed)
-    scheduler = _scheduler(padded_batch_sizes=[8])
+    scheduler = _scheduler(padded_batch_sizes=[8], **sizes)
     for adapter_id in range(1, 4):
         scheduler.open_adapter(adapter_id=adapter_id, digest_seed=0, size_bytes=0)
     _advance(scheduler, scheduler.next_plan(0))
     num_distinct = set()
     for request_id in range(40):
-        scheduler.add_request(_request(request_id, int(rng.integers(1, 20)), int(rng.integers(0, 4))))
+        scheduler.add_request(
+            _request(request_id, int(rng.integers(1, largest_prompt + 1)), int(rng.integers(0, 4)))
+        )
     step = 0
     while scheduler.has_work:
         step += 1
