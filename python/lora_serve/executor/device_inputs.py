@@ -114,9 +114,10 @@ class DeviceInputs:
         self._staging = PinnedBuffers(num_buffers, device)
         # Whatever deltas a plan has: each row's pages change at most as a whole.
         most_pages = (max_num_seqs + 1) * max_pages_per_row
-        most_tiles = len(TILE_KINDS) * TILE_FIELDS * num_tile_entries(max_num_tokens, max_loras + 1)
-        most_entries = 3 * max_num_tokens + 16 * max_num_seqs + 8 * max_loras + most_tiles + most_pages
-        self._block = zeros(most_entries + 1024)
+        most_tiles = num_tile_entries(max_num_tokens, max_loras + 1)
+        self._lora_tiles = zeros(len(TILE_KINDS), most_tiles, TILE_FIELDS)
+        most_entries = 3 * max_num_tokens + 16 * max_num_seqs + 8 * max_loras + self._lora_tiles.numel()
+        self._block = zeros(most_entries + most_pages + 1024)
         self.page_table = zeros(max_num_seqs + 1, max_pages_per_row)
         self.last_tokens = torch.full_like(zeros(max_num_seqs + 1), NO_TOKEN)
         self.page_indices = zeros(most_pages)
@@ -127,9 +128,6 @@ class DeviceInputs:
         self._lora_of_tokens = zeros(2, max_num_tokens)
         # Sizes, starts and slots of the groups; see `LoRAMetadata`.
         self._lora_groups = (zeros(max_loras + 1), zeros(max_loras + 2), zeros(max_loras + 1))
-        self._lora_tiles = zeros(
-            len(TILE_KINDS), num_tile_entries(max_num_tokens, max_loras + 1), TILE_FIELDS
-        )
 
     def load(self, plan: ExecutionPlan, *, adapts_embedding: bool) -> DeviceStep:
         """Bring a plan that has rows to the device, and change the page table.
