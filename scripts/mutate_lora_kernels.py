@@ -34,6 +34,7 @@ class KernelFault(Fault):
     tests: str
 
 
+TUNED = "tuned_lora_tiles.py"
 TILES, SHRINK, EXPAND, LOOK_UP = (
     f"triton_lora_{name}.py" for name in ("tiles", "shrink", "expand", "embedding")
 )
@@ -100,11 +101,14 @@ FAULTS = (
     KernelFault(TILES, "has_row & (rank <= MAX_RANK)", "has_row", OF_EXPAND),
     KernelFault(
         SHRINK,
-        "for tile in range(tl.program_id(1), end, tl.num_programs(1)):",
-        "for tile in range(tl.program_id(1), tl.minimum(end, tl.num_programs(1))):",
+        "for tile in range(tl.program_id(TILE_AXIS), end, tl.num_programs(TILE_AXIS)):",
+        "for tile in range(tl.program_id(TILE_AXIS), tl.minimum(end, tl.num_programs(TILE_AXIS))):",
         OF_GRID,
     ),
-    KernelFault(SHRINK, "next_tile = tile + tl.num_programs(1)", "next_tile = tile + 1", OF_GRID),
+    KernelFault(SHRINK, "next_tile = tile + tl.num_programs(TILE_AXIS)", "next_tile = tile + 1", OF_GRID),
+    KernelFault(SHRINK, "tl.program_id(1 - TILE_AXIS)", "tl.program_id(0)", OF_TILES),
+    KernelFault(SHRINK, "(programs, per_tile) if tiles.tiles_first else ", "", OF_TILES),
+    KernelFault(TUNED, 'order = _bool_of(row["tiles"], "tiles_first")', "order = False", OF_TILES),
     KernelFault(EXPAND, "next_tile = tile + tl.num_programs(1)", "next_tile = tile + 1", OF_GRID),
     KernelFault(SILU, "next_tile = tile + tl.num_programs(1)", "next_tile = tile + 1", OF_SILU),
     KernelFault(ROTARY, "next_tile = tile + tl.num_programs(1)", "next_tile = tile + 1", OF_ROTARY),

@@ -24,7 +24,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
@@ -43,7 +43,7 @@ from lora_serve.kernels.triton_lora_tiles import (
     clear_choices,
     token_class,
 )
-from lora_serve.kernels.tuned_lora_tiles import ShrinkTiles
+from lora_serve.kernels.tuned_lora_tiles import ShrinkTiles, TunedShrink
 from lora_tile_candidates import (
     expands_in_layers,
     rotary_store_candidates,
@@ -103,11 +103,15 @@ class Search:
     def _shrinks(self, table: Table, linear: Any, kernel: str) -> dict[str, Table]:
         size = (self.max_tokens, len(linear.output_slices), linear.in_features, self.max_rank)
         num_parts = choose_num_parts(*size, self._element_size)
+        max_tokens, num_slices, *others = size
+        now = choose_shrink_tiles(max_tokens, *others, self._element_size, num_slices)
+        # Which programs start first matters among the layer's other kernels alone: just tried for these.
+        in_other_order = TunedShrink(num_parts, replace(now, tiles_first=not now.tiles_first))
         return {
             f"{found.num_parts} parts, {found.tiles}": self._with_shrink(
                 table, linear, found.num_parts, found.tiles
             )
-            for found in shrink_candidates(*size, self._element_size)
+            for found in (in_other_order, *shrink_candidates(*size, self._element_size))
             # The expands of o and down were chosen for a number of parts.
             if kernel not in ("o_shrink", "down_shrink") or found.num_parts == num_parts
         }

@@ -1,13 +1,14 @@
 """LoRA kernels on one packed layer: microseconds of shrink and expand, beside the floor.
 
 A run stands for many layers one after the other, as in a model (`rotating_layers`): their adapters' weights
-are more than 100 MB and cannot stay in the L2 cache. All are captured in one CUDA graph, and a row is the
-graph's time divided by the number of layers. Who computes is told in `lora_providers`; all providers are
-checked against a loop in torch first.
+are more than 100 MB and cannot stay in the L2 cache. x and y stay there in decodes, and in prefills (as far
+as they fit) with `--rows-in-cache`: in a model the kernels before have just written them. All layers are
+captured in one CUDA graph, and a row is the graph's time divided by their number. Who computes is told in
+`lora_providers`; all providers are checked against a loop in torch first.
 
 `floor_us` is the larger of two: the bytes that must be moved at the rate of a large copy in the same run, and
-the products at the rate of a large matrix product in it. Without a GPU, `--smallest` runs in Triton's
-interpreter.
+the products at the rate of a large matrix product in it. It counts x and y wherever they are. Without a GPU,
+`--smallest` runs in Triton's interpreter.
 """
 
 from __future__ import annotations
@@ -84,6 +85,7 @@ def measure(name: str, layers: Layers, rates: Rates, repetitions: int) -> list[d
     key = {
         "shape": name,
         "rows": len(layers.x),
+        "rows_in": "cache" if len(layers.xs) == 1 else "memory",
         "adapters": layers.num_adapters,
         "lora_rank": layers.lora_rank,
         "max_lora_rank": layers.max_rank,
@@ -127,6 +129,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--adapters", nargs="+", type=int, default=list(ADAPTERS))
     parser.add_argument("--lora-ranks", nargs="+", type=int, default=list(LORA_RANKS))
     parser.add_argument("--max-lora-rank", type=int, help="of the engine (default: the adapters' own rank)")
+    parser.add_argument("--rows-in-cache", action="store_true", help="a prefill's x and y, too; see `Layers`")
     parser.add_argument("--repetitions", type=int, default=20)
     return parser.parse_args()
 
@@ -156,7 +159,9 @@ def main() -> None:
     rows: list[dict[str, object]] = []
     for name, lora_rank, num_rows, adapters in combinations(options):
         max_rank = 8 if options.smallest else options.max_lora_rank or lora_rank
-        layers = make_layers(SHAPES[name], num_rows, adapters, lora_rank, max_rank, on)
+        layers = make_layers(
+            *(SHAPES[name], num_rows, adapters, lora_rank, max_rank, on), rows_in_cache=options.rows_in_cache
+        )
         if options.compile_only:
             check(layers, providers_of(layers))
         else:

@@ -12,11 +12,11 @@ from pathlib import Path
 
 RESULTS = Path(__file__).resolve().parents[1] / "results" / "lora_kernels.csv"
 Row = dict[str, str]
-_KEY = ("shape", "rows", "adapters", "lora_rank", "provider")
+_KEY = ("shape", "rows", "adapters", "lora_rank", "rows_in", "provider")
 
 
 def newest_rows(file: Path) -> dict[tuple[str, ...], Row]:
-    """By shape, rows, adapters, rank and provider: the row that was appended last."""
+    """By all that `_KEY` names: the row that was appended last."""
     with file.open(newline="", encoding="utf-8") as lines:
         return {tuple(row[name] for name in _KEY): row for row in csv.DictReader(lines)}
 
@@ -32,19 +32,21 @@ def decode_table(rows: dict[tuple[str, ...], Row]) -> Iterator[str]:
     yield from header(["rows", "adapters", *(f"rank {rank}" for rank in ranks)])
     for num_rows in values_of(of_square, "rows"):
         for adapters in values_of(of_square, "adapters"):
-            cells = [of_square.get(("square", num_rows, adapters, rank, "ours")) for rank in ranks]
+            cells = [of_square.get(("square", num_rows, adapters, rank, "cache", "ours")) for rank in ranks]
             if any(cells):
                 yield line([num_rows, adapters, *(cell_of(row) for row in cells)])
 
 
 def prefill_table(rows: dict[tuple[str, ...], Row]) -> Iterator[str]:
-    """The packed layer of queries, keys and values: each half alone, and who else does both."""
+    """The packed layer of queries, keys and values: each half alone, and who else does both.
+
+    "In" is where x and y come from.
+    """
     of_prefill = {key: row for key, row in rows.items() if int(row["rows"]) > 128}
     names = {row["provider"]: None for row in of_prefill.values()}
-    yield from header(["tokens", "adapters", "rank", *names])
-    for key in dict.fromkeys(key[:4] for key in of_prefill):
-        _, num_rows, adapters, rank = key
-        yield line([num_rows, adapters, rank, *(cell_of(of_prefill.get((*key, name))) for name in names)])
+    yield from header(["tokens", "adapters", "rank", "in", *names])
+    for key in dict.fromkeys(key[:-1] for key in of_prefill):
+        yield line([*key[1:], *(cell_of(of_prefill.get((*key, name))) for name in names)])
 
 
 def cell_of(row: Row | None) -> str:

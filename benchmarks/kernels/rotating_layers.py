@@ -25,8 +25,8 @@ class Layers:
     """Several layers of one shape, whose adapters have modules on all slices; and one step on them.
 
     Rows of a decode (T <= 128) take their adapters in turn, so that those of one adapter are never
-    neighbours, and are the same for all layers. In a prefill an adapter's tokens lie together, and there are
-    several copies of the rows, which a cache does not keep either.
+    neighbours, and are the same for all layers. In a prefill an adapter's tokens lie together, and there may
+    be several copies of the rows, which a cache does not keep either.
     """
 
     in_features: int
@@ -82,8 +82,13 @@ def make_layers(
     on: str,
     *,
     rotated_bytes: int = ROTATED_BYTES,
+    rows_in_cache: bool = False,
 ) -> Layers:
-    """Random weights and inputs; as many layers as hold `rotated_bytes` of weights."""
+    """Random weights and inputs; as many layers as hold `rotated_bytes` of weights.
+
+    With `rows_in_cache` the rows of a prefill are the same for all layers, too: where the cache holds them, a
+    layer finds them there, as it does in a model, whose kernels before have just written them.
+    """
     in_features, output_slices = shape
     dtype = torch.bfloat16 if on == "cuda" else torch.float32
     of_layer = lora_rank * sum(in_features + width for width in output_slices) * num_adapters
@@ -106,7 +111,7 @@ def make_layers(
     x = torch.randn(num_rows, in_features, dtype=dtype, device=on)
     y = torch.zeros(num_rows, sum(output_slices), dtype=dtype, device=on)
     num_copies = 1
-    if not is_decode and on == "cuda":
+    if not (is_decode or rows_in_cache) and on == "cuda":
         num_copies = min(-(-ROTATED_BYTES // min(x.nbytes, y.nbytes)), num_layers)
     return Layers(
         in_features,

@@ -15,8 +15,9 @@ memory has to be zero before. Accumulation and scaling are in fp32; v is fp32, o
 
 Layouts: x [T, H] of any strides; A [R, H] in the arena, at a multiple of 16 bytes; v [P, S, T, R] contiguous.
 
-Grid: (P x S x blocks of rank, programs that share the tiles of tokens), see `triton_lora_tiles`. A program
-multiplies a tile of x with a block of rows of A; blocks at or above the adapter's rank end at once. An
+Grid: (P x S x blocks of rank, programs that share the tiles of tokens), see `triton_lora_tiles`, or the other
+way round where that was measured to be faster (`ShrinkTiles.tiles_first`). A program multiplies a tile of x
+with a block of rows of A; blocks at or above the adapter's rank end at once. An
 adapter with many of a decode step's rows gets larger tiles and so fewer programs: each keeps a multiprocessor
 from the base product that runs beside it. Where kernels are launched early, a program finds its rows and its
 A before it waits for x, see `wait_for_previous`, and the next kernel may begin when x is complete: see
@@ -137,17 +138,18 @@ def _lora_shrink_kernel(
     BLOCK_T_MANY: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    TILE_AXIS: tl.constexpr,
     EARLY: tl.constexpr,
 ) -> None:
-    program = tl.program_id(0)
+    program = tl.program_id(1 - TILE_AXIS)
     first_r = program % NUM_R_BLOCKS * BLOCK_R
     r_index = first_r + tl.arange(0, BLOCK_R)
     slice_index = program // NUM_R_BLOCKS % NUM_SLICES
     part = program // (NUM_R_BLOCKS * NUM_SLICES)
     v_row = (part * NUM_SLICES + slice_index).to(tl.int64) * num_tokens
     end = load_num_tiles(tiles_ptr, FILL_ZEROS)
-    first, num_rows, slot = load_tile(tiles_ptr, tl.program_id(1), True)
-    for tile in range(tl.program_id(1), end, tl.num_programs(1)):
+    first, num_rows, slot = load_tile(tiles_ptr, tl.program_id(TILE_AXIS), True)
+    for tile in range(tl.program_id(TILE_AXIS), end, tl.num_programs(TILE_AXIS)):
         table_row, rank = load_rank(
             slot, rank_ptr + slice_index * rank_stride_s, num_slots, rank_stride_l, MAX_RANK
         )
@@ -171,7 +173,7 @@ def _lora_shrink_kernel(
                         *(IN_FEATURES, K_PER_PART, IS_EVEN, MAX_RANK, FILL_ZEROS),
                         *(BLOCK_T_MANY, BLOCK_R, BLOCK_K // 2, EARLY),
                     )
-        next_tile = tile + tl.num_programs(1)
+        next_tile = tile + tl.num_programs(TILE_AXIS)
         first, num_rows, slot = load_tile(tiles_ptr, next_tile, next_tile < end)
     begin_after_wait(EARLY)  # Also where there is nothing to do: the next kernel relies on it.
 
@@ -226,7 +228,7 @@ def triton_lora_shrink(
     k_per_part = ceil_div(ceil_div(in_features, num_parts), tiles.block_k) * tiles.block_k
     num_bytes = tiles.num_buffered * x.element_size()
     programs = choose_num_tile_programs(metadata, tiles.block_t, per_tile, num_bytes, tiles.num_warps)
-    _lora_shrink_kernel[(per_tile, programs)](
+    _lora_shrink_kernel[(programs, per_tile) if tiles.tiles_first else (per_tile, programs)](
         v,
         x,
         arena,
@@ -250,6 +252,7 @@ def triton_lora_shrink(
         BLOCK_T_MANY=tiles.block_t_many,
         BLOCK_R=tiles.block_r,
         BLOCK_K=tiles.block_k,
+        TILE_AXIS=0 if tiles.tiles_first else 1,
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
         **early_launch(x, MOST_EARLY_LORA_ROWS),

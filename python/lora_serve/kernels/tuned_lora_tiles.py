@@ -27,7 +27,8 @@ class ShrinkTiles:
     """Launch parameters of the shrink: tokens, columns of rank and input features of one tile (>= 16).
 
     Adapters with more than half of `block_t_many` tokens get tiles of so many tokens and half the input
-    features; 0 = none.
+    features; 0 = none. A GPU starts programs in the order of their numbers: with `tiles_first` those of all
+    tiles for one block of A come one after the other, else all programs of one tile.
     """
 
     block_t: int
@@ -36,6 +37,7 @@ class ShrinkTiles:
     num_warps: int
     num_stages: int
     block_t_many: int = 0
+    tiles_first: bool = False
 
     @property
     def num_buffered(self) -> int:
@@ -212,7 +214,8 @@ def _shrink_rows(gpu: str | None) -> dict[_Key, dict[int, TunedShrink]]:
     def read_row(row: Mapping[str, Any]) -> tuple[_Key, int, TunedShrink]:
         many = int_of(row["tiles"], "block_t_many", at_least=0)
         numbers = _numbers(row, ["block_k"], ["num_stages"], block_t_many=many)
-        tiles = ShrinkTiles(**numbers, block_t_many=many)
+        order = _bool_of(row["tiles"], "tiles_first")
+        tiles = ShrinkTiles(**numbers, block_t_many=many, tiles_first=order)
         return _key(row, names), int_of(row, "max_rank"), TunedShrink(int_of(row, "num_parts"), tiles)
 
     return _by_key(read_tuned_rows(gpu, "lora_shrink", read_row))
@@ -223,9 +226,7 @@ def _expand_rows(gpu: str | None) -> dict[_Key, dict[int, ExpandTiles]]:
     names = ("max_tokens", "num_slices", "out_features", "num_parts", "element_size")
 
     def read_row(row: Mapping[str, Any]) -> tuple[_Key, int, ExpandTiles]:
-        loads_y_first = row["tiles"]["loads_y_first"]
-        if not isinstance(loads_y_first, bool):
-            raise ValueError(f"loads_y_first is {loads_y_first!r}, expected true or false")
+        loads_y_first = _bool_of(row["tiles"], "loads_y_first")
         numbers = _numbers(row, ["block_n"], ["n_tiles", "num_stages"])
         return _key(row, names), int_of(row, "max_rank"), ExpandTiles(loads_y_first=loads_y_first, **numbers)
 
@@ -268,6 +269,13 @@ def _numbers(
         raise ValueError(f"block_t and block_t_many are {kind}, expected one of {TILE_KINDS}")
     numbers |= {name: int_of(tiles, name) for name in counts}
     return numbers | {"num_warps": int_of(tiles, "num_warps", is_power_of_2=True)}
+
+
+def _bool_of(tiles: Mapping[str, Any], name: str) -> bool:
+    value = tiles[name]
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} is {value!r}, expected true or false")
+    return value
 
 
 def _by_key(rows: list[tuple[_Key, int, _Found]]) -> dict[_Key, dict[int, _Found]]:

@@ -47,6 +47,10 @@ def tiles_in(table: dict, kernel: str) -> list[dict]:
     return [row["tiles"] for row in table.get(kernel, [])]
 
 
+def qkv_tiles_in(table: dict) -> list[dict]:
+    return [row["tiles"] for row in table.get("lora_shrink", []) if row["num_slices"] == 3]
+
+
 def cost_of(table: dict) -> float:
     """Less for one launch of each kernel, and for o in four parts."""
     parts = [row["num_parts"] for row in table.get("lora_shrink", []) if row["in_features"] == 64]
@@ -76,6 +80,10 @@ def test_what_costs_least_is_kept_for_the_next_kernel_written_and_read(tuner, tm
         *((False, 5), (True, 15)) * 3,
         (False, 5),
     ]
+    # What is in use is tried in the other order of programs, too; no other candidate changes the order.
+    orders = [tiles["tiles_first"] for table in asked[-1][0].values() for tiles in qkv_tiles_in(table)]
+    assert orders.count(True) == 1
+    assert orders.count(False) > 1
     # The second kernel's candidates all have what was kept of the first.
     assert all(tiles_in(table, "lora_silu_mul") == [SILU_MUL] for table in asked[2][0].values())
 

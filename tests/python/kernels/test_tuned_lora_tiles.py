@@ -64,6 +64,7 @@ SHRINK = {
         "num_warps": 8,
         "num_stages": 1,
         "block_t_many": 128,
+        "tiles_first": True,
     },
     "time_us": {"32 tokens, 8 adapters": 7.0},
 }
@@ -90,7 +91,7 @@ ROTARY_STORE = {
     "max_tokens": 32,
     "tiles": {"block_t": 32, "block_r": 64, "heads": 5, "num_warps": 8, "num_stages": 3},
 }
-TUNED_SHRINK = ShrinkTiles(16, 64, 256, num_warps=8, num_stages=1, block_t_many=128)
+TUNED_SHRINK = ShrinkTiles(16, 64, 256, num_warps=8, num_stages=1, block_t_many=128, tiles_first=True)
 TUNED_EXPAND = ExpandTiles(32, 256, 64, num_warps=2, loads_y_first=True, n_tiles=2, num_stages=3)
 TUNED_SILU_MUL = LoRASiluMulLaunch(32, 128, 64, n_tiles=3, num_warps=8, num_stages=5)
 TUNED_ROTARY_STORE = LoRARotaryStoreLaunch(32, 64, heads=5, num_warps=8, num_stages=3)
@@ -231,6 +232,7 @@ DAMAGED = [
     (table_of([SHRINK | {"tiles": SHRINK["tiles"] | {"block_r": 8}}]), "block_r is 8, .* at least 16"),
     (table_of([{k: v for k, v in SHRINK.items() if k != "max_tokens"}]), "lora_shrink has no 'max_tokens'"),
     (table_of(expands=[EXPAND | {"tiles": EXPAND["tiles"] | {"loads_y_first": 1}}]), "loads_y_first is 1"),
+    (table_of([SHRINK | {"tiles": SHRINK["tiles"] | {"tiles_first": "no"}}]), "tiles_first is 'no'"),
     (
         table_of(expands=[EXPAND | {"tiles": EXPAND["tiles"] | {"n_tiles": 0}}]),
         "n_tiles is 0, expected an integer",
@@ -311,6 +313,9 @@ TRIALS = {
     "blocks_of_rank": TrialTiles(3, ShrinkTiles(32, 16, 16, 4, 3), ExpandTiles(32, 32, 16, 2)),
     "runs": TrialTiles(1, ShrinkTiles(64, 64, 64, 4, 3), ExpandTiles(32, 16, 64, 4, n_tiles=2, num_stages=3)),
     "long_runs": TrialTiles(2, ShrinkTiles(16, 64, 64, 4, 2), ExpandTiles(64, 64, 64, 4, False, 8, 3)),
+    "tiles_first": TrialTiles(
+        3, ShrinkTiles(16, 16, 64, 4, 2, block_t_many=64, tiles_first=True), ExpandTiles(16, 64, 64, 4)
+    ),
     "runs_of_blocks": TrialTiles(2, ShrinkTiles(16, 16, 64, 4, 2), ExpandTiles(16, 16, 16, 4, True, 3, 2)),
 }
 
