@@ -517,9 +517,11 @@ def test_row_that_failed_fails_in_the_plan_that_waits_for_its_token_too(model_pa
     assert len(states[1].output_token_ids) == 1
 
 
-def test_report_between_plans_is_empty_and_takes_nothing_from_a_plan_on_its_way(model_path):
+def test_report_between_plans_is_empty_and_takes_nothing_from_a_plan_on_its_way(model_path, executor_kind):
     executor = _executor_with_host_tier(model_path, 4)
     executor.submit(PlanStandIn(transfers=[(3, WRITE_BACK, [5], [0])]), [])
+    if executor_kind == "cuda":
+        torch.cuda.synchronize()  # So that the copy has ended, which a busy GPU may put off.
     early = executor.report()
     result = executor.collect()
     late = executor.report()
