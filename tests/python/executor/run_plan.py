@@ -1,19 +1,15 @@
-"""Runs one plan on an executor and waits for it and its copies."""
+"""Runs one plan on an executor and waits for it."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-
-import torch
 
 from lora_serve.executor.executor import ExecutionResult, Executor
 from lora_serve.executor.sampling_state import SamplingState
 
 
 def run_plan(executor: Executor, plan, states: Sequence[SamplingState] = ()) -> ExecutionResult:
-    """What became of the plan, its copies among it; no other may be on its way."""
+    """What became of the plan; no other may be on its way."""
     executor.lora.prepare_loads(plan.load_adapter_ids.tolist())
     executor.submit(plan, states)
-    if torch.cuda.is_initialized():
-        torch.cuda.synchronize()  # Copies run beside the steps, and are reported when they have ended.
     return executor.collect()
