@@ -26,7 +26,8 @@ OTHER_PROGRAMS = {
     "docs/scheduling.md": {"--plan-lead-us"},  # the simulator
     # scripts/tune_*.py
     "docs/tuning.md": {"--out", "--ranks", "--shapes", "--tokens", "--lora-rank", "--adapters"},
-    "benchmarks/README.md": {"--benchmark", "--dry-run", "--requests"},  # Google Benchmark, the simulator
+    # Google Benchmark, the simulator, bench_lora.py
+    "benchmarks/README.md": {"--benchmark", "--dry-run", "--requests", "--rows-in-cache"},
     "CONTRIBUTING.md": {"--preset", "--build"},  # cmake
 }
 MIGRATING = "docs/migrating.md"
