@@ -105,7 +105,7 @@ class Search:
         num_parts = choose_num_parts(*size, self._element_size)
         max_tokens, num_slices, *others = size
         now = choose_shrink_tiles(max_tokens, *others, self._element_size, num_slices)
-        # Which programs start first matters among the layer's other kernels alone: just tried for these.
+        # Which programs start first matters beside other kernels alone: tried here, with the tiles in use.
         in_other_order = TunedShrink(num_parts, replace(now, tiles_first=not now.tiles_first))
         return {
             f"{found.num_parts} parts, {found.tiles}": self._with_shrink(
