@@ -11,9 +11,9 @@ from functools import cache, partial
 import torch
 from torch import Tensor
 
-from lora_serve.kernels._triton import MOST_EARLY_LORA_ROWS, can_launch_early, launches_early
+from lora_serve.kernels._triton import MOST_EARLY_LORA_ROWS, launches_early
 from lora_serve.kernels.cuda_linear import cuda_linear, cuda_linear_beside_shrink
-from lora_serve.kernels.lora_delta import FEW_TOKENS, MOST_TOKENS_BESIDE, LoRADelta
+from lora_serve.kernels.lora_delta import FEW_TOKENS, LoRADelta
 from lora_serve.kernels.lora_metadata import LoRAMetadata
 from lora_serve.kernels.lora_weights import LoRALayerTable
 from lora_serve.kernels.triton_lora_expand import triton_lora_expand
@@ -25,15 +25,6 @@ from lora_serve.kernels.triton_lora_linear import (
 from lora_serve.kernels.triton_lora_shrink import triton_lora_shrink
 
 _MOST_ASIDE = 512
-_NARROW_FEATURES = 8192
-"""Up to so many output features, a delta in memory costs less than an expand in the next kernel."""
-_WIDE_TOKENS, _LARGE_RANK = 128, 32
-"""With more, it does so up to so many tokens, where adapters may have a rank above this."""
-_LEFT_TO_WIDE, _LEFT_TO_STREAM, _LEFT_TO_LARGE_RANKS = 1 / 3, 1 / 8, 1 / 6
-"""Share of the multiprocessors that the product leaves to what runs beside it: to the expand of a wide layer,
-and to that into the residual stream, which wants more for larger ranks. A product loses 0 to 5% by it: half
-of the multiprocessors read its weights nearly as fast as memory gives them.
-"""
 
 
 def linear(
@@ -44,25 +35,11 @@ def linear(
     Notes
     -----
     The shrink comes before the base product, and the two run side by side: for few rows by early launches,
-    for more of them in a CUDA graph on two streams, where that pays with the expand behind the shrink. A
-    prefill fills the device with either of them.
+    for more of them in a CUDA graph on two streams. A prefill fills the device with either of them.
     """
-    max_rank, out_features = table.tables.max_rank, len(weight)
-    v = make_shrunk(x, table.num_slices, max_rank)
+    v = make_shrunk(x, table.num_slices, table.tables.max_rank)
     shrink = partial(triton_lora_shrink, v, x, table.arena, table, metadata)
-    is_narrow = out_features <= _NARROW_FEATURES
-    if not (_fits_beside(x) and (is_narrow or (len(x) <= _WIDE_TOKENS and max_rank > _LARGE_RANK))):
-        return _linear_beside(shrink, x, weight, bias), LoRADelta(v, table, metadata)
-    expanded = x.new_empty(len(x), out_features)
-
-    def shrink_and_expand() -> None:
-        shrink()
-        slices = table.output_slices
-        triton_lora_expand(expanded, v, table.arena, table, metadata, output_slices=slices, add_inputs=False)
-
-    left = 0 if is_narrow else _share_of_device(x, _LEFT_TO_WIDE)
-    y = _linear_beside(shrink_and_expand, x, weight, bias, left)
-    return y, LoRADelta(v, table, metadata, expanded)
+    return _linear_beside(shrink, x, weight, bias), LoRADelta(v, table, metadata)
 
 
 def linear_into(
@@ -84,38 +61,18 @@ def linear_into(
         y, delta = linear(x, weight, bias, table, metadata)
         add_delta(y, delta)
         return y
-    share = _LEFT_TO_LARGE_RANKS if table.tables.max_rank > _LARGE_RANK else _LEFT_TO_STREAM
-    left = _share_of_device(x, share) if _fits_beside(x) else 0
-    return _linear_beside(partial(add_linear, residual, x, table, metadata), x, weight, bias, left)
+    return _linear_beside(partial(add_linear, residual, x, table, metadata), x, weight, bias)
 
 
-def _fits_beside(x: Tensor) -> bool:
-    """Whether a product of these rows leaves the device to both halves of a delta.
-
-    It does not depend on how kernels are launched: captured in a graph or not, a step has the same bits.
-    """
-    return FEW_TOKENS < len(x) <= MOST_TOKENS_BESIDE and x.element_size() == 2 and can_launch_early(x)
-
-
-def _share_of_device(x: Tensor, share: float) -> int:
-    return int(torch.cuda.get_device_properties(x.device).multi_processor_count * share)
-
-
-def _linear_beside(
-    launch: Callable[[], None],
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    multiprocessors_left: int = 0,
-) -> Tensor:
+def _linear_beside(launch: Callable[[], None], x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Give ``x W^T + b``, and run what `launch` does with x beside it where that is possible.
 
     Of two kernels that wait for x, the one that starts first gets its multiprocessors at once, and the other
-    takes what is left. The product takes nearly all there are, so it must be the other one.
+    takes what is left. The product takes all there are, so it must be the other one.
     """
     if not (FEW_TOKENS < len(x) <= _MOST_ASIDE and torch.cuda.is_current_stream_capturing()):
         launch()
-        return cuda_linear_beside_shrink(x, weight, bias, multiprocessors_left)
+        return cuda_linear_beside_shrink(x, weight, bias)
     y = x.new_empty(len(x), len(weight))
     stream, is_early = torch.cuda.current_stream(x.device), launches_early(x, MOST_EARLY_LORA_ROWS)
     aside = _aside(x.device, priority=0 if is_early else -1)
@@ -123,11 +80,11 @@ def _linear_beside(
     if is_early:  # On this stream, then: an early launch is one behind a kernel of the same stream.
         launch()
         with torch.cuda.stream(aside):
-            cuda_linear(x, weight, bias, y, multiprocessors_left)
+            cuda_linear(x, weight, bias, y)
     else:
         with torch.cuda.stream(aside):
             launch()
-        cuda_linear(x, weight, bias, y, multiprocessors_left)
+        cuda_linear(x, weight, bias, y)
     stream.wait_stream(aside)
     return y
 
@@ -140,11 +97,7 @@ def _aside(device: torch.device, priority: int) -> torch.cuda.Stream:
 
 def add_delta(y: Tensor, delta: LoRADelta) -> None:
     """Add what `linear` has left over to its ``y`` [T, sum(O_s)], in place."""
-    table, expanded = delta.table, delta.expanded
-    if expanded is not None:
-        has_adapter = delta.metadata.token_lora_mapping[:, None] >= 0
-        y.copy_(torch.where(has_adapter & (expanded != 0), y + expanded, y))
-        return
+    table = delta.table
     triton_lora_expand(y, delta.v, table.arena, table, delta.metadata, output_slices=table.output_slices)
 
 

@@ -329,7 +329,7 @@ def triton_lora_expand(
         MAX_RANK=max_rank,
         ADD_INPUTS=add_inputs,
         LOADS_Y_FIRST=add_inputs and tiles.loads_y_first,
-        Y_EVICTION=_y_eviction(num_tokens, add_inputs),
+        Y_EVICTION="evict_first" if num_tokens > _MOST_CACHED_TOKENS else "",
         SPLIT_V=y.dtype == torch.float32 and arena.dtype == torch.bfloat16,
         B_ALIGNMENT=16 // arena.element_size(),
         BLOCK_T=tiles.block_t,
@@ -342,13 +342,6 @@ def triton_lora_expand(
         num_stages=2,
         **early_launch(y, MOST_EARLY_LORA_ROWS),
     )
-
-
-def _y_eviction(num_tokens: int, add_inputs: bool) -> str:
-    """How y goes through the L2 cache: what is written beside a product is read behind it."""
-    if num_tokens > _MOST_CACHED_TOKENS:
-        return "evict_first"
-    return "" if add_inputs else "evict_last"
 
 
 def check_expand(
