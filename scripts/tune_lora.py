@@ -10,9 +10,10 @@ For the projections whose expand is a kernel of its own (o and down), and from 3
 shrink runs beside the base product, and what is best for it alone would be in the way there.
 
 What matters most comes first, and the table is written after each layer, so that a time limit loses little.
-Workers compile ahead of the measurements. The tables of this GPU that the package has are carried over.
+Workers compile ahead of the measurements. The tables of this GPU that the package has are carried over; a row
+for the same layer, class of T and rank is replaced, whether it was faster or not.
 
-    python scripts/tune_lora.py --out DIR [--ranks 64 16] [--tokens 128 32] [--shapes qwen3-8b 5120:8192,1024]
+    python scripts/tune_lora.py --out DIR [--ranks 64 16] [--tokens 128 512] [--shapes qwen3-8b]
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks" / "kernels"))
 from kernel_bench import copy_rate_gb_per_s, triton_version
 
+from lora_serve.kernels.lora_delta import FEW_TOKENS
 from lora_serve.kernels.reference import ReferenceResult
 from lora_serve.kernels.triton_lora_tiles import token_class, trial_tiles
 from lora_serve.kernels.tuned_lora_tiles import ExpandTiles, TunedShrink
@@ -335,18 +337,35 @@ def tasks_of(options: argparse.Namespace) -> list[Task]:
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder that the table is written to")
     parser.add_argument("--smallest", action="store_true", help="one tiny layer, in the interpreter")
-    parser.add_argument("--shapes", nargs="+", default=["qwen3-8b"])
-    parser.add_argument("--ranks", nargs="+", type=int, default=list(RANKS))
-    parser.add_argument("--tokens", nargs="+", type=int, default=[*FIRST_TOKENS, *MORE_TOKENS])
-    parser.add_argument("--workers", type=int, default=14)
+    parser.add_argument(
+        "--shapes",
+        nargs="+",
+        default=["qwen3-8b"],
+        help=f"of {', '.join(MODELS)}, or layers as 5120:8192,1024",
+    )
+    parser.add_argument(
+        "--ranks", nargs="+", type=int, default=list(RANKS), help="--max-lora-rank of engines"
+    )
+    parser.add_argument(
+        "--tokens", nargs="+", type=int, default=[*FIRST_TOKENS, *MORE_TOKENS], help=f"above {FEW_TOKENS}"
+    )
+    parser.add_argument("--workers", type=int, default=14, help="processes that compile ahead")
     parser.add_argument("--time-limit-s", type=float, default=1e9, help="measures nothing further after it")
     parser.add_argument(
-        "--part-cost-us", type=float, default=0.0, help="added for each part, where other kernels read v too"
+        "--part-cost-us",
+        type=float,
+        default=0.0,
+        help="added to a candidate for each part of the input features: what other kernels take to read it",
     )
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if min(options.tokens) <= FEW_TOKENS:
+        parser.error(f"--tokens {options.tokens}: up to {FEW_TOKENS} other kernels run, expected more")
+    return options
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -290,14 +290,16 @@ def compile_ahead(arguments: Sequence[str], workers: int) -> None:
 
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder that the table is written to")
     parser.add_argument("--smallest", action="store_true", help="tiny layers on the CPU")
     parser.add_argument("--tokens", nargs="+", type=int, default=[256, 512], help="of one class of T")
-    parser.add_argument("--lora-rank", type=int, default=16)
-    parser.add_argument("--adapters", nargs="+", type=int, default=[8, 32, 64])
-    parser.add_argument("--kernels", nargs="+", choices=KERNELS, default=list(KERNELS))
-    parser.add_argument("--repetitions", type=int, default=15)
+    parser.add_argument("--lora-rank", type=int, default=16, help="--max-lora-rank of engines")
+    parser.add_argument("--adapters", nargs="+", type=int, default=[8, 32, 64], help="in a step")
+    parser.add_argument("--kernels", nargs="+", choices=KERNELS, default=list(KERNELS), help="to be tuned")
+    parser.add_argument("--repetitions", type=int, default=15, help="of each candidate in each step")
     parser.add_argument("--workers", type=int, default=14, help="processes that compile ahead")
     parser.add_argument("--share", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)

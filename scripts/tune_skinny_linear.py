@@ -3,7 +3,8 @@
 Every candidate is checked against fp64 before it is timed; one that is wrong, or does not fit the GPU, is
 out. Times are those of CUDA graph replays over weights that do not fit the caches, with the vendor's library
 beside it. A table row names parameters only where they are faster than the library at both ends of the row's
-class of M. Two tables are written: for launches that wait for the kernel before, and for early ones.
+class of M. Two tables are written: `early.json` for GPUs that launch kernels before the one ahead has ended
+(from Hopper on), and `plain.json` for others. One of them goes to the package's folder `kernels/tuning`.
 
     python scripts/tune_skinny_linear.py --out DIR [--shapes qwen3-8b] [--rows 1 8 16]
 """
@@ -258,16 +259,19 @@ def write_table(path: Path, rows: list[dict[str, object]]) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--shapes", choices=list(SHAPES), default="qwen3-8b")
-    parser.add_argument("--layers", nargs="*")
-    parser.add_argument("--rows", type=int, nargs="*", default=[1, 8, 16, 32, 64])
-    parser.add_argument("--workers", type=int, default=14)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, required=True, help="folder that both tables are written to")
+    parser.add_argument("--shapes", choices=list(SHAPES), default="qwen3-8b", help="of a model")
+    parser.add_argument("--layers", nargs="*", help="some of its layers, such as qkv; None = all")
+    parser.add_argument("--rows", type=int, nargs="*", default=[1, 8, 16, 32, 64], help="classes of rows")
+    parser.add_argument("--workers", type=int, default=14, help="processes that compile ahead")
     parser.add_argument(
         "--time-limit-s", type=float, default=1e9, help="times no further candidates after it"
     )
     options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
     begin = time.monotonic()
     with multiprocessing.get_context("spawn").Pool(options.workers) as pool:
         tuner = Tuner(pool)

@@ -120,17 +120,23 @@ def print_steps(rows: list[dict[str, object]]) -> None:
 
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     parser.add_argument("--smallest", action="store_true", help="one tiny run that writes nothing")
     parser.add_argument("--dry-run", action="store_true", help="print, write no results")
     parser.add_argument("--compile-only", action="store_true", help="compile every kernel, time none")
-    parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=list(SHAPES)[:-1])
-    parser.add_argument("--rows", nargs="+", type=int, default=list(ROWS))
-    parser.add_argument("--adapters", nargs="+", type=int, default=list(ADAPTERS))
-    parser.add_argument("--lora-ranks", nargs="+", type=int, default=list(LORA_RANKS))
-    parser.add_argument("--max-lora-rank", type=int, help="of the engine (default: the adapters' own rank)")
-    parser.add_argument("--rows-in-cache", action="store_true", help="a prefill's x and y, too; see `Layers`")
-    parser.add_argument("--repetitions", type=int, default=20)
+    parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=list(SHAPES)[:-1], help="layers")
+    parser.add_argument("--rows", nargs="+", type=int, default=list(ROWS), help="tokens of the steps")
+    parser.add_argument("--adapters", nargs="+", type=int, default=list(ADAPTERS), help="in a step")
+    parser.add_argument("--lora-ranks", nargs="+", type=int, default=list(LORA_RANKS), help="of the adapters")
+    parser.add_argument("--max-lora-rank", type=int, help="of the engine; None = the adapters' own rank")
+    parser.add_argument(
+        "--rows-in-cache",
+        action="store_true",
+        help="a prefill's x and y stay in the L2 cache, as in a model, and do not come from memory",
+    )
+    parser.add_argument("--repetitions", type=int, default=20, help="of each graph")
     return parser.parse_args()
 
 

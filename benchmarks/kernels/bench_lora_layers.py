@@ -244,14 +244,20 @@ def measure(step: Step, variants: list[Variant], gb_per_s: float, repetitions: i
 
 @torch.inference_mode()
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     parser.add_argument("--smallest", action="store_true", help="one tiny run on the CPU that writes nothing")
     parser.add_argument("--dry-run", action="store_true", help="print, write no results")
     parser.add_argument("--compile-only", action="store_true", help="compile and check, time nothing")
     parser.add_argument("--rows", nargs="+", type=int, default=list(ROWS), help="tokens of the steps")
-    parser.add_argument("--adapters", nargs="+", choices=list(ADAPTERS), default=list(ADAPTERS))
-    parser.add_argument("--max-loras", type=int, default=MAX_LORAS, help="of the engine")
-    parser.add_argument("--repetitions", type=int, default=20)
+    parser.add_argument(
+        "--adapters", nargs="+", choices=list(ADAPTERS), default=list(ADAPTERS), help="and rank"
+    )
+    parser.add_argument(
+        "--max-loras", type=int, default=MAX_LORAS, help="places for adapters, as the engine's"
+    )
+    parser.add_argument("--repetitions", type=int, default=20, help="of each graph")
     options = parser.parse_args()
     if not torch.cuda.is_available() and not options.smallest:
         sys.exit("this benchmark needs a GPU; --smallest runs on the CPU")

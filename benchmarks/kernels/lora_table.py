@@ -49,6 +49,18 @@ def prefill_table(rows: dict[tuple[str, ...], Row]) -> Iterator[str]:
         yield line([*key[1:], *(cell_of(of_prefill.get((*key, name))) for name in names)])
 
 
+def commit_lines(rows: dict[tuple[str, ...], Row]) -> Iterator[str]:
+    """Which sources each cell of the square layer was measured with; cells of two are not to be compared."""
+    by_commit: dict[str, dict[str, dict[str, None]]] = {}
+    for row in rows.values():
+        if row["shape"] == "square" and row["provider"] == "ours":
+            of_rank = by_commit.setdefault(row["commit"], {}).setdefault(row["lora_rank"], {})
+            of_rank[row["rows"]] = None
+    for commit, ranks in by_commit.items():
+        cells = (f"rank {rank} at {', '.join(of_rank)} rows" for rank, of_rank in ranks.items())
+        yield f"- {commit}: {'; '.join(cells)}"
+
+
 def cell_of(row: Row | None) -> str:
     return f"{float(row['p50_us']):.1f} ({float(row['floor_us']):.1f})" if row else ""
 
@@ -69,7 +81,7 @@ def main() -> None:
     last = list(rows.values())[-1]
     print(f"Microseconds (floor), {last['machine']}, torch {last['torch']}, triton {last['triton']}.")
     print("\nShrink and expand on one layer of 4,096 by 4,096:\n")
-    print(*decode_table(rows), sep="\n")
+    print(*decode_table(rows), "", "Commits of these cells:", "", *commit_lines(rows), sep="\n")
     print("\nPrefills on queries, keys and values (4,096 by 4,096 + 1,024 + 1,024):\n")
     print(*prefill_table(rows), sep="\n")
 

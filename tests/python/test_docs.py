@@ -27,7 +27,8 @@ OTHER_PROGRAMS = {
     # scripts/tune_*.py
     "docs/tuning.md": {"--out", "--ranks", "--shapes", "--tokens", "--lora-rank", "--adapters"},
     # Google Benchmark, the simulator, bench_lora.py
-    "benchmarks/README.md": {"--benchmark", "--dry-run", "--requests", "--rows-in-cache"},
+    "benchmarks/README.md": {"--benchmark", "--dry-run", "--requests"}
+    | {"--shapes", "--adapters", "--lora-ranks", "--rows-in-cache"},
     "CONTRIBUTING.md": {"--preset", "--build"},  # cmake
 }
 MIGRATING = "docs/migrating.md"

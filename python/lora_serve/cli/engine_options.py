@@ -22,9 +22,18 @@ _MS: dict[str, Any] = {"type": int, "metavar": "MS"}
 _GB: dict[str, Any] = {"type": float, "metavar": "GB"}
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the groups of options; their defaults are those of EngineConfig."""
-    _add_adapter_options(parser.add_argument_group("adapters"))
+def add_arguments(parser: argparse.ArgumentParser, *, with_sources: bool = True) -> None:
+    """Add the groups of options; their defaults are those of EngineConfig.
+
+    Parameters
+    ----------
+    with_sources
+        Those too that say which adapters to load, and where adapters may come from.
+    """
+    adapters = parser.add_argument_group("adapters")
+    if with_sources:
+        _add_source_options(adapters)
+    _add_adapter_options(adapters)
     engine = parser.add_argument_group("engine")
     _add_model_options(engine)
     _add_kv_options(engine)
@@ -62,7 +71,7 @@ def _kv_events_config(text: str) -> KVEventsConfig:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
-def _add_adapter_options(group: argparse._ArgumentGroup) -> None:
+def _add_source_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--lora-modules",
         metavar="NAME=PATH",
@@ -71,9 +80,12 @@ def _add_adapter_options(group: argparse._ArgumentGroup) -> None:
         default=[],
         help="adapters to load before the server answers",
     )
+    adapter_source_options.add_arguments(group)
+
+
+def _add_adapter_options(group: argparse._ArgumentGroup) -> None:
     _add(group, "--max-loras", "distinct adapters in one step", **_NUMBER)
     _add(group, "--max-lora-rank", "largest accepted adapter rank", **_NUMBER)
-    adapter_source_options.add_arguments(group)
     _add(
         group,
         "--lora-memory-gb",

@@ -233,13 +233,29 @@ def test_rows_are_listed_without_a_model(capsys):
     [
         ((), "--model-shape qwen3-8b"),
         (("--model-shape", "gpt-7"), "model shape is 'gpt-7'"),
-        (("--model-shape", "qwen3-0.6b", "--lora-modules", "a=/b"), "--lora-modules"),
     ],
 )
 def test_wrong_options_are_told(arguments, words, capsys):
     assert main(["bench", "throughput", *arguments]) == 1
 
     assert words in capsys.readouterr().err
+
+
+def test_bench_takes_no_adapters_but_its_own(capsys):
+    with pytest.raises(SystemExit):
+        main(["bench", "throughput", "--model-shape", "qwen3-0.6b", "--lora-modules", "a=/b"])
+
+    assert "unrecognized arguments: --lora-modules" in capsys.readouterr().err
+
+
+def test_help_shows_what_the_bench_chooses_for_itself(capsys):
+    with pytest.raises(SystemExit):
+        main(["bench", "throughput", "--help"])
+
+    text = " ".join(capsys.readouterr().out.split())
+    assert "tokens of one step (default: 2048; of closed batches on CUDA 16384)" in text
+    assert "distinct adapters in one step (default: as many adapters as fit the device)" in text
+    assert "requests that may run at once (default: 128)" in text
 
 
 def test_bench_runs_without_the_packages_of_the_server(model, tmp_path):

@@ -70,6 +70,15 @@ def test_idle_is_judged_by_the_base_of_the_same_run(ours, verdict):
     assert cells(text, "idle-32", "tokens/s")[-1] == verdict
 
 
+@pytest.mark.parametrize(
+    ("row", "words"), [("open-64-zipf", "what was sent (vLLM: 720 requests)"), ("base-32", "what was sent")]
+)
+def test_rows_say_where_vllm_had_another_number_of_requests(row, words):
+    text = format_table(ROWS, {row: entry(tokens_per_s=1.0, **open_times())})
+
+    assert f"| {row} | {words} |" in text
+
+
 def test_idle_is_not_judged_by_the_base_of_another_run():
     measured = {"base-32": entry("run-0", tokens_per_s=9000.0), "idle-32": entry(tokens_per_s=10.0)}
 

@@ -37,6 +37,13 @@ def tuner(monkeypatch) -> ModuleType:
     return importlib.import_module("tune_lora")
 
 
+def test_steps_in_which_the_shrink_is_not_tuned_alone_are_refused(tuner, capsys):
+    with pytest.raises(SystemExit):
+        tuner.parse_arguments(["--out", "folder", "--tokens", "128", "32"])
+
+    assert "--tokens [128, 32]: up to 32 other kernels run, expected more" in capsys.readouterr().err
+
+
 def test_smallest_run_writes_a_table_that_is_read(tuner, tmp_path, monkeypatch):
     few = [TunedShrink(parts, ShrinkTiles(16, 16, 16, 4, 1)) for parts in (1, 3)]
     trials = sys.modules["lora_tile_trials"]

@@ -35,7 +35,9 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
         "random times (Poisson). Prints JSON.",
     )
     _add_workload(serve, num_requests=1200, output_len=64)
-    serve.add_argument("--rate", type=float, default=12.0, metavar="R", help="arrivals a second")
+    serve.add_argument(
+        "--rate", type=float, default=12.0, metavar="R", help="arrivals a second (default: %(default)s)"
+    )
     serve.add_argument(
         "--popularity",
         choices=_POPULARITIES,

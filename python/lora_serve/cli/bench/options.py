@@ -18,8 +18,19 @@ _SPARE = 1.05
 _LEAST_GB = 1 / 1024
 
 
+_SHOWN_DEFAULTS = {
+    "gpu_memory_utilization": str(_MEMORY_SHARE),
+    "max_loras": "as many adapters as fit the device",
+    "max_lora_rank": "the adapters' own",
+    "lora_memory_gb": "what those that fit take, plus 5%",
+    "lora_host_memory_gb": "what those that fit take, plus 5%",
+    "max_num_batched_tokens": "2048; of closed batches on CUDA 16384",
+}
+"""Where `make_config` chooses for itself."""
+
+
 class _Unset:
-    """Stands for an engine option that the user has not given; help shows the engine's default."""
+    """Stands for an engine option that the user has not given; help shows what it is then."""
 
     def __init__(self, default: object) -> None:
         self._default = default
@@ -55,29 +66,21 @@ def add_arguments(parser: argparse.ArgumentParser, *, default_repeats: int) -> N
         help="after each measurement, trace some steps and write the trace and tables of the device's time "
         "there; what is measured after a trace in the same run may be a little slower",
     )
-    engine_options.add_arguments(parser)
+    engine_options.add_arguments(parser, with_sources=False)  # The bench makes its own adapters.
     defaults = EngineConfig(model="MODEL")
     parser.set_defaults(
-        **{field: _Unset(getattr(defaults, field)) for field in _option_fields()},
+        **{field: _Unset(_SHOWN_DEFAULTS.get(field, getattr(defaults, field))) for field in _option_fields()},
     )
 
 
 def _option_fields() -> list[str]:
     others = {"model", "async_scheduling", "enable_prefix_caching"}
-    others |= {"lora_allowed_roots", "lora_allow_hub", "lora_resolvers"}  # The bench's adapters are local.
+    others |= {"lora_allowed_roots", "lora_allow_hub", "lora_resolvers"}
     return [field for field in EngineConfig.__struct_fields__ if field not in others]
 
 
 def given_options(args: argparse.Namespace) -> dict[str, Any]:
-    """Fields of EngineConfig that the user has set.
-
-    Raises
-    ------
-    InvalidArgumentError
-        Adapters of the user's were named.
-    """
-    if args.lora_modules:
-        raise InvalidArgumentError("--lora-modules is not for the bench, which makes its own adapters")
+    """Fields of EngineConfig that the user has set."""
     given = {
         field: getattr(args, field)
         for field in _option_fields()

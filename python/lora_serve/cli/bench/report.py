@@ -93,7 +93,7 @@ def _table_lines(row: Row, measured: dict[str, Any]) -> list[str]:
         ratio = _ratio(figure, ours)
         cells = [
             row.name if index == 0 else "",
-            entry["workload"] if index == 0 else "",
+            _workload_of(row, entry) if index == 0 else "",
             _label(figure),
             _number(figure.vllm),
             _number(gate),
@@ -104,6 +104,12 @@ def _table_lines(row: Row, measured: dict[str, Any]) -> list[str]:
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return lines
+
+
+def _workload_of(row: Row, entry: dict[str, Any]) -> str:
+    if row.num_vllm_requests is None:
+        return str(entry["workload"])
+    return f"{entry['workload']} (vLLM: {row.num_vllm_requests} requests)"
 
 
 def _goal(goal: float | None, row: Row, measured: dict[str, Any]) -> float | None:
