@@ -23,6 +23,7 @@ from lora_serve.executor.kv_tensors import (
     kv_layers_of,
 )
 from lora_serve.executor.model_setup import load_configured_model, make_adapter_memory
+from lora_serve.executor.prompt_logprobs import MAX_LOGIT_ROWS
 from lora_serve.executor.transfers import PageTransfers, make_page_transfers
 from lora_serve.kernels import LoRAMetadata, build_lora_metadata
 from lora_serve.kernels.triton_lora_linear import warm_up_token_counts
@@ -250,6 +251,6 @@ def _run_step(config: EngineConfig, model: DecoderModel, num_tokens: int, *, has
     )
     token_ids = filled(0, num_tokens, dtype=torch.int64)
     hidden = model.forward(token_ids, context, kv_layers, model.plan_attention(attention, kv_layers))
-    sampled = hidden[: config.max_num_seqs]
+    sampled = hidden[: max(config.max_num_seqs, MAX_LOGIT_ROWS)]
     logits = model.compute_logits(sampled, all_of_one_adapter(len(sampled)))
     logits.softmax(dim=-1)  # As when every row is sampled by its parameters.

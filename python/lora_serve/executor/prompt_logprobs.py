@@ -18,7 +18,7 @@ from lora_serve.kernels import LoRAMetadata, build_lora_metadata
 if TYPE_CHECKING:
     from lora_serve.scheduler import ExecutionPlan
 
-_MAX_LOGIT_ROWS = 256
+MAX_LOGIT_ROWS = 256
 """Rows of logits that exist at once: 256 rows of a vocabulary of 150,000 are 150 MB."""
 
 
@@ -75,8 +75,8 @@ def fill_prompt_logprobs(
         end = min(start + int(plan.num_scheduled_tokens[row]), state.num_prompt_tokens - 1)
         positions = [p for p in range(start, end) if state.prompt_logprobs[p + 1] is None]
         offset = int(query_start_loc[row]) - start
-        for first in range(0, len(positions), _MAX_LOGIT_ROWS):
-            piece = positions[first : first + _MAX_LOGIT_ROWS]
+        for first in range(0, len(positions), MAX_LOGIT_ROWS):
+            piece = positions[first : first + MAX_LOGIT_ROWS]
             index = torch.tensor([offset + p for p in piece], device=hidden.device)
             slots = torch.full((len(piece),), int(plan.adapter_slots[row]), dtype=torch.int32)
             lora = build_lora_metadata(slots, max_loras, device=hidden.device)

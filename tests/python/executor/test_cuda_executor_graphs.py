@@ -318,11 +318,11 @@ def outputs_of_random_requests(executor: CudaExecutor, adapters: list[str]) -> d
         {"allowed_token_ids": [5, 9, 40]},
     ]
     rng = np.random.default_rng(0)
-    for request_id in range(1, 17):
+    for request_id in range(1, 33):
         prompt = rng.integers(0, VOCAB, rng.integers(1, 24)).tolist()
         params = {"temperature": 0.0, "logprobs": 1, **kinds[rng.integers(len(kinds))]}
         state = make_state(prompt, vocab_size=VOCAB, **params)
-        run.add(request_id, state, int(rng.integers(1, 14)), int(rng.choice([0, 0, 0, 1, 2])))
+        run.add(request_id, state, int(rng.integers(1, 14)), int(rng.choice([0, 0, 1, 2, 3])))
         run.step()
     run.finish()
     return run.outputs
@@ -331,9 +331,11 @@ def outputs_of_random_requests(executor: CudaExecutor, adapters: list[str]) -> d
 def test_random_requests_from_graphs_are_those_of_whole_steps(
     model_path, graphs, writes_skip_padding, groups_are_read_anew, tmp_path
 ):
-    adapters = [tmp_path / "first", tmp_path / "second"]
+    adapters = [tmp_path / "first", tmp_path / "second", tmp_path / "third"]
     for seed, path in enumerate(adapters):
-        make_random_adapter(path, model_path, rank=(8, 3)[seed], seed=seed, scale=1.5)
+        # The third adapts what no graph has: steps with it run without them.
+        others = {"target_modules": ("lm_head", "embed_tokens", "q_proj")} if seed == 2 else {}
+        make_random_adapter(path, model_path, rank=(8, 3, 4)[seed], seed=seed, scale=1.5, **others)
     config = msgspec.structs.replace(
         make_config(model_path), num_device_pages=14, max_model_len=48, max_loras=2
     )

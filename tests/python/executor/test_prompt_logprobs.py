@@ -62,7 +62,7 @@ def _check(state, reference: torch.Tensor, num_top: int = 3) -> None:
     ids=lambda chunks: "+".join(map(str, chunks)),
 )
 def test_prompt_logprobs_equal_a_full_forward_pass(executor, reference, chunks, monkeypatch):
-    monkeypatch.setattr(prompt_logprobs, "_MAX_LOGIT_ROWS", 5)
+    monkeypatch.setattr(prompt_logprobs, "MAX_LOGIT_ROWS", 5)
     state = _state()
 
     HandMadeRun(executor, state, pages=[9, 1, 5, 20, 3, 7, 2, 8]).finish(chunks, num_output=3)

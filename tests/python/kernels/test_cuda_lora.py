@@ -51,6 +51,7 @@ class Layers:
         self.norm = torch.ones(SIZE, dtype=dtype, device="cuda")
         self.wide_norm = torch.ones(2 * SIZE, dtype=dtype, device="cuda")
         self.tables = [LoRALayerTable(output_slices, SIZE) for _ in range(NUM_LAYERS)]
+        self._num_adapters = num_adapters
         self._install(dtype, num_adapters)
 
     def _install(self, dtype: torch.dtype, num_adapters: int) -> None:
@@ -71,6 +72,12 @@ class Layers:
             views = tables.layers[0]
             table.a_offset, table.b_offset = views.a_offset, views.b_offset
             table.lora_rank, table.scaling = views.lora_rank, views.scaling
+
+    def move_adapters(self) -> None:
+        """Each slot gets the adapter of the one before it, the first the last one's."""
+        for table in self.tables:
+            rows = table.tables.rows[: self._num_adapters]
+            rows.copy_(rows.roll(1, 0))
 
     def run(self, x: Tensor, metadata: LoRAMetadata, delta_goes: DeltaGoes) -> Tensor:
         for weight, table in zip(self.weights, self.tables, strict=True):
@@ -144,30 +151,43 @@ def test_layers_that_run_beside_each_other_give_what_they_give_one_by_one(
             assert has_same_bits(y, result)
 
 
-@pytest.mark.parametrize("num_tokens", [5, FEW_TOKENS, 100, 300])
-@pytest.mark.parametrize("delta_goes", ["to the output", "to the residual stream"])
-def test_one_graph_serves_every_mix_of_adapters(num_tokens, delta_goes):
-    layers, metadata = Layers(torch.bfloat16, num_adapters=5), steps_of(num_tokens, 5)
-    x = signed("cuda", torch.bfloat16, num_tokens, SIZE, seed=7)
+def take_over(metadata: LoRAMetadata, other: LoRAMetadata) -> None:
+    """What a graph reads becomes that of another step."""
+    for name in (
+        "token_lora_mapping",
+        "token_indices_sorted_by_lora_ids",
+        "num_tokens_per_lora",
+        "lora_token_start_loc",
+        "active_lora_ids",
+        "lora_tiles",
+    ):
+        getattr(metadata, name).copy_(getattr(other, name))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("num_tokens", [1, 5, FEW_TOKENS, 100, 300, 700])
+@pytest.mark.parametrize("delta_goes", get_args(DeltaGoes))
+def test_one_graph_serves_every_mix_of_adapters(dtype, num_tokens, delta_goes):
+    layers, metadata = Layers(dtype, num_adapters=5), steps_of(num_tokens, 5)
+    x = signed("cuda", dtype, num_tokens, SIZE, seed=7)
     with torch.cuda.stream(torch.cuda.Stream()):
         layers.run(x, metadata, delta_goes)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         y = layers.run(x, metadata, delta_goes)
-    for num_adapters in (1, 3, 5):
-        other = steps_of(num_tokens, num_adapters)
-        for name in (
-            "token_lora_mapping",
-            "token_indices_sorted_by_lora_ids",
-            "num_tokens_per_lora",
-            "lora_token_start_loc",
-            "active_lora_ids",
-            "lora_tiles",
-        ):
-            getattr(metadata, name).copy_(getattr(other, name))
-        graph.replay()
-        assert has_same_bits(y, layers.run(x, other, delta_goes))
+    results = []
+    for are_moved in (False, True):
+        if are_moved:
+            layers.move_adapters()
+        for num_adapters in (0, 1, 3, 5):
+            other = steps_of(num_tokens, num_adapters)
+            take_over(metadata, other)
+            graph.replay()
+            results.append(layers.run(x, other, delta_goes))
+            assert has_same_bits(y, results[-1])
+    assert has_same_bits(results[0], results[4]), "no adapter in the step"
+    assert not any(map(has_same_bits, results[1:4], results[5:]))
 
 
 class Attentions:
@@ -178,7 +198,7 @@ class Attentions:
     def __init__(self, dtype: torch.dtype, num_tokens: int) -> None:
         heads, kv_heads, dim = self.HEADS, self.KV_HEADS, self.HEAD_DIM
         self._layers = Layers(dtype, 5, (heads * dim, kv_heads * dim, kv_heads * dim))
-        self._metadata = steps_of(num_tokens, 5)
+        self.metadata = steps_of(num_tokens, 5)
         self._head_norm = torch.ones(dim, dtype=dtype, device="cuda")
         self._cos_sin = signed("cuda", torch.float32, 4096, dim, seed=5)
         self.x = torch.zeros(num_tokens, SIZE, dtype=dtype, device="cuda")
@@ -197,10 +217,10 @@ class Attentions:
         self.slot_mapping.copy_(places.cuda())
         self.positions.copy_(positions)
 
-    def run(self) -> Tensor:
-        x = self.x
+    def run(self, metadata: LoRAMetadata | None = None) -> Tensor:
+        x, metadata = self.x, self.metadata if metadata is None else metadata
         for weight, table, pages in zip(self._layers.weights, self._layers.tables, self.pages, strict=True):
-            qkv, delta = cuda_lora.linear(x, weight, None, table, self._metadata)
+            qkv, delta = cuda_lora.linear(x, weight, None, table, metadata)
             places = (self.positions, self._cos_sin, self.slot_mapping, *pages)
             query = lora_norm_rotary_store(qkv, delta, *places, self._head_norm, self._head_norm, 1e-6)
             x = rms_norm(query.reshape(len(x), SIZE), self._layers.norm, 1e-6)
@@ -230,3 +250,27 @@ def test_rotary_kernels_that_begin_early_see_the_step_that_was_prepared_last(num
             graph.replay()
             assert has_same_bits(x, result)
             assert has_same_bits(attentions.pages, pages)
+
+
+@pytest.mark.parametrize("num_tokens", [FEW_TOKENS + 1, 128, 300])
+def test_one_graph_of_rotary_kernels_serves_every_mix_of_adapters(num_tokens):
+    attentions = Attentions(torch.bfloat16, num_tokens)
+    attentions.prepare(7)
+    with torch.cuda.stream(torch.cuda.Stream()):
+        attentions.run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        x = attentions.run()
+    results = []
+    for num_adapters in (0, 1, 3, 5):
+        other = steps_of(num_tokens, num_adapters)
+        attentions.prepare(7)
+        results.append(attentions.run(other))
+        pages = attentions.pages.clone()
+        take_over(attentions.metadata, other)
+        attentions.prepare(7)
+        graph.replay()
+        assert has_same_bits(x, results[-1])
+        assert has_same_bits(attentions.pages, pages)
+    assert not any(map(has_same_bits, results, results[1:]))
