@@ -354,7 +354,7 @@ def check_expand(
 ) -> None:
     """Raise ``ValueError`` unless all fit together; ``columns`` are output_slices and offset_start."""
     output_slices, offset_start = columns
-    _, num_slices, num_tokens, _ = v.shape
+    num_parts, num_slices, num_tokens, _ = v.shape
     columns_needed = offset_start + sum(output_slices)
     if offset_start < 0 or y.dim() != 2 or y.shape[0] != num_tokens or y.shape[1] < columns_needed:
         raise ValueError(
@@ -368,6 +368,8 @@ def check_expand(
             f"v has shape {tuple(v.shape)} and strides {v.stride()}, expected contiguous [P, S, T, R] with S "
             f"= {len(output_slices)} slices of the layer and {table.lora_rank.shape[1]} of its table"
         )
+    if num_parts > 1 and v.dtype != torch.float32:
+        raise ValueError(f"v has {num_parts} parts of {v.dtype}, expected float32")
     check_metadata(metadata, y, "y")
 
 

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from kernels.pairwise import choose_covering_cases
 from lora_serve.kernels import LoRALayerTable, LoRAMetadata, LoRASliceWeights, build_lora_metadata
 from lora_serve.kernels.lora_builder import install_weights
 from lora_serve.kernels.reference import ReferenceResult, unit_roundoff
@@ -25,10 +27,11 @@ _CHOICES: Mapping[str, Sequence[Any]] = {
     "mix": MIXES,
     "is_interleaved": (True, False),
     "has_base_rows": (True, False),
-    "has_wide_output": (False, True),  # fp32, as logits have it
     "offset_start": (0, 3),
     "spare_columns": (0, 5),  # of v, above the largest rank
 }
+# "dtypes": that of all tensors, and whether y is fp32 all the same, as logits are. They are one factor, so
+# that each dtype has both outputs with any value of any other factor.
 GPU_FACTORS: Mapping[str, Sequence[Any]] = {
     "num_tokens": (0, 1, 2, 7, 17, 32, 33, 129, 255, 512, 513, 1023, 2049, 4096),
     "rank": RANKS,
@@ -44,7 +47,7 @@ GPU_FACTORS: Mapping[str, Sequence[Any]] = {
         (9, 1024, 2, 11, 307),
     ),
     "max_loras": (1, 2, 3, 8, 31, 128),
-    "dtype": (torch.float16, torch.bfloat16),
+    "dtypes": tuple(product((torch.float16, torch.bfloat16), (False, True))),
     **_CHOICES,
 }
 CPU_FACTORS: Mapping[str, Sequence[Any]] = {
@@ -52,16 +55,34 @@ CPU_FACTORS: Mapping[str, Sequence[Any]] = {
     "rank": (1, 3, 16, 48, 100),
     "in_features": (1, 13, 64, 263),
     "output_slices": ((1,), (67,), (33, 16), (9, 2, 16), (9, 5, 2, 11, 1)),
-    "max_loras": (1, 2, 3, 9, 37),
-    "dtype": (torch.float16, torch.float32),
+    "max_loras": (1, 2, 3, 9, 31),
+    "dtypes": ((torch.float16, False), (torch.float16, True), (torch.float32, False)),
     **_CHOICES,
 }
+
+
+def choose_grid_cases(factors: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
+    """Give cases that cover the grid, then for each number of adapters a small step that has them all."""
+    cases = choose_covering_cases(factors, can_have_adapter)
+    typical = {name: values[len(values) // 2] for name, values in factors.items()}
+    for max_loras in factors["max_loras"]:
+        num_tokens = min(each for each in factors["num_tokens"] if each >= max_loras)
+        step = {"num_tokens": num_tokens, "max_loras": max_loras, "mix": "distinct", "has_base_rows": False}
+        cases.append({**typical, **step})
+    return cases
+
+
+def can_have_adapter(factors: Mapping[str, Any]) -> bool:
+    """Whether a step of these factors, in part or whole, can have a row with an adapter of that rank."""
+    mix, num_tokens = factors.get("mix"), factors.get("num_tokens")
+    return mix != "none" and num_tokens != 0 and (mix, num_tokens) != ("all but one", 1)
 
 
 @dataclass
 class GridCase:
     """One step on one layer, on a device; the adapter that the mix prefers is in the last slot.
 
+    That adapter has the named rank, in its first module at least, and the middle row, if any row has one.
     Rows of slot -1 are NaN in x, and NaN, -0.0 and numbers in y; columns of y around the slices are NaN.
     """
 
@@ -78,15 +99,12 @@ def make_grid_case(factors: Mapping[str, Any], device: str, seed: int = 0) -> Gr
     """Make a step of one value of each factor; `seed` decides all numbers."""
     on_host = torch.Generator().manual_seed(seed)
     on_device = torch.Generator(device).manual_seed(seed)
-    dtype, in_features, rank = factors["dtype"], factors["in_features"], factors["rank"]
+    (dtype, has_wide_output), in_features, rank = factors["dtypes"], factors["in_features"], factors["rank"]
 
     def signed(*shape: int, scale: float = 1.0) -> Tensor:
         return (torch.randn(*shape, generator=on_device, device=device) * scale).to(dtype)
 
-    # The tables have two more rows than adapters: one is empty, one holds an adapter that is absent.
-    num_slots = factors["max_loras"] + 2
-    slots = [num_slots - 1, *(torch.randperm(num_slots - 1, generator=on_host).tolist())]
-    mapping = _make_mapping(factors, on_host, torch.tensor(slots))
+    mapping, slots = make_mapping(factors, on_host)
     before, table, behind = (
         LoRALayerTable(widths, in_features) for widths in ((3,), factors["output_slices"], (5, 2))
     )
@@ -103,7 +121,7 @@ def make_grid_case(factors: Mapping[str, Any], device: str, seed: int = 0) -> Gr
             scaling = float(torch.rand(1, generator=on_host)) * 3 - 2.0
             modules.append(LoRASliceWeights(a, b, scaling) if lora_rank else None)
         installed[slot] = tuple(modules)
-    install_weights({before: {}, table: installed, behind: {}}, num_slots=num_slots)
+    install_weights({before: {}, table: installed, behind: {}}, num_slots=len(slots))
 
     num_tokens, offset_start = factors["num_tokens"], factors["offset_start"]
     x = signed(num_tokens, in_features)
@@ -115,7 +133,7 @@ def make_grid_case(factors: Mapping[str, Any], device: str, seed: int = 0) -> Gr
     y[:, 2::5] = torch.where(is_base[:, None], NAN, y[:, 2::5])
     return GridCase(
         x=x,
-        y=y.float() if factors["has_wide_output"] else y,
+        y=y.float() if has_wide_output else y,
         table=table,
         mapping=mapping,
         metadata=build_lora_metadata(mapping, factors["max_loras"], device=torch.device(device)),
@@ -124,10 +142,16 @@ def make_grid_case(factors: Mapping[str, Any], device: str, seed: int = 0) -> Gr
     )
 
 
-def _make_mapping(factors: Mapping[str, Any], generator: torch.Generator, slots: Tensor) -> Tensor:
-    """[T] int32: adapters are drawn as the mix says from those that a step may have at once."""
+def make_mapping(factors: Mapping[str, Any], generator: torch.Generator) -> tuple[Tensor, list[int]]:
+    """Give [T] int32, adapters drawn as the mix says from those that a step may have at once, and all slots.
+
+    Slots are two more than those adapters, the preferred one's first; the last is empty, the one before it
+    holds an adapter that is absent.
+    """
+    num_slots = factors["max_loras"] + 2
+    slots = [num_slots - 1, *(torch.randperm(num_slots - 1, generator=generator).tolist())]
     num_tokens, num_adapters, mix = factors["num_tokens"], factors["max_loras"], factors["mix"]
-    place = torch.arange(num_tokens)
+    place, middle = torch.arange(num_tokens), num_tokens // 2
     weights = torch.ones(num_adapters)
     if mix in ("identical", "none", "only one"):
         weights[1:] = 0
@@ -136,21 +160,22 @@ def _make_mapping(factors: Mapping[str, Any], generator: torch.Generator, slots:
     elif mix == "skewed":
         weights[1:] = 0.1 / max(num_adapters - 1, 1)
     if mix == "distinct":
-        index = place % num_adapters
+        index = (place - middle) % num_adapters
     elif num_tokens:
         index = torch.multinomial(weights, num_tokens, replacement=True, generator=generator)
+        index[middle] = 0
     else:
         index = place
-    mapping = slots[index].to(torch.int32)
+    mapping = torch.tensor(slots)[index].to(torch.int32)
     if mix == "none":
         mapping.fill_(-1)
     elif mix == "only one":
-        mapping[place != num_tokens // 2] = -1
+        mapping[place != middle] = -1
     elif mix == "all but one":
-        mapping[num_tokens // 2 : num_tokens // 2 + 1] = -1
+        mapping[:1] = -1
     elif factors["has_base_rows"]:
-        mapping[torch.rand(num_tokens, generator=generator) < 0.3] = -1
-    return mapping if factors["is_interleaved"] else mapping.sort().values
+        mapping[(torch.rand(num_tokens, generator=generator) < 0.3) & (place != middle)] = -1
+    return (mapping if factors["is_interleaved"] else mapping.sort().values), slots
 
 
 def _ranks_of(table: LoRALayerTable, rank: int, has_largest: bool, generator: torch.Generator) -> list[int]:

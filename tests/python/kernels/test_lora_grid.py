@@ -10,32 +10,24 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 pytest.importorskip("triton")
 
 from kernels.device_cases import DEVICES
-from kernels.lora_cases import assert_within_bounds, has_same_bits
+from kernels.lora_cases import has_same_bits
 from kernels.lora_grid_cases import (
     CPU_FACTORS,
     GPU_FACTORS,
-    NAN,
-    GridCase,
+    can_have_adapter,
+    choose_grid_cases,
     expand_oracle,
     make_grid_case,
     shrink_oracle,
 )
-from kernels.pairwise import choose_covering_cases
+from kernels.lora_grid_checks import add_linear, check_expand, check_linear, check_shrink
 from lora_serve.kernels import triton_lora_expand as expand_module
 from lora_serve.kernels import triton_lora_shrink as shrink_module
 from lora_serve.kernels.reference import ReferenceResult, lora_expand_reference, lora_shrink_reference
-from lora_serve.kernels.triton_lora_expand import triton_lora_expand
-from lora_serve.kernels.triton_lora_linear import (
-    lora_scratch_elements,
-    make_shrunk,
-    triton_add_lora_linear,
-)
-from lora_serve.kernels.triton_lora_shrink import triton_lora_shrink
 
 # Columns of v above the rank of an adapter are added up and dropped, whatever the memory holds; NumPy, which
 # the interpreter computes with, warns where that is not finite. A GPU does not.
@@ -47,12 +39,13 @@ pytestmark = [
 
 def cases_of(factors: Mapping[str, Any]) -> list[Any]:
     cases = []
-    for case in choose_covering_cases(factors):
+    for case in choose_grid_cases(factors):
         widths = "+".join(map(str, case["output_slices"]))
-        dtype = str(case["dtype"]).removeprefix("torch.")
+        dtype, has_wide_output = case["dtypes"]
+        dtypes = str(dtype).removeprefix("torch.") + " to float32" * has_wide_output
         name = (
             f"{case['num_tokens']} tokens {case['in_features']} to {widths} rank {case['rank']} "
-            f"{case['mix']} of {case['max_loras']} {dtype}"
+            f"{case['mix']} of {case['max_loras']} {dtypes}"
         )
         cases.append(pytest.param(case, id=name.replace(" ", "-")))
     return cases
@@ -63,95 +56,11 @@ SOME_CASES = CPU_CASES[::7]
 LARGE_CASES = [case for case in CPU_CASES if case.values[0]["num_tokens"] == 33][:4]
 
 
-def new_v(case: GridCase) -> Tensor:
-    """NaN, in as many parts as a layer has them."""
-    return make_shrunk(case.x, case.table.num_slices, case.max_rank, dtype=case.y.dtype).fill_(NAN)
-
-
-def check_shrink(case: GridCase) -> None:
-    """Complete v within the bounds, twice the same; without zeros, nothing else is written."""
-    step = (case.x, case.table.arena, case.table, case.metadata)
-    v, again, partial = (new_v(case) for _ in range(3))
-    triton_lora_shrink(v, *step, fill_zeros=True)
-    triton_lora_shrink(again, *step, fill_zeros=True)
-    triton_lora_shrink(partial, *step)
-
-    expected = shrink_oracle(case, v.dtype)
-    assert_within_bounds(v.double().sum(0), expected)
-    assert has_same_bits(v, again)
-    written = (expected.bound > 0).expand(v.shape)
-    assert has_same_bits(partial[written], v[written])
-    assert partial[~written].isnan().all()
-
-
-def check_expand(case: GridCase, *, add_inputs: bool) -> None:
-    """Rows of slot -1 and columns around the slices keep their bits; nothing is read that is not written."""
-    is_written = (shrink_oracle(case, torch.float32).bound > 0)[None]
-    parts = new_v(case)
-    generator = torch.Generator(case.x.device).manual_seed(len(case.x))
-    numbers = torch.randn(parts.shape, generator=generator, device=case.x.device).to(parts.dtype)
-    parts = torch.where(is_written, numbers, parts)
-    total = parts[0].float()
-    for part in parts[1:]:
-        total = total + part
-    y = case.y if add_inputs else torch.full_like(case.y, NAN)
-    before = GridCase(**{**vars(case), "y": y})
-    expected = expand_oracle(before, total.to(y.dtype), add_inputs=add_inputs)
-    first, second = y.clone(), y.clone()
-
-    for out in (first, second):
-        triton_lora_expand(
-            out,
-            parts,
-            case.table.arena,
-            case.table,
-            case.metadata,
-            output_slices=case.table.output_slices,
-            offset_start=case.offset_start,
-            add_inputs=add_inputs,
-        )
-
-    check_output(first, y, expected)
-    assert has_same_bits(first, second)
-
-
-def check_linear(case: GridCase) -> None:
-    """Both halves together, whatever the memory between them held before."""
-    first, second = case.y.clone(), case.y.clone()
-    sizes = (len(case.x), case.table.num_slices, case.x.shape[1], case.max_rank)
-    scratch = torch.full((lora_scratch_elements(*sizes),), NAN, device=case.x.device)
-
-    add_linear(case, first)
-    add_linear(case, second, scratch)
-
-    v = shrink_oracle(case, case.y.dtype)
-    check_output(first, case.y, expand_oracle(case, v.value, v.bound))
-    assert has_same_bits(first, second)
-
-
-def add_linear(case: GridCase, y: Tensor, scratch: Tensor | None = None) -> None:
-    triton_add_lora_linear(
-        y,
-        case.x,
-        case.table.arena,
-        case.table,
-        case.metadata,
-        output_slices=case.table.output_slices,
-        max_rank=case.max_rank,
-        scratch=scratch,
-        offset_start=case.offset_start,
-    )
-
-
-def check_output(found: Tensor, before: Tensor, expected: ReferenceResult) -> None:
-    assert found.dtype == before.dtype
-    assert_within_bounds(found, expected)
-    untouched = (expected.bound == 0) & (expected.value.isnan() | (expected.value == before))
-    assert has_same_bits(found[untouched], before[untouched])
-
-
 def check(factors: Mapping[str, Any], device: str) -> None:
     case = make_grid_case(factors, device)
+    in_step = [case.table.get(slot) for slot in set(case.mapping.tolist()) - {-1}]
+    ranks = {module.lora_rank for modules in in_step for module in modules or () if module}
+    assert (factors["rank"] in ranks) == can_have_adapter(factors)
     check_shrink(case)
     check_expand(case, add_inputs=True)
     check_expand(case, add_inputs=False)

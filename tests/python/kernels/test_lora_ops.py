@@ -150,12 +150,11 @@ def test_scaling_is_applied_before_rounding(dtype):
     assert v.item() == pytest.approx(187.5, rel=1e-2)
 
 
-def test_dtype_of_the_output_never_changes_with_fp32_scaling():
-    case = make_case(MIXED, MIXED_RANKS, dtype=torch.bfloat16)
-    y = case.y.clone()
-    add_lora_linear(y, case.x, case.table, case.metadata)
-    assert lora_shrink(case.x, case.table, case.metadata).dtype == torch.bfloat16
-    assert y.dtype == torch.bfloat16
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_dtype_of_the_output_never_changes_with_fp32_scaling(dtype):
+    case = make_case(MIXED, MIXED_RANKS, dtype=dtype)
+    assert lora_shrink(case.x, case.table, case.metadata).dtype == dtype
+    assert lora_shrink(case.x, case.table, case.metadata, dtype=torch.float32).dtype == torch.float32
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

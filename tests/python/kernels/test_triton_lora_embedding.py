@@ -10,9 +10,9 @@ pytest.importorskip("triton")
 
 from kernels.device_cases import DEVICE_DTYPES, DEVICES
 from kernels.lora_cases import LAST_SLOT, assert_within_bounds, has_same_bits, random_weights
-from kernels.triton_lora_cases import MIXED, NAN, RANKS, assert_same_on_cpu, tables_on_device
+from kernels.triton_lora_cases import MIXED, NAN, RANKS, assert_same_on_cpu, columns_of, tables_on_device
 from lora_serve.kernels import LoRALayerTable
-from lora_serve.kernels.device_tables import DeviceTables
+from lora_serve.kernels.device_tables import DeviceLayerTable, DeviceTables
 from lora_serve.kernels.lora_builder import install_weights
 from lora_serve.kernels.reference import lora_lookup_reference
 from lora_serve.kernels.triton_lora_embedding import lora_lookup_op, triton_lora_lookup
@@ -83,12 +83,17 @@ def test_token_id_outside_the_vocabulary_gives_nan_in_its_row_only(device, token
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("slot", [1, 100])
-def test_slot_without_adapter_gives_nan(device, slot):
+@pytest.mark.parametrize("how", ["empty slot", "slot beyond the tables"])
+def test_slot_without_adapter_gives_nan(device, how):
     arena, tables = tables_on_device(make_table(RANK_OF_SLOT), device)
-    tables.rows[1].copy_(tables.empty_row)
+    if how == "empty slot":
+        tables.rows[LAST_SLOT].copy_(tables.empty_row)
+    else:
+        # The rows behind them hold an adapter, which a kernel that does not look would take.
+        shortened = (column[:LAST_SLOT] for column in columns_of(tables.layers[0]))
+        tables.layers = (DeviceLayerTable(*shortened),)
     v = torch.zeros(1, 1, 2, 152, device=device)
-    mapping = torch.tensor([slot, 0], dtype=torch.int32, device=device)
+    mapping = torch.tensor([LAST_SLOT, 0], dtype=torch.int32, device=device)
     look_up(v, torch.tensor([1, 2], device=device), arena, tables, mapping, True)
     assert v[0, 0, 0].isnan().all()
     assert v[0, 0, 1].isfinite().all()
@@ -104,6 +109,20 @@ def test_rank_above_that_of_v_gives_nan_in_its_rows_only(device):
     look_up(v, torch.tensor([1, 2], device=device), arena, tables, mapping, True)
     assert v[0, 0, 0].isnan().all()
     assert v[0, 0, 1].isfinite().all()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_token_ids_may_lie_at_any_distance(device):
+    arena, tables = tables_on_device(make_table(RANK_OF_SLOT), device)
+    mapping = torch.tensor(MIXED, dtype=torch.int32, device=device)
+    token_ids = torch.tensor(TOKEN_IDS, device=device)
+    outer = torch.full((2 * len(TOKEN_IDS),), 10**6, device=device)
+    outer[::2] = token_ids
+    v, expected = (torch.full((1, 1, len(MIXED), 152), NAN, device=device) for _ in range(2))
+    look_up(v, outer[::2], arena, tables, mapping, True)
+    look_up(expected, token_ids, arena, tables, mapping, True)
+    assert_same_on_cpu(v, expected)
+    assert v.isfinite().all()
 
 
 @pytest.mark.parametrize("device", DEVICES)

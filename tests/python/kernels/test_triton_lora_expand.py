@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -228,5 +230,19 @@ def test_wrong_shapes_are_refused():
         expand(step, step.y.half(), v)
     with pytest.raises(ValueError, match="v has shape"):
         expand(step, step.y, v[:, :-1])
+    with pytest.raises(ValueError, match=r"v has 2 parts of torch\.bfloat16, expected float32"):
+        expand(step, step.y, step.new_v(2, torch.bfloat16))
     with pytest.raises(ValueError, match="the metadata 11 tokens"):
         expand(step, step.y[:2], v[:, :, :2].contiguous())
+
+
+def test_metadata_of_another_dtype_or_device_is_refused():
+    step = on_device(mixed_case(), "cpu")
+    order = step.metadata.token_indices_sorted_by_lora_ids
+    for wrong, message in (
+        (order.long(), r"metadata is torch\.int64 on cpu, expected int32 on cpu as y"),
+        (order.to("meta"), r"metadata is torch\.int32 on meta, expected int32 on cpu as y"),
+    ):
+        step.metadata = replace(step.metadata, token_indices_sorted_by_lora_ids=wrong)
+        with pytest.raises(ValueError, match=message):
+            expand(step, step.y, step.new_v())
