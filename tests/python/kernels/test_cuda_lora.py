@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Literal, get_args
 
 import pytest
@@ -151,6 +153,17 @@ def test_layers_that_run_beside_each_other_give_what_they_give_one_by_one(
             assert has_same_bits(y, result)
 
 
+def capture(run: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+    """A graph of what is run, and where its replays leave the result."""
+    with torch.cuda.stream(torch.cuda.Stream()):
+        run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = run()
+    return graph, result
+
+
 def take_over(metadata: LoRAMetadata, other: LoRAMetadata) -> None:
     """What a graph reads becomes that of another step."""
     for name in (
@@ -170,12 +183,7 @@ def take_over(metadata: LoRAMetadata, other: LoRAMetadata) -> None:
 def test_one_graph_serves_every_mix_of_adapters(dtype, num_tokens, delta_goes):
     layers, metadata = Layers(dtype, num_adapters=5), steps_of(num_tokens, 5)
     x = signed("cuda", dtype, num_tokens, SIZE, seed=7)
-    with torch.cuda.stream(torch.cuda.Stream()):
-        layers.run(x, metadata, delta_goes)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        y = layers.run(x, metadata, delta_goes)
+    graph, y = capture(partial(layers.run, x, metadata, delta_goes))
     results = []
     for are_moved in (False, True):
         if are_moved:
@@ -238,12 +246,7 @@ def test_rotary_kernels_that_begin_early_see_the_step_that_was_prepared_last(num
     _triton.set_early_launches(True)
     assert not any(map(has_same_bits, *expected))
 
-    with torch.cuda.stream(torch.cuda.Stream()):
-        attentions.run()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        x = attentions.run()
+    graph, x = capture(attentions.run)
     for _ in range(25):
         for seed, (result, pages) in zip(seeds, expected, strict=True):
             attentions.prepare(seed)
@@ -256,12 +259,7 @@ def test_rotary_kernels_that_begin_early_see_the_step_that_was_prepared_last(num
 def test_one_graph_of_rotary_kernels_serves_every_mix_of_adapters(num_tokens):
     attentions = Attentions(torch.bfloat16, num_tokens)
     attentions.prepare(7)
-    with torch.cuda.stream(torch.cuda.Stream()):
-        attentions.run()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        x = attentions.run()
+    graph, x = capture(attentions.run)
     results = []
     for num_adapters in (0, 1, 3, 5):
         other = steps_of(num_tokens, num_adapters)
