@@ -47,6 +47,8 @@ OF_TILES, OF_GRID = "test_tuned_lora_tiles.py", "test_lora_grid.py"
 OF_LINEAR, OF_CUDA = "test_triton_lora_linear.py", "test_cuda_lora_residual.py"
 OF_PITFALLS, OF_FAR_ROWS = "test_pitfalls_lora_kernels.py", "test_far_rows.py"
 LINEAR, CUDA = "triton_lora_linear.py", "cuda_lora.py"
+ADDED, PLAIN_SILU, PLAIN_ROTARY = "expanded_delta.py", "silu_mul.py", "rotary_store.py"
+OF_ADDED = "test_expanded_delta.py"
 
 FAULTS = (
     # how a step is cut into tiles
@@ -215,6 +217,22 @@ FAULTS = (
     KernelFault(ROTARY, "        rank = tl.where(adapter_slot < 0, 0, rank)\n", "", OF_ROTARY),
     KernelFault(ROTARY, "order_ptr + first_row + index", "order_ptr + index", OF_ROTARY),
     KernelFault(ROTARY, "is_row = index < num_rows", "is_row = index < num_rows + 1", OF_ROTARY),
+    # deltas that were expanded beside the product
+    KernelFault(ADDED, "(slot >= 0) & (delta != 0.0)", "delta != 0.0", OF_ADDED),
+    KernelFault(ADDED, "(slot >= 0) & (delta != 0.0)", "slot >= 0", OF_ADDED),
+    KernelFault(ADDED, "y.to(tl.float32) + delta)", "y.to(tl.float32) + delta.to(y.dtype))", OF_ADDED),
+    KernelFault(PLAIN_SILU, "delta_row + I", "delta_row", OF_ADDED),
+    KernelFault(PLAIN_SILU, "delta + t * (2 * I) + i", "delta + t * gate_up_stride + i", OF_ADDED),
+    KernelFault(PLAIN_SILU, "tl.load(mapping_ptr + t)", "tl.load(mapping_ptr)", OF_ADDED),
+    KernelFault(PLAIN_ROTARY, "tl.load(mapping_ptr + t)", "tl.load(mapping_ptr)", OF_ADDED),
+    KernelFault(PLAIN_ROTARY, "in_delta + HQ * D", "in_delta", OF_ADDED),
+    KernelFault(PLAIN_ROTARY, "in_delta + start", "in_delta", OF_ADDED),
+    KernelFault(PLAIN_ROTARY, "delta + in_delta + at + HALF", "delta + in_delta + at", OF_ADDED),
+    KernelFault(EXPAND, "if V_AS_ARENA else", "if False else", OF_ADDED),
+    KernelFault(CUDA, "            add_inputs=False,\n", "", OF_CUDA),
+    KernelFault(CUDA, "or len(weight) > _MOST_EXPANDED", "or len(weight) >= _MOST_EXPANDED", OF_CUDA),
+    KernelFault(CUDA, "max_rank > _LARGE_RANK", "max_rank >= _LARGE_RANK", OF_CUDA),
+    KernelFault(CUDA, "FEW_TOKENS < len(x) <= MOST_TOKENS_BESIDE", "FEW_TOKENS < len(x)", OF_CUDA),
 )
 
 # The package is installed in a way that comes before the path; here the copy must.

@@ -128,7 +128,7 @@ def launches_early(x: torch.Tensor, most_rows: int = MOST_EARLY_ROWS) -> bool:
 
     Above `most_rows` there is no pause between kernels worth saving, and each of many programs pays for it.
     """
-    return _is_early and x.is_cuda and len(x) <= most_rows and _can_launch_early(x.device)
+    return _is_early and len(x) <= most_rows and can_launch_early(x)
 
 
 def early_launch(x: torch.Tensor, most_rows: int = MOST_EARLY_ROWS) -> dict[str, Any]:
@@ -136,6 +136,11 @@ def early_launch(x: torch.Tensor, most_rows: int = MOST_EARLY_ROWS) -> dict[str,
     return {"EARLY": True, "launch_pdl": True} if launches_early(x, most_rows) else {"EARLY": False}
 
 
+def can_launch_early(x: torch.Tensor) -> bool:
+    """Whether the device of x can start a kernel before the one ahead of it has ended: from Hopper on."""
+    return x.is_cuda and _capability(x.device) >= (9, 0)
+
+
 @functools.cache
-def _can_launch_early(device: torch.device) -> bool:
-    return torch.cuda.get_device_capability(device) >= (9, 0)
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -14,7 +17,13 @@ _LAUNCH_BESIDE_SHRINK = SkinnyLaunch("dot", block_n=64, block_k=128, num_warps=4
 """About as fast as the library for `FEW_TOKENS` rows, which cannot be launched early."""
 
 
-def cuda_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+def cuda_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    out: Tensor | None = None,
+    multiprocessors_left: int = 0,
+) -> Tensor:
     """Give ``x W^T + b``.
 
     Parameters
@@ -27,6 +36,8 @@ def cuda_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, out: Tens
         [O] of the dtype of ``x``, or None.
     out
         [T, O] contiguous, to write to; None = a new tensor.
+    multiprocessors_left
+        How many the library's product leaves to other kernels; ours takes none for itself alone.
 
     Returns
     -------
@@ -36,19 +47,41 @@ def cuda_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, out: Tens
     launch = tuned_launch(len(x), weight)
     if launch is not None:
         return skinny_linear(x, weight, bias, out, launch=launch, launches_early=launches_early(x))
-    if out is None:
-        return F.linear(x, weight, bias)
-    if bias is None:
-        return torch.mm(x, weight.t(), out=out)
-    return torch.addmm(bias, x, weight.t(), out=out)
+    with _leaving(multiprocessors_left):
+        if out is None:
+            return F.linear(x, weight, bias)
+        if bias is None:
+            return torch.mm(x, weight.t(), out=out)
+        return torch.addmm(bias, x, weight.t(), out=out)
 
 
-def cuda_linear_beside_shrink(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+@contextmanager
+def _leaving(multiprocessors: int) -> Iterator[None]:
+    """Let the library choose kernels that leave so many multiprocessors free, for the whole process.
+
+    cuBLASLt alone can be told so. torch calls both settings experimental, and says so once on stderr.
+    """
+    if not multiprocessors:
+        yield
+        return
+    library = torch.backends.cuda.preferred_blas_library()
+    torch.backends.cuda.preferred_blas_library("cublaslt")
+    torch._C._set_sm_carveout_experimental(multiprocessors)
+    try:
+        yield
+    finally:
+        torch._C._set_sm_carveout_experimental(None)
+        torch.backends.cuda.preferred_blas_library(library)
+
+
+def cuda_linear_beside_shrink(
+    x: Tensor, weight: Tensor, bias: Tensor | None, multiprocessors_left: int = 0
+) -> Tensor:
     """Give ``x W^T + b`` while the shrink that was launched just before reads the same x.
 
     Parameters
     ----------
-    x, weight, bias
+    x, weight, bias, multiprocessors_left
         As for `cuda_linear`.
 
     Returns
@@ -57,6 +90,6 @@ def cuda_linear_beside_shrink(x: Tensor, weight: Tensor, bias: Tensor | None) ->
         [T, O], contiguous. The shrink has ended, too, when it is complete.
     """
     if len(x) > FEW_TOKENS or not launches_early(x) or x.element_size() != 2:
-        return cuda_linear(x, weight, bias)
+        return cuda_linear(x, weight, bias, None, multiprocessors_left)
     launch = tuned_launch(len(x), weight) or (DEFAULT_ONE_ROW if len(x) == 1 else _LAUNCH_BESIDE_SHRINK)
     return skinny_linear(x, weight, bias, launch=launch, launches_early=True, waits_last=True)

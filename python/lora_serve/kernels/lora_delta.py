@@ -16,13 +16,20 @@ The expand is a kernel of its own then: nothing is gained by leaving it to the n
 be launched early (before Hopper), and in fp32, the shrink runs ahead of the product instead.
 """
 
+MOST_TOKENS_BESIDE = 256
+"""Up to so many, but more than `FEW_TOKENS`, a layer's adapters run beside its product, the expand as well.
+
+With more, the product needs the whole device. So it does before Hopper, and in fp32.
+"""
+
 
 @dataclass(frozen=True, eq=False)
 class LoRADelta:
-    """The second half of a LoRA delta, left to the kernel that reads the layer's output next.
+    """A LoRA delta, or its second half, left to the kernel that reads the layer's output next.
 
     That kernel does what ``triton_lora_expand(y, v, ...)`` and then itself would do, without a launch and a
-    pass over y for the first of the two. Only CUDA has such kernels; see :mod:`lora_serve.layers.ops`.
+    pass over y for the first of the two, or adds what the expand has written. Only CUDA has such kernels; see
+    :mod:`lora_serve.layers.ops`.
 
     Parameters
     ----------
@@ -32,8 +39,12 @@ class LoRADelta:
         The layer's weights by adapter slot.
     metadata
         Grouping of the T tokens.
+    expanded
+        [T, O] fp32, contiguous: ``v B``, where the expand ran beside the base product.
+        Rows without an adapter hold anything. None = the expand is still to be done.
     """
 
     v: Tensor
     table: LoRALayerTable
     metadata: LoRAMetadata
+    expanded: Tensor | None = None

@@ -47,7 +47,12 @@ from lora_serve.kernels._triton import (
     wait_for_previous,
 )
 from lora_serve.kernels.lora_delta import LoRADelta
-from lora_serve.kernels.rotary_store import check_queries, check_rotary_store, rotate_planes
+from lora_serve.kernels.rotary_store import (
+    check_queries,
+    check_rotary_store,
+    norm_rotary_store,
+    rotate_planes,
+)
 from lora_serve.kernels.triton_lora_expand import add_product, check_expand, expand_tile, load_whole_v
 from lora_serve.kernels.triton_lora_tiles import (
     NOT_SPECIALIZED,
@@ -233,7 +238,8 @@ def lora_norm_rotary_store(
         [T, (Hq + 2 Hkv) * D] on CUDA, fp16 or bf16, or fp32, of the arena's dtype: the base product, with
         bias where the layer has one. Its query part is changed, unless ``out`` is given; nothing else is.
     delta
-        What is still to be added to it: slices (Hq * D, Hkv * D, Hkv * D), v [P, 3, T, R].
+        What is still to be added to it: slices (Hq * D, Hkv * D, Hkv * D), v [P, 3, T, R]. Expanded already:
+        `norm_rotary_store` adds it.
     positions, cos_sin, slot_mapping, k_pages, v_pages, q_weight, k_weight, eps, out
         See `norm_rotary_store`.
     launch
@@ -266,6 +272,9 @@ def lora_norm_rotary_store(
             f"{qkv.dtype} as qkv"
         )
     check_expand(qkv, v, table.arena, table, metadata, (table.output_slices, 0))
+    if delta.expanded is not None:
+        inputs = (positions, cos_sin, slot_mapping, k_pages, v_pages)
+        return norm_rotary_store(qkv, *inputs, q_weight, k_weight, eps, out, delta)
     if num_tokens:
         max_rank, element_size = v.shape[-1], qkv.element_size()
         launch = launch or choose_rotary_store_launch(

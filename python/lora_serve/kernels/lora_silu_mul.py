@@ -43,7 +43,7 @@ from lora_serve.kernels._triton import (
     wait_for_previous,
 )
 from lora_serve.kernels.lora_delta import LoRADelta
-from lora_serve.kernels.silu_mul import check_silu_mul, silu_times
+from lora_serve.kernels.silu_mul import check_silu_mul, silu_mul, silu_times
 from lora_serve.kernels.triton_lora_expand import add_product, check_expand, expand_tile, load_whole_v
 from lora_serve.kernels.triton_lora_tiles import (
     NOT_SPECIALIZED,
@@ -164,7 +164,7 @@ def lora_silu_mul(
         [T, 2 I] on CUDA, fp16 or bf16, or fp32, of the arena's dtype: the base product, with bias where the
         layer has one. Neighbouring elements of a row lie side by side. Not changed.
     delta
-        What is still to be added to it: slices (I, I), v [P, 2, T, R].
+        What is still to be added to it: slices (I, I), v [P, 2, T, R]. Expanded already: `silu_mul` adds it.
     out
         [T, I], the dtype of ``gate_up``. None = a new tensor.
     launch
@@ -194,6 +194,8 @@ def lora_silu_mul(
             f"{table.arena.dtype}, expected twice {size} of {gate_up.dtype}"
         )
     check_expand(gate_up, v, table.arena, table, metadata, (table.output_slices, 0))
+    if delta.expanded is not None:
+        return silu_mul(gate_up, out, delta)
     num_parts, _, num_tokens, max_rank = v.shape
     if num_tokens == 0:
         return out

@@ -15,7 +15,8 @@ and for s = slot_mapping[t], page = s // G, g = s % G::
     k_pages[page, g, n] = y,  v_pages[page, g, n] = value head n        (keys, values; nothing if s = -1)
 
 `round` is to the dtype of qkv; cosine, sine and all between are fp32. The rotation rounds once, where torch
-rounds each product when it is given 16-bit cosines.
+rounds each product when it is given 16-bit cosines. A LoRA delta, expanded already, is added to qkv first,
+see `add_expanded`.
 
 Layout: rows of qkv lie at any distance; pages [P, G, Hkv, D] at any distance too (views of a pool), the
 inside of a page without gaps. Grid: (tokens, blocks of heads), a block has heads of one kind only. Every
@@ -30,6 +31,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from lora_serve.kernels._triton import begin_early, ceil_div, early_launch, jit, next_power_of_2, tl
+from lora_serve.kernels.expanded_delta import add_expanded, expanded_tensors
+from lora_serve.kernels.lora_delta import LoRADelta
 
 # One warp a program: its shuffles need no barrier, and one token alone still spreads over many programs. A
 # prefill has programs enough, and would wait for their launches.
@@ -64,8 +67,30 @@ def rotate_planes(
 
 
 @jit
+def _load_halves(
+    source: tl.tensor,
+    delta: tl.tensor,
+    in_delta: tl.tensor,
+    lora_slot: tl.tensor,
+    at: tl.tensor,
+    mask: tl.tensor,
+    HALF: tl.constexpr,
+) -> tl.tensor:
+    """Both halves of heads, after their delta where there is one, which starts at `in_delta`."""
+    first = tl.load(source + at, mask=mask, other=0.0)
+    second = tl.load(source + at + HALF, mask=mask, other=0.0)
+    if delta is not None:
+        first = add_expanded(first, delta + in_delta + at, mask, lora_slot)
+        second = add_expanded(second, delta + in_delta + at + HALF, mask, lora_slot)
+    return first, second
+
+
+@jit
 def _rotate_heads(
     source: tl.tensor,
+    delta: tl.tensor,
+    in_delta: tl.tensor,
+    lora_slot: tl.tensor,
     destination: tl.tensor,
     weight: tl.tensor,
     cos: tl.tensor,
@@ -80,8 +105,7 @@ def _rotate_heads(
     HALF: tl.constexpr = D // 2
     at = n * D + i
     mask = (n < num_heads) & (i < HALF)
-    first = tl.load(source + at, mask=mask, other=0.0)
-    second = tl.load(source + at + HALF, mask=mask, other=0.0)
+    first, second = _load_halves(source, delta, in_delta, lora_slot, at, mask, HALF)
     w1 = None
     w2 = None
     if weight is not None:
@@ -95,6 +119,9 @@ def _rotate_heads(
 @jit
 def _copy_heads(
     source: tl.tensor,
+    delta: tl.tensor,
+    in_delta: tl.tensor,
+    lora_slot: tl.tensor,
     destination: tl.tensor,
     n: tl.tensor,
     i: tl.tensor,
@@ -104,13 +131,16 @@ def _copy_heads(
     HALF: tl.constexpr = D // 2
     at = n * D + i
     mask = (n < num_heads) & (i < HALF)
-    tl.store(destination + at, tl.load(source + at, mask=mask), mask=mask)
-    tl.store(destination + at + HALF, tl.load(source + at + HALF, mask=mask), mask=mask)
+    first, second = _load_halves(source, delta, in_delta, lora_slot, at, mask, HALF)
+    tl.store(destination + at, first, mask=mask)
+    tl.store(destination + at + HALF, second, mask=mask)
 
 
-@jit
+@jit(do_not_specialize=["mapping_ptr"])
 def _norm_rotary_store_kernel(
     qkv: tl.tensor,
+    delta: tl.tensor,
+    mapping_ptr: tl.tensor,
     positions: tl.tensor,
     cos_sin: tl.tensor,
     slot_mapping: tl.tensor,
@@ -140,6 +170,10 @@ def _norm_rotary_store_kernel(
     heads = tl.arange(0, HEADS)[:, None]
     i = tl.arange(0, HALF_BLOCK)[None, :]
 
+    lora_slot = t
+    if delta is not None:
+        lora_slot = tl.load(mapping_ptr + t)
+    in_delta = t * ((HQ + 2 * HKV) * D)
     begin_early(EARLY)
     row = qkv + t * qkv_stride
     slot = tl.load(slot_mapping + t)
@@ -152,15 +186,23 @@ def _norm_rotary_store_kernel(
         sin = tl.load(cos_row + HALF, mask=i < HALF, other=0.0)
         if block < Q_BLOCKS:
             n = block * HEADS + heads
-            _rotate_heads(row, query + t * query_stride, q_weight, cos, sin, eps, n, i, HQ, D)
+            to_queries = query + t * query_stride
+            _rotate_heads(
+                *(row, delta, in_delta, lora_slot, to_queries),
+                *(q_weight, cos, sin, eps, n, i, HQ, D),
+            )
         else:
             n = (block - Q_BLOCKS) * HEADS + heads
             to_keys = k_pages + page * k_page_stride + in_page
-            _rotate_heads(row + HQ * D, to_keys, k_weight, cos, sin, eps, n, i, num_stored, D)
+            _rotate_heads(
+                *(row + HQ * D, delta, in_delta + HQ * D, lora_slot, to_keys),
+                *(k_weight, cos, sin, eps, n, i, num_stored, D),
+            )
     else:
         n = (block - Q_BLOCKS - KV_BLOCKS) * HEADS + heads
         to_values = v_pages + page * v_page_stride + in_page
-        _copy_heads(row + (HQ + HKV) * D, to_values, n, i, num_stored, D)
+        start = (HQ + HKV) * D
+        _copy_heads(row + start, delta, in_delta + start, lora_slot, to_values, n, i, num_stored, D)
 
 
 def norm_rotary_store(
@@ -174,6 +216,7 @@ def norm_rotary_store(
     k_weight: Tensor | None,
     eps: float,
     out: Tensor | None = None,
+    delta: LoRADelta | None = None,
 ) -> Tensor:
     """Normalise and rotate queries and keys, and store keys and values into their pages.
 
@@ -198,6 +241,8 @@ def norm_rotary_store(
     out
         [T, Hq, D] for the queries, heads without gaps. None = they take the place of the query part of
         ``qkv``: no memory is asked for, and the lines that were read are the ones written.
+    delta
+        What adapters add to ``qkv``, expanded already. None = nothing.
 
     Returns
     -------
@@ -218,17 +263,16 @@ def norm_rotary_store(
         qkv, positions, cos_sin, slot_mapping, k_pages, v_pages, q_weight, k_weight
     )
     out = check_queries(qkv, out, (num_tokens, num_heads, head_dim))
+    added = expanded_tensors(delta, qkv)
     if num_tokens == 0:
         return out
     half_block = next_power_of_2(head_dim // 2)
     num_warps = 1 if num_tokens <= _MOST_DECODE_TOKENS else _WARPS_OF_A_PREFILL
     heads = min(max(1, num_warps * _ELEMENTS_OF_A_WARP // (2 * half_block)), next_power_of_2(num_heads))
     blocks = ceil_div(num_heads, heads) + 2 * ceil_div(num_kv_heads, heads)
-    tensors = (qkv, positions, cos_sin, slot_mapping, k_pages, v_pages, out, q_weight, k_weight)
     strides = (qkv.stride(0), out.stride(0), k_pages.stride(0), v_pages.stride(0))
     _norm_rotary_store_kernel[(num_tokens, blocks)](
-        *tensors,
-        eps,
+        *(qkv, *added, positions, cos_sin, slot_mapping, k_pages, v_pages, out, q_weight, k_weight, eps),
         *strides,
         G=page_size,
         HQ=num_heads,

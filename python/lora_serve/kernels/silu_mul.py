@@ -7,7 +7,7 @@ For token t and feature i of I::
     y[t, i] = round(round(silu(gate_up[t, i])) * gate_up[t, I + i])        silu(g) = g / (1 + exp(-g))
 
 `round` is to the dtype of gate_up: silu, computed in fp32, is rounded before the product, as torch does for
-``silu(gate) * up``.
+``silu(gate) * up``. A LoRA delta that was expanded already is added to gate_up first, see `add_expanded`.
 
 Layout: rows of 2 I neighbouring elements with any distance between rows. Grid: (tokens, blocks of features).
 No token: nothing is launched. Tokens do not see each other, so padded ones need no care.
@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 
 from lora_serve.kernels._triton import begin_early, ceil_div, early_launch, jit, tl
+from lora_serve.kernels.expanded_delta import add_expanded, expanded_tensors
+from lora_serve.kernels.lora_delta import LoRADelta
 
 _BLOCK = 1024
 _NUM_WARPS = 4
@@ -32,10 +34,12 @@ def silu_times(gate: tl.tensor, up: tl.tensor) -> tl.tensor:
     return (silu.to(tl.float32) * up.to(tl.float32)).to(gate.dtype)
 
 
-@jit
+@jit(do_not_specialize=["mapping_ptr"])
 def _silu_mul_kernel(
     gate_up: tl.tensor,
     out: tl.tensor,
+    delta: tl.tensor,
+    mapping_ptr: tl.tensor,
     gate_up_stride: tl.tensor,
     out_stride: tl.tensor,
     I: tl.constexpr,  # noqa: E741
@@ -46,13 +50,19 @@ def _silu_mul_kernel(
     i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = i < I
     row = gate_up + t * gate_up_stride + i
+    if delta is not None:
+        slot = tl.load(mapping_ptr + t)
     begin_early(EARLY)
     gate = tl.load(row, mask=mask, other=0.0)
     up = tl.load(row + I, mask=mask, other=0.0)
+    if delta is not None:
+        delta_row = delta + t * (2 * I) + i
+        gate = add_expanded(gate, delta_row, mask, slot)
+        up = add_expanded(up, delta_row + I, mask, slot)
     tl.store(out + t * out_stride + i, silu_times(gate, up), mask=mask)
 
 
-def silu_mul(gate_up: Tensor, out: Tensor | None = None) -> Tensor:
+def silu_mul(gate_up: Tensor, out: Tensor | None = None, delta: LoRADelta | None = None) -> Tensor:
     """``silu(gate) * up`` for gate and up side by side.
 
     Parameters
@@ -61,6 +71,8 @@ def silu_mul(gate_up: Tensor, out: Tensor | None = None) -> Tensor:
         [T, 2 I] on CUDA, fp32, fp16 or bf16; neighbouring elements of a row lie side by side.
     out
         [T, I], the dtype of ``gate_up``. None = a new tensor.
+    delta
+        What adapters add to ``gate_up``, expanded already. None = nothing.
 
     Returns
     -------
@@ -78,10 +90,12 @@ def silu_mul(gate_up: Tensor, out: Tensor | None = None) -> Tensor:
     """
     out = check_silu_mul(gate_up, out)
     num_tokens, size = out.shape
+    added = expanded_tensors(delta, gate_up)
     if num_tokens and size:
         _silu_mul_kernel[(num_tokens, ceil_div(size, _BLOCK))](
             gate_up,
             out,
+            *added,
             gate_up.stride(0),
             out.stride(0),
             I=size,

@@ -196,6 +196,7 @@ def _lora_expand_kernel(
     NUM_PARTS: tl.constexpr,
     MAX_RANK: tl.constexpr,
     ADD_INPUTS: tl.constexpr,
+    V_AS_ARENA: tl.constexpr,
     LOADS_Y_FIRST: tl.constexpr,
     Y_EVICTION: tl.constexpr,
     SPLIT_V: tl.constexpr,
@@ -221,6 +222,7 @@ def _lora_expand_kernel(
         column = tl.where(is_later, column + WIDTHS[s - 1], column)
     width, column = tl.multiple_of(width, WIDTH_ALIGNMENT), tl.multiple_of(column, WIDTH_ALIGNMENT)
     v_part = num_tokens.to(tl.int64) * (NUM_SLICES * MAX_RANK)
+    V_DTYPE: tl.constexpr = arena_ptr.dtype.element_ty if V_AS_ARENA else y_ptr.dtype.element_ty
 
     end = load_num_tiles(tiles_ptr, False)
     first, num_rows, slot = load_tile(tiles_ptr, tl.program_id(1), True)
@@ -249,7 +251,7 @@ def _lora_expand_kernel(
                     y = tl.load(y_ptrs, mask=mask, other=0.0, eviction_policy=Y_EVICTION)
                 acc = expand_tile(
                     *(v, v_rows, v_part, b_block + n[None, :], is_v, is_n, rank, width),
-                    *(y_ptr.dtype.element_ty, MAX_RANK, NUM_PARTS, SPLIT_V),
+                    *(V_DTYPE, MAX_RANK, NUM_PARTS, SPLIT_V),
                     *(BLOCK_T, BLOCK_N, BLOCK_R),
                 )
                 # Ahead of y: of a sum right behind a product the compiler makes a product that begins
@@ -275,6 +277,7 @@ def triton_lora_expand(
     output_slices: tuple[int, ...],
     offset_start: int = 0,
     add_inputs: bool = True,
+    rounds_v_as_arena: bool = False,
 ) -> None:
     """Project from rank to output features, in place: ``y[:, offset_s : offset_s + O_s] (+)= v[s] B[s]``.
 
@@ -295,6 +298,8 @@ def triton_lora_expand(
     add_inputs
         True: add to ``y``. False: overwrite the slices of rows with an adapter (with 0 where it has no
         module) without reading them.
+    rounds_v_as_arena
+        Round v to the dtype of the arena, not of ``y``: the product of two 16-bit numbers, kept in fp32.
 
     Raises
     ------
@@ -315,12 +320,12 @@ def triton_lora_expand(
     num_runs = sum(ceil_div(width, tiles.n_tiles * tiles.block_n) for width in output_slices)
     num_bytes = tiles.num_buffered * arena.element_size()
     programs = choose_num_tile_programs(metadata, tiles.block_t, num_runs, num_bytes, tiles.num_warps)
+    is_fp32 = y.dtype == torch.float32 and not rounds_v_as_arena
     _lora_expand_kernel[(num_runs, programs)](
         *(y, v, arena, table.b_offset, table.lora_rank),
         metadata.token_indices_sorted_by_lora_ids,
         metadata.tiles_of(tiles.block_t),
-        *(num_tokens, table.lora_rank.shape[0]),
-        *(*y.stride(), *table.b_offset.stride(), *table.lora_rank.stride()),
+        *(num_tokens, len(table.lora_rank), *y.stride(), *table.b_offset.stride(), *table.lora_rank.stride()),
         WIDTHS=output_slices,
         NUM_SLICES=num_slices,
         OFFSET_START=offset_start,
@@ -328,20 +333,27 @@ def triton_lora_expand(
         NUM_PARTS=num_parts,
         MAX_RANK=max_rank,
         ADD_INPUTS=add_inputs,
+        V_AS_ARENA=rounds_v_as_arena,
         LOADS_Y_FIRST=add_inputs and tiles.loads_y_first,
-        Y_EVICTION="evict_first" if num_tokens > _MOST_CACHED_TOKENS else "",
-        SPLIT_V=y.dtype == torch.float32 and arena.dtype == torch.bfloat16,
+        Y_EVICTION=_y_eviction(num_tokens, add_inputs),
+        SPLIT_V=is_fp32 and arena.dtype == torch.bfloat16,
         B_ALIGNMENT=16 // arena.element_size(),
         BLOCK_T=tiles.block_t,
         BLOCK_N=tiles.block_n,
         BLOCK_R=tiles.block_r,
         N_TILES=tiles.n_tiles,
-        # Of fp32, tiles that are copied ahead do not fit a GPU with 99 KB of shared memory.
-        NUM_STAGES=tiles.num_stages if y.element_size() == 2 else 1,
+        NUM_STAGES=1 if is_fp32 else tiles.num_stages,  # Tiles of fp32 do not fit twice into 99 KB.
         num_warps=tiles.num_warps,
         num_stages=2,
         **early_launch(y, MOST_EARLY_LORA_ROWS),
     )
+
+
+def _y_eviction(num_tokens: int, add_inputs: bool) -> str:
+    """How y goes through the L2 cache: what is written beside a product is read behind it."""
+    if num_tokens > _MOST_CACHED_TOKENS:
+        return "evict_first"
+    return "" if add_inputs else "evict_last"
 
 
 def check_expand(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lora_serve.kernels.lora_delta import MOST_TOKENS_BESIDE
 from lora_serve.kernels.lora_metadata import LoRAMetadata
 from lora_serve.kernels.skinny_linear import MAX_ROWS
 from lora_serve.kernels.triton_lora_embedding import triton_lora_lookup
@@ -47,7 +48,7 @@ def lora_scratch_elements(
 def warm_up_token_counts(max_tokens: int) -> list[int]:
     """Numbers of tokens that compile all that steps of up to `max_tokens` tokens use, of any layer."""
     skinny = {2**power for power in range(MAX_ROWS.bit_length())}  # Base products: each power of two differs.
-    return sorted({min(limit, max_tokens) for limit in {*TOKEN_CLASSES, *skinny}})
+    return sorted({min(limit, max_tokens) for limit in {*TOKEN_CLASSES, *skinny, MOST_TOKENS_BESIDE}})
 
 
 def make_shrunk(

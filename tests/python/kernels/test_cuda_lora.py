@@ -24,7 +24,7 @@ from lora_serve.kernels import (
     cuda_lora,
 )
 from lora_serve.kernels.lora_builder import install_weights
-from lora_serve.kernels.lora_delta import FEW_TOKENS
+from lora_serve.kernels.lora_delta import FEW_TOKENS, MOST_TOKENS_BESIDE
 from lora_serve.kernels.lora_rotary_store import lora_norm_rotary_store
 from lora_serve.kernels.lora_silu_mul import lora_silu_mul
 from lora_serve.kernels.lora_weights import LoRASliceWeights
@@ -37,7 +37,7 @@ pytestmark = pytest.mark.gpu
 SIZE = 2048
 NUM_LAYERS = 4
 DeltaGoes = Literal["to the output", "to the next kernel", "to the residual stream"]
-NUM_TOKENS = [1, 3, 16, FEW_TOKENS, FEW_TOKENS + 1, 100, 300, 700]
+NUM_TOKENS = [1, 3, 16, FEW_TOKENS, FEW_TOKENS + 1, 100, MOST_TOKENS_BESIDE, 300, 700]
 
 
 class Layers:
@@ -151,6 +151,7 @@ def test_layers_that_run_beside_each_other_give_what_they_give_one_by_one(
             x.copy_(values)
             graph.replay()
             assert has_same_bits(y, result)
+    assert torch._C._get_sm_carveout_experimental() is None, "what one product leaves is for that one alone"
 
 
 def capture(run: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
@@ -235,7 +236,7 @@ class Attentions:
         return x
 
 
-@pytest.mark.parametrize("num_tokens", [FEW_TOKENS + 1, 128, 300])
+@pytest.mark.parametrize("num_tokens", [FEW_TOKENS + 1, 128, MOST_TOKENS_BESIDE, 300])
 def test_rotary_kernels_that_begin_early_see_the_step_that_was_prepared_last(num_tokens):
     attentions, seeds = Attentions(torch.bfloat16, num_tokens), (7, 8)
     _triton.set_early_launches(False)

@@ -1,4 +1,4 @@
-"""The adapters' delta of a layer whose output goes to the residual stream, beside the base product."""
+"""The adapters' delta of a layer beside its base product: into the residual stream, or into memory."""
 
 from __future__ import annotations
 
@@ -24,8 +24,15 @@ from kernels.lora_cases import (
 )
 from kernels.lora_grid_cases import GridCase, expand_oracle, shrink_oracle
 from kernels.triton_lora_cases import tables_on_device
-from lora_serve.kernels import build_lora_metadata, cuda_lora, triton_lora_linear
-from lora_serve.kernels.lora_delta import FEW_TOKENS
+from lora_serve.kernels import (
+    LoRAMetadata,
+    _triton,
+    build_lora_metadata,
+    cuda_linear,
+    cuda_lora,
+    triton_lora_linear,
+)
+from lora_serve.kernels.lora_delta import FEW_TOKENS, MOST_TOKENS_BESIDE, LoRADelta
 from lora_serve.kernels.reference import ReferenceResult
 from lora_serve.kernels.reference_linear import skinny_linear_reference
 
@@ -90,6 +97,99 @@ def test_in_a_graph_the_adapters_start_first_and_the_product_runs_beside_them(mo
     ]
 
 
+@pytest.mark.parametrize(("device", "dtype"), DEVICE_DTYPES)
+def test_delta_is_expanded_beside_the_product(monkeypatch, device, dtype):
+    left = note_multiprocessors_left(monkeypatch, device)
+    case, weight = make_step(70, dtype)
+    x, weight = case.x.to(device), weight.to(device)
+
+    y, delta = linear(case, x, weight)
+
+    assert left == [0]
+    assert has_same_bits(y, torch.nn.functional.linear(x, weight))
+    has_adapter = case.mapping >= 0
+    deltas = with_deltas(case, torch.zeros_like(case.y))
+    assert delta.expanded is not None
+    assert delta.expanded.dtype == torch.float32
+    bound = ReferenceResult(deltas.value[has_adapter], deltas.bound[has_adapter])
+    assert_within_bounds(delta.expanded.cpu()[has_adapter], bound)
+    assert bound.value.abs().mean() > 20 * bound.bound.mean()
+
+
+@pytest.mark.parametrize(("most_features", "num_tokens"), [(47, 70), (48, MOST_TOKENS_BESIDE + 1)])
+def test_wide_layers_and_many_tokens_leave_the_expand_to_the_next_kernel(
+    monkeypatch, most_features, num_tokens
+):
+    note_multiprocessors_left(monkeypatch, "cpu")
+    monkeypatch.setattr(cuda_lora, "_MOST_EXPANDED_FEATURES", most_features)
+    if num_tokens > MOST_TOKENS_BESIDE:
+        monkeypatch.setattr(cuda_lora, "_fits_beside", lambda x: len(x) <= MOST_TOKENS_BESIDE)
+    case, weight = make_step(num_tokens, torch.float32)
+    assert linear(case, case.x, weight)[1].expanded is None
+    monkeypatch.setattr(cuda_lora, "_MOST_EXPANDED_FEATURES", 48)
+    case, weight = make_step(70, torch.float32)
+    assert linear(case, case.x, weight)[1].expanded is not None
+
+
+@pytest.mark.parametrize(("large_rank", "expected"), [(20, 100 // 8), (19, 100 // 6)])
+def test_product_beside_the_expand_into_the_stream_leaves_it_room(monkeypatch, large_rank, expected):
+    left = note_multiprocessors_left(monkeypatch, "cpu")
+    monkeypatch.setattr(cuda_lora, "_LARGE_RANK", large_rank)
+    case, weight = make_step(70, torch.float32)
+    linear_into(case, case.y.clone(), case.x, weight)
+    monkeypatch.setattr(cuda_lora, "_fits_beside", lambda x: False)
+    linear_into(case, case.y.clone(), case.x, weight)
+    assert left == [expected, 0]
+
+
+def test_adapters_run_beside_products_of_so_many_rows_of_16_bits_from_hopper_on(monkeypatch):
+    monkeypatch.setattr(cuda_lora, "can_launch_early", lambda x: True)
+    counts = (FEW_TOKENS, FEW_TOKENS + 1, MOST_TOKENS_BESIDE, MOST_TOKENS_BESIDE + 1)
+    fits = [cuda_lora._fits_beside(torch.empty(count, 8, dtype=torch.float16)) for count in counts]
+    assert fits == [False, True, True, False]
+    assert not cuda_lora._fits_beside(torch.empty(70, 8))
+    monkeypatch.setattr(cuda_lora, "can_launch_early", _triton.can_launch_early)
+    assert not cuda_lora._fits_beside(torch.empty(70, 8, dtype=torch.float16))
+    assert MOST_TOKENS_BESIDE in triton_lora_linear.warm_up_token_counts(2048)
+
+
+def test_library_is_told_what_to_leave_for_one_product_alone(monkeypatch):
+    told: list[object] = []
+
+    def prefer(library: object = None) -> object:
+        told.extend([] if library is None else [library])
+        return "as before"
+
+    monkeypatch.setattr(torch.backends.cuda, "preferred_blas_library", prefer)
+    monkeypatch.setattr(torch._C, "_set_sm_carveout_experimental", told.append)
+    monkeypatch.setattr(cuda_linear, "tuned_launch", lambda *_: None)
+    x, weight = torch.ones(2, 3), torch.ones(4, 3)
+
+    assert cuda_linear.cuda_linear(x, weight, None, None, 5).tolist() == [[3.0] * 4] * 2
+    assert told == ["cublaslt", 5, None, "as before"]
+    with pytest.raises(RuntimeError):
+        cuda_linear.cuda_linear(x, weight.t(), None, None, 6)
+    assert told[4:] == ["cublaslt", 6, None, "as before"]
+    cuda_linear.cuda_linear(x, weight)
+    assert len(told) == 8
+
+
+def note_multiprocessors_left(monkeypatch: pytest.MonkeyPatch, device: str) -> list[int]:
+    """As if the device were a Hopper of 100 multiprocessors; what products are told to leave."""
+    left: list[int] = []
+    if device == "cpu":  # torch without CUDA cannot be asked.
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(cuda_lora, "_num_multiprocessors", lambda device: 100)
+    monkeypatch.setattr(cuda_lora, "_fits_beside", lambda x: True)
+
+    def product(x: Tensor, weight: Tensor, bias: Tensor | None, multiprocessors_left: int) -> Tensor:
+        left.append(multiprocessors_left)
+        return torch.nn.functional.linear(x, weight, bias)
+
+    monkeypatch.setattr(cuda_lora, "cuda_linear_beside_shrink", product)
+    return left
+
+
 class StandInStream:
     """Notes in `events` whom it waits for."""
 
@@ -150,7 +250,19 @@ def linear_into(
     case: LoRACase, residual: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None
 ) -> Tensor:
     """`cuda_lora.linear_into` with the case's adapters, on the device of x."""
-    arena, tables = tables_on_device(case.table, x.device.type)
+    table, metadata = on_device(case, x.device)
+    return cuda_lora.linear_into(residual, x, weight, bias, table, metadata)
+
+
+def linear(case: LoRACase, x: Tensor, weight: Tensor) -> tuple[Tensor, LoRADelta]:
+    """`cuda_lora.linear` with the case's adapters, on the device of x."""
+    table, metadata = on_device(case, x.device)
+    return cuda_lora.linear(x, weight, None, table, metadata)
+
+
+def on_device(case: LoRACase, device: torch.device) -> tuple[Any, LoRAMetadata]:
+    """The case's table, and the grouping of its tokens."""
+    arena, tables = tables_on_device(case.table, device.type)
     tables.max_rank = case.max_rank
     views = tables.layers[0]
     table = SimpleNamespace(
@@ -160,5 +272,4 @@ def linear_into(
         num_slices=1,
         output_slices=(48,),
     )
-    metadata = build_lora_metadata(case.mapping, MAX_LORAS, device=x.device)
-    return cuda_lora.linear_into(residual, x, weight, bias, table, metadata)
+    return table, build_lora_metadata(case.mapping, MAX_LORAS, device=device)
