@@ -99,8 +99,12 @@ def test_machines_are_named_once_or_with_their_rows():
     measured["base-32"] = entry(card="H200", tokens_per_s=1.0)
 
     text = format_table(ROWS, measured)
-    assert "- base-1: qwen3-8b; card H100" in text
+    assert "Measured in one run each:\n\n- base-1: qwen3-8b; card H100" in text
     assert "- base-32: qwen3-8b; card H200" in text
+
+    measured["base-32"] = entry("run-2", tokens_per_s=1.0)
+
+    assert format_table(ROWS, measured).count("card H100, commit abc; 2026-01-02") == 2
 
 
 def test_rows_in_the_folder_stay_until_they_are_measured_again(tmp_path):

@@ -51,17 +51,20 @@ class TableFile:
 
 
 def format_table(rows: tuple[Row, ...], measured: dict[str, Any]) -> str:
-    """Give the rows that were measured as a Markdown table, and below it what they were measured on."""
+    """Give the rows that were measured as a Markdown table, and below it each run and what it was on."""
     lines = [_HEADER, "|---|---|---|" + "---:|" * 5 + "---|"]
-    machines: dict[str, list[str]] = {}
+    runs: dict[tuple[str, str], list[str]] = {}
     for row in rows:
         if row.name not in measured:
             continue
         lines += _table_lines(row, measured)
-        machines.setdefault(_describe_machine(measured[row.name]), []).append(row.name)
-    notes = [f"- {', '.join(names)}: {machine}" for machine, names in machines.items()]
-    if len(machines) == 1:
-        notes = [f"Measured on: {machine}" for machine in machines]
+        entry = measured[row.name]
+        runs.setdefault((_describe_machine(entry), entry["run"]), []).append(row.name)
+    notes = [f"- {', '.join(names)}: {machine}" for (machine, _), names in runs.items()]
+    if len(runs) == 1:
+        notes = [f"Measured on: {machine}" for machine, _ in runs]
+    elif runs:
+        notes = ["Measured in one run each:", "", *notes]
     return "\n".join([*lines, "", *notes, ""])
 
 
