@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 
 from lora_serve.cli import engine_options
+from lora_serve.cli.bench.rows import PREFILL_STEP_TOKENS, SERVE_STEP_TOKENS
 from lora_serve.common.config import EngineConfig
 from lora_serve.common.errors import InvalidArgumentError
 
@@ -16,15 +17,14 @@ _MEMORY_SHARE = 0.85
 _GIB = 2**30
 _SPARE = 1.05
 _LEAST_GB = 1 / 1024
-
-
+_WHAT_FITS = f"what those that fit take, plus {_SPARE - 1:.0%}"
 _SHOWN_DEFAULTS = {
     "gpu_memory_utilization": str(_MEMORY_SHARE),
     "max_loras": "as many adapters as fit the device",
     "max_lora_rank": "the adapters' own",
-    "lora_memory_gb": "what those that fit take, plus 5%",
-    "lora_host_memory_gb": "what those that fit take, plus 5%",
-    "max_num_batched_tokens": "2048; of closed batches on CUDA 16384",
+    "lora_memory_gb": _WHAT_FITS,
+    "lora_host_memory_gb": _WHAT_FITS,
+    "max_num_batched_tokens": f"{SERVE_STEP_TOKENS}; of closed batches on CUDA {PREFILL_STEP_TOKENS}",
 }
 """Where `make_config` chooses for itself."""
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from lora_serve.cli.bench.workloads import ClosedBatch, OpenLoop, Workload
 
-_PREFILL_STEP_TOKENS = 16384
+PREFILL_STEP_TOKENS = 16384
 SERVE_STEP_TOKENS = 2048
 """Tokens of a step where waits count: one long prompt must not hold up all others."""
 
@@ -35,7 +35,7 @@ class EngineNeeds:
     lora_rank: int = 16
     num_device_adapters: int | None = None
     num_host_adapters: int | None = None
-    max_num_batched_tokens: int = _PREFILL_STEP_TOKENS
+    max_num_batched_tokens: int = PREFILL_STEP_TOKENS
 
     def describe(self) -> str:
         """Such as '64 adapters of rank 16, 8 on the device'."""
