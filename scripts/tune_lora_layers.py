@@ -52,8 +52,12 @@ from lora_tile_candidates import (
 )
 from tune_lora import TableFile, with_row
 
-KERNELS = ("silu", "rotary", "o", "down", "o_shrink", "down_shrink", "qkv_shrink", "gate_up_shrink")
-"""In the order in which they are tried; "o" and "down" are their expands, with each number of parts."""
+KERNELS = ("silu", "rotary", "qkv", "o", "down", "o_shrink", "down_shrink", "qkv_shrink", "gate_up_shrink")
+"""In the order in which they are tried; "qkv", "o" and "down" are their expands, with each number of parts.
+
+Steps of up to `MOST_TOKENS_BESIDE` tokens have an expand of queries, keys and values, and longer ones have it
+in the rotary kernel: changes to what a step does not launch gain nothing there.
+"""
 NOW = "now"
 LEAST_GAIN_US = 0.3  # of a layer, on average
 CONFIRMATIONS = 3  # times as many repetitions before a table is kept: the best of many may be so by chance
@@ -112,8 +116,8 @@ class Search:
                 table, linear, found.num_parts, found.tiles
             )
             for found in (in_other_order, *shrink_candidates(*size, self._element_size))
-            # The expands of o and down were chosen for a number of parts.
-            if kernel not in ("o_shrink", "down_shrink") or found.num_parts == num_parts
+            # All expands but that in the silu kernel were chosen for a number of parts.
+            if kernel == "gate_up_shrink" or found.num_parts == num_parts
         }
 
     def _with_shrink(self, table: Table, linear: Any, num_parts: int, tiles: ShrinkTiles) -> Table:

@@ -47,12 +47,18 @@ def cuda_linear(
     launch = tuned_launch(len(x), weight)
     if launch is not None:
         return skinny_linear(x, weight, bias, out, launch=launch, launches_early=launches_early(x))
+    if not multiprocessors_left:
+        return _library_linear(x, weight, bias, out)
     with _leaving(multiprocessors_left):
-        if out is None:
-            return F.linear(x, weight, bias)
-        if bias is None:
-            return torch.mm(x, weight.t(), out=out)
-        return torch.addmm(bias, x, weight.t(), out=out)
+        return _library_linear(x, weight, bias, out)
+
+
+def _library_linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None) -> Tensor:
+    if out is None:
+        return F.linear(x, weight, bias)
+    if bias is None:
+        return torch.mm(x, weight.t(), out=out)
+    return torch.addmm(bias, x, weight.t(), out=out)
 
 
 @contextmanager
@@ -61,9 +67,6 @@ def _leaving(multiprocessors: int) -> Iterator[None]:
 
     cuBLASLt alone can be told so. torch calls both settings experimental, and says so once on stderr.
     """
-    if not multiprocessors:
-        yield
-        return
     library = torch.backends.cuda.preferred_blas_library()
     torch.backends.cuda.preferred_blas_library("cublaslt")
     torch._C._set_sm_carveout_experimental(multiprocessors)

@@ -141,11 +141,7 @@ def _aside(device: torch.device, priority: int) -> torch.cuda.Stream:
 
 def add_delta(y: Tensor, delta: LoRADelta) -> None:
     """Add what `linear` has left over to its ``y`` [T, sum(O_s)], in place."""
-    table, expanded = delta.table, delta.expanded
-    if expanded is not None:
-        has_adapter = delta.metadata.token_lora_mapping[:, None] >= 0
-        y.copy_(torch.where(has_adapter & (expanded != 0), y + expanded, y.float()))
-        return
+    table = delta.table
     triton_lora_expand(y, delta.v, table.arena, table, delta.metadata, output_slices=table.output_slices)
 
 

@@ -47,8 +47,8 @@ def tiles_in(table: dict, kernel: str) -> list[dict]:
     return [row["tiles"] for row in table.get(kernel, [])]
 
 
-def qkv_tiles_in(table: dict) -> list[dict]:
-    return [row["tiles"] for row in table.get("lora_shrink", []) if row["num_slices"] == 3]
+def shrinks_in(table: dict, num_slices: int) -> list[dict]:
+    return [row for row in table.get("lora_shrink", []) if row["num_slices"] == num_slices]
 
 
 def cost_of(table: dict) -> float:
@@ -72,16 +72,16 @@ def test_what_costs_least_is_kept_for_the_next_kernel_written_and_read(tuner, tm
         }
 
     monkeypatch.setattr(tuner.Steps, "times", times)
-    kernels = ["silu", "rotary", "o", "qkv_shrink"]
+    kernels = ["silu", "rotary", "o", "gate_up_shrink"]
     options = ["--smallest", "--out", str(tmp_path), "--repetitions", "5"]
     assert tuner.main([*options, "--kernels", *kernels]) == 0
-    # All that gains is timed a second time; nothing was better for queries, keys and values.
+    # All that gains is timed a second time; nothing was better for gate and up.
     assert [(len(tables) == 2, repetitions) for tables, repetitions in asked] == [
         *((False, 5), (True, 15)) * 3,
         (False, 5),
     ]
     # What is in use is tried in the other order of programs, too; no other candidate changes the order.
-    orders = [tiles["tiles_first"] for table in asked[-1][0].values() for tiles in qkv_tiles_in(table)]
+    orders = [row["tiles"]["tiles_first"] for table in asked[-1][0].values() for row in shrinks_in(table, 2)]
     assert orders.count(True) == 1
     assert orders.count(False) > 1
     # The second kernel's candidates all have what was kept of the first.
@@ -111,6 +111,27 @@ def test_what_costs_least_is_kept_for_the_next_kernel_written_and_read(tuner, tm
         assert choose_expand_tiles(128, 64, 16, 1, 4, 4) == ExpandTiles(**EXPAND)
     finally:
         clear_choices()
+
+
+def parts_in(table: dict, kernel: str) -> set[int]:
+    return {row["num_parts"] for row in table.get(kernel, [])}
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("linear", ["qkv", "o", "down"])
+def test_expand_is_tried_in_all_numbers_of_parts_and_its_shrink_in_those_in_use(tuner, monkeypatch, linear):
+    monkeypatch.setattr(tiles_module, "current_gpu", lambda: "any")
+    layer = tuner.bench.make_layers(tuner.bench.make_config(True), torch.device("cpu"))[0]
+    search = tuner.Search(128, 16, layer)
+    expands = list(search.candidates(linear, {"gpu": "any"}).values())
+    parts = [parts_in(table, "lora_shrink") for table in expands]
+    assert [{2}, {4}, {8}] == [parts[0], parts[len(parts) // 2], parts[-1]]
+    assert [parts_in(table, "lora_expand") for table in expands] == parts
+    in_use = {"gpu": "any"} | expands[-1]
+    with tuner.using(in_use):
+        shrinks = search.candidates(f"{linear}_shrink", in_use).values()
+    assert shrinks
+    assert all(parts_in(table, "lora_shrink") == {8} for table in shrinks)
 
 
 def test_gain_that_is_gone_the_second_time_is_not_kept(tuner, tmp_path, monkeypatch):
