@@ -221,6 +221,7 @@ FAULTS = (
     KernelFault(CUDA, "            add_inputs=False,\n", "", OF_CUDA),
     KernelFault(CUDA, "or len(weight) > _MOST_EXPANDED", "or len(weight) >= _MOST_EXPANDED", OF_CUDA),
     KernelFault(CUDA, "max_rank > _LARGE_RANK", "max_rank >= _LARGE_RANK", OF_CUDA),
+    KernelFault(CUDA, "len(x) > DECODE_TOKENS", "len(x) >= DECODE_TOKENS", OF_CUDA),
     KernelFault(CUDA, "FEW_TOKENS < len(x) <= MOST_TOKENS_BESIDE", "FEW_TOKENS < len(x)", OF_CUDA),
 )
 

@@ -23,6 +23,7 @@ from lora_serve.kernels.triton_lora_linear import (
     triton_add_lora_linear,
 )
 from lora_serve.kernels.triton_lora_shrink import triton_lora_shrink
+from lora_serve.kernels.triton_lora_tiles import DECODE_TOKENS
 
 _MOST_ASIDE = 512
 _MOST_EXPANDED_FEATURES = 8192
@@ -30,8 +31,8 @@ _MOST_EXPANDED_FEATURES = 8192
 _LARGE_RANK = 32
 _LEFT, _LEFT_TO_LARGE_RANKS = 1 / 8, 1 / 6
 """Share of the multiprocessors that a product leaves to the expand into the residual stream, which wants more
-where adapters may have a rank above `_LARGE_RANK`. It loses 0 to 5% by that: half of the multiprocessors read
-its weights nearly as fast as memory gives them.
+for more than `DECODE_TOKENS` rows of adapters that may have a rank above `_LARGE_RANK`. It loses 0 to 5% by
+that: half of the multiprocessors read its weights nearly as fast as memory gives them.
 """
 
 
@@ -84,7 +85,8 @@ def linear_into(
         y, delta = linear(x, weight, bias, table, metadata)
         add_delta(y, delta)
         return y
-    share = _LEFT_TO_LARGE_RANKS if table.tables.max_rank > _LARGE_RANK else _LEFT
+    wants_more = len(x) > DECODE_TOKENS and table.tables.max_rank > _LARGE_RANK
+    share = _LEFT_TO_LARGE_RANKS if wants_more else _LEFT
     left = int(share * _num_multiprocessors(x.device)) if _fits_beside(x) else 0
     return _linear_beside(partial(add_linear, residual, x, table, metadata), x, weight, bias, left)
 

@@ -131,11 +131,16 @@ def test_wide_layers_and_many_tokens_leave_the_expand_to_the_next_kernel(
     assert linear(case, case.x, weight)[1].expanded is not None
 
 
-@pytest.mark.parametrize(("large_rank", "expected"), [(20, 100 // 8), (19, 100 // 6)])
-def test_product_beside_the_expand_into_the_stream_leaves_it_room(monkeypatch, large_rank, expected):
+@pytest.mark.parametrize(
+    ("num_tokens", "large_rank", "expected"),
+    [(129, 20, 100 // 8), (129, 19, 100 // 6), (128, 19, 100 // 8)],
+)
+def test_product_beside_the_expand_into_the_stream_leaves_it_room(
+    monkeypatch, num_tokens, large_rank, expected
+):
     left = note_multiprocessors_left(monkeypatch, "cpu")
     monkeypatch.setattr(cuda_lora, "_LARGE_RANK", large_rank)
-    case, weight = make_step(70, torch.float32)
+    case, weight = make_step(num_tokens, torch.float32)
     linear_into(case, case.y.clone(), case.x, weight)
     monkeypatch.setattr(cuda_lora, "_fits_beside", lambda x: False)
     linear_into(case, case.y.clone(), case.x, weight)
