@@ -55,8 +55,8 @@ from tune_lora import TableFile, with_row
 KERNELS = ("silu", "rotary", "qkv", "o", "down", "o_shrink", "down_shrink", "qkv_shrink", "gate_up_shrink")
 """In the order in which they are tried; "qkv", "o" and "down" are their expands, with each number of parts.
 
-Steps of up to `MOST_TOKENS_BESIDE` tokens have an expand of queries, keys and values, and longer ones have it
-in the rotary kernel: changes to what a step does not launch gain nothing there.
+Up to `MOST_TOKENS_BESIDE` tokens have an expand of queries, keys and values. Longer steps have it in the
+rotary kernel: there only the number of parts of "qkv" counts, and its tiles are chance.
 """
 NOW = "now"
 LEAST_GAIN_US = 0.3  # of a layer, on average
@@ -116,7 +116,7 @@ class Search:
                 table, linear, found.num_parts, found.tiles
             )
             for found in (in_other_order, *shrink_candidates(*size, self._element_size))
-            # All expands but that in the silu kernel were chosen for a number of parts.
+            # Rows of the expand hold for a number of parts; those of the silu kernel hold for all.
             if kernel == "gate_up_shrink" or found.num_parts == num_parts
         }
 

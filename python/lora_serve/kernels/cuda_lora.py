@@ -30,9 +30,9 @@ _MOST_EXPANDED_FEATURES = 8192
 """Up to so many output features, a delta in memory costs less than an expand in the next kernel."""
 _LARGE_RANK = 32
 _LEFT, _LEFT_TO_LARGE_RANKS = 1 / 8, 1 / 6
-"""Share of the multiprocessors that a product leaves to the expand into the residual stream, which wants more
-for more than `DECODE_TOKENS` rows of adapters that may have a rank above `_LARGE_RANK`. It loses 0 to 5% by
-that: half of the multiprocessors read its weights nearly as fast as memory gives them.
+"""Share of the multiprocessors that a product leaves to the expand into the residual stream; the larger one
+for more than `DECODE_TOKENS` rows where adapters may have a rank above `_LARGE_RANK`. The product loses 0 to
+5% by it: half of the multiprocessors read its weights nearly as fast as memory gives them.
 """
 
 
@@ -142,7 +142,7 @@ def _aside(device: torch.device, priority: int) -> torch.cuda.Stream:
 
 
 def add_delta(y: Tensor, delta: LoRADelta) -> None:
-    """Add what `linear` has left over to its ``y`` [T, sum(O_s)], in place."""
+    """Add what `linear` has left over to its ``y`` [T, sum(O_s)], in place; from v, also if it is expanded."""
     table = delta.table
     triton_lora_expand(y, delta.v, table.arena, table, delta.metadata, output_slices=table.output_slices)
 

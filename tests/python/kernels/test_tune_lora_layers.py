@@ -127,7 +127,7 @@ def test_expand_is_tried_in_all_numbers_of_parts_and_its_shrink_in_those_in_use(
     parts = [parts_in(table, "lora_shrink") for table in expands]
     assert [{2}, {4}, {8}] == [parts[0], parts[len(parts) // 2], parts[-1]]
     assert [parts_in(table, "lora_expand") for table in expands] == parts
-    in_use = {"gpu": "any"} | expands[-1]
+    in_use = expands[-1]
     with tuner.using(in_use):
         shrinks = search.candidates(f"{linear}_shrink", in_use).values()
     assert shrinks
