@@ -142,7 +142,7 @@ def _aside(device: torch.device, priority: int) -> torch.cuda.Stream:
 
 
 def add_delta(y: Tensor, delta: LoRADelta) -> None:
-    """Add what `linear` has left over to its ``y`` [T, sum(O_s)], in place; from v, also if it is expanded."""
+    """Add what `linear` has left over to its ``y`` [T, sum(O_s)], in place; always from its v."""
     table = delta.table
     triton_lora_expand(y, delta.v, table.arena, table, delta.metadata, output_slices=table.output_slices)
 
