@@ -198,6 +198,7 @@ FAULTS = (
     KernelFault(CUDA, "        launch()\n        return", "        return", OF_CUDA),
     # expand in front of what reads its result
     KernelFault(SILU, "v1_rows = v0_rows + v_slice", "v1_rows = v0_rows", OF_SILU),
+    KernelFault(SILU, "tl.range(0, N_TILES,", "tl.range(0, 5 if N_TILES > 5 else N_TILES,", OF_SILU),
     KernelFault(SILU, "tl.load(b_offset + b_offset_stride_s)", "tl.load(b_offset)", OF_SILU),
     KernelFault(SILU, "v_part = 2 * v_slice", "v_part = v_slice", OF_SILU),
     KernelFault(SILU, "order_ptr + first + index", "order_ptr + index", OF_SILU),

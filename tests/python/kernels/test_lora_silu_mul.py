@@ -30,6 +30,7 @@ from lora_serve.kernels.triton_lora_expand import triton_lora_expand
 from lora_serve.kernels.triton_lora_linear import warm_up_token_counts
 from lora_serve.kernels.triton_lora_tiles import choose_silu_mul_launch, token_class
 from lora_serve.kernels.tuned_lora_tiles import LoRASiluMulLaunch
+from lora_serve.kernels.tuned_tables import TUNING_FOLDER, read_table
 
 # NumPy, which the interpreter computes with, warns where exp gives infinity. A GPU does not.
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning")
@@ -50,6 +51,11 @@ def make(
 ) -> DeltaCase:
     ranks = MIXED_RANKS if mapping is MIXED else RANDOM_RANKS
     return make_delta_case(mapping, ranks, (size, size), dtype, device, **options)
+
+
+def launches_that_ship() -> list[LoRASiluMulLaunch]:
+    tables = map(read_table, sorted(TUNING_FOLDER.glob("*.json")))
+    return [LoRASiluMulLaunch(**row["tiles"]) for table in tables for row in table.get("lora_silu_mul", [])]
 
 
 def check(step: DeltaCase, launch: LoRASiluMulLaunch | None = None) -> None:
@@ -203,6 +209,12 @@ def test_programs_that_take_several_tiles_of_tokens_do_them_all(num_tokens, devi
 )
 def test_every_launch_gives_a_right_result(launch, device):
     check(make(device, torch.float16, 145), launch)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("launch", dict.fromkeys(launches_that_ship()), ids=str)
+def test_every_launch_that_ships_does_a_run_of_tiles_and_a_rest(launch, device):
+    check(make(device, torch.float16, launch.n_tiles * launch.block_n + 13), launch)
 
 
 @pytest.mark.parametrize("device", DEVICES)

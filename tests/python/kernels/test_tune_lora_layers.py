@@ -51,6 +51,10 @@ def shrinks_in(table: dict, num_slices: int) -> list[dict]:
     return [row for row in table.get("lora_shrink", []) if row["num_slices"] == num_slices]
 
 
+def parts_in(table: dict, kernel: str) -> set[int]:
+    return {row["num_parts"] for row in table.get(kernel, [])}
+
+
 def cost_of(table: dict) -> float:
     """Less for one launch of each kernel, and for o in four parts."""
     parts = [row["num_parts"] for row in table.get("lora_shrink", []) if row["in_features"] == 64]
@@ -111,10 +115,6 @@ def test_what_costs_least_is_kept_for_the_next_kernel_written_and_read(tuner, tm
         assert choose_expand_tiles(128, 64, 16, 1, 4, 4) == ExpandTiles(**EXPAND)
     finally:
         clear_choices()
-
-
-def parts_in(table: dict, kernel: str) -> set[int]:
-    return {row["num_parts"] for row in table.get(kernel, [])}
 
 
 @torch.inference_mode()
