@@ -193,7 +193,7 @@ FAULTS = (
     ),
     # both halves together, beside the base product, and what is compiled for them
     KernelFault(LINEAR, "dtype=y.dtype, scratch=scratch)", "scratch=scratch)", OF_GRID),
-    KernelFault(LINEAR, "{*TOKEN_CLASSES, *skinny}", "skinny", OF_PITFALLS),
+    KernelFault(LINEAR, "{*TOKEN_CLASSES, *skinny, ", "{*skinny, ", OF_PITFALLS),
     KernelFault(CUDA, "if len(x) <= FEW_TOKENS:", "if len(x) < FEW_TOKENS:", OF_CUDA),
     KernelFault(CUDA, "        launch()\n        return", "        return", OF_CUDA),
     # expand in front of what reads its result
@@ -224,6 +224,7 @@ FAULTS = (
     KernelFault(CUDA, "max_rank > _LARGE_RANK", "max_rank >= _LARGE_RANK", OF_CUDA),
     KernelFault(CUDA, "len(x) > DECODE_TOKENS", "len(x) >= DECODE_TOKENS", OF_CUDA),
     KernelFault(CUDA, "FEW_TOKENS < len(x) <= MOST_TOKENS_BESIDE", "FEW_TOKENS < len(x)", OF_CUDA),
+    KernelFault(LINEAR, "*skinny, MOST_TOKENS_BESIDE}", "*skinny}", OF_CUDA),
 )
 
 # The package is installed in a way that comes before the path; here the copy must.
