@@ -8,8 +8,9 @@ beside what was in use; if it still gains, it is kept for the kernels that follo
 are further from what torch gives than those in use is out.
 
 A candidate is a table with rows of its own in it, read as the package reads its tables. A row holds for a
-class of T, so all numbers of tokens must be of one class. Workers compile ahead, side by side. The table of
-this GPU is written after each kernel, with all that it had before: run this after `tune_lora.py`.
+class of T, so all numbers of tokens must be of one class, of up to 2,048 tokens. Workers compile ahead,
+side by side. The table of this GPU is written after each kernel, with all that it had before: run this
+after `tune_lora.py`.
 
     python scripts/tune_lora_layers.py --out DIR --tokens 256 512 --lora-rank 16 --adapters 8 32 64
 """
@@ -61,6 +62,7 @@ rotary kernel: there only the number of parts of "qkv" counts, and its tiles are
 NOW = "now"
 LEAST_GAIN_US = 0.3  # of a layer, on average
 CONFIRMATIONS = 3  # times as many repetitions before a table is kept: the best of many may be so by chance
+MOST_TOKENS = 2048
 MOST_ERROR = 1.5  # times that of the table in use, which other orders of adding up do not reach
 
 Table = dict[str, Any]
@@ -314,6 +316,11 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         parser.error(f"--tokens {options.tokens} are of the classes up to {classes}, expected one class")
     if classes[0] <= FEW_TOKENS:
         parser.error(f"--tokens {options.tokens}: up to {FEW_TOKENS} other kernels run, expected more")
+    if classes[0] > MOST_TOKENS:
+        parser.error(
+            f"--tokens {options.tokens}: the GPU's clock changes more within such steps than a launch does, "
+            f"expected at most {MOST_TOKENS}; tune_lora.py tunes the kernels of longer steps alone"
+        )
     if max(options.adapters) > min(options.tokens):
         parser.error(f"--adapters {max(options.adapters)} do not fit a step of {min(options.tokens)} tokens")
     return options

@@ -244,6 +244,7 @@ def test_rows_that_were_there_keep_their_times(tuner):
             r"\[128, 129\] are of the classes up to \[128, 512\], expected one class",
         ),
         (["--tokens", "16"], r"\[16\]: up to 32 other kernels run, expected more"),
+        (["--tokens", "2049"], r"\[2049\]: the GPU's clock changes .* at most 2048; tune_lora.py tunes"),
         (["--tokens", "64", "--adapters", "8", "65"], "65 do not fit a step of 64 tokens"),
     ],
 )
