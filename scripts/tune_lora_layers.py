@@ -62,7 +62,7 @@ rotary kernel: there only the number of parts of "qkv" counts, and its tiles are
 NOW = "now"
 LEAST_GAIN_US = 0.3  # of a layer, on average
 CONFIRMATIONS = 3  # times as many repetitions before a table is kept: the best of many may be so by chance
-MOST_TOKENS = 2048
+MOST_TOKENS = 2048  # of a step: in longer ones the clock changes more than a launch does
 MOST_ERROR = 1.5  # times that of the table in use, which other orders of adding up do not reach
 
 Table = dict[str, Any]
