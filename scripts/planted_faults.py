@@ -80,17 +80,23 @@ def check_fault(tree: Path, campaign: Campaign, fault: Fault, arguments: argpars
 def planted(folder: Path, fault: Fault, script: str) -> Iterator[None]:
     """Have the fault in its file, which must hold the line once."""
     path = folder / fault.file
-    source = path.read_text()
-    if source.count(fault.line) != 1:
-        raise SystemExit(
-            f"{fault.file}: found {source.count(fault.line)} places that read {fault.line!r}, "
-            f"expected 1; bring the fault in {script} up to date"
-        )
+    source = read_source(folder, fault, script)
     path.write_text(source.replace(fault.line, fault.replacement))
     try:
         yield
     finally:
         path.write_text(source)
+
+
+def read_source(folder: Path, fault: Fault, script: str) -> str:
+    """Text of the fault's file; exits where the line is not there once."""
+    source = (folder / fault.file).read_text()
+    if source.count(fault.line) != 1:
+        raise SystemExit(
+            f"{fault.file}: found {source.count(fault.line)} places that read {fault.line!r}, "
+            f"expected 1; bring the fault in {script} up to date"
+        )
+    return source
 
 
 def make_parser(description: str, timeout_s: float) -> argparse.ArgumentParser:

@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import importlib
-import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(autouse=True)
+def _scripts_can_be_imported(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+
+
+@pytest.fixture
+def planted_faults() -> ModuleType:
+    return importlib.import_module("planted_faults")
 
 
 @pytest.mark.parametrize(
@@ -19,20 +29,15 @@ ROOT = Path(__file__).resolve().parents[2]
         ("mutate_lora_kernels", "python/lora_serve/kernels"),
     ],
 )
-def test_each_planted_fault_names_one_place_and_changes_it(script, folder, monkeypatch):
-    monkeypatch.setattr(sys, "path", [str(ROOT / "scripts"), *sys.path])
+def test_each_planted_fault_names_one_place_and_changes_it(planted_faults, script, folder):
     faults = importlib.import_module(script).FAULTS
     assert faults
-    stale = [
-        f"{number} {fault.file}: {fault.line!r}"
-        for number, fault in enumerate(faults, 1)
-        if (ROOT / folder / fault.file).read_text().count(fault.line) != 1 or fault.replacement == fault.line
-    ]
-    assert not stale, f"bring these of scripts/{script}.py up to date: {stale}"
+    for fault in faults:
+        planted_faults.read_source(ROOT / folder, fault, f"scripts/{script}.py")
+        assert fault.replacement != fault.line
 
 
-def test_each_fault_of_the_kernels_names_a_file_of_tests(monkeypatch):
-    monkeypatch.setattr(sys, "path", [str(ROOT / "scripts"), *sys.path])
+def test_each_fault_of_the_kernels_names_a_file_of_tests():
     faults = importlib.import_module("mutate_lora_kernels").FAULTS
     missing = {fault.tests for fault in faults if not (ROOT / "tests/python/kernels" / fault.tests).is_file()}
     assert not missing
